@@ -1,0 +1,125 @@
+"""What can go wrong, as one hierarchy; for requests the class is the HTTP status.
+
+ServingError
+├── RequestError            ends one request, never its neighbours
+│   ├── InvalidRequest      400  every problem of the request at once, by field
+│   ├── NotFound            404  no live request has this id
+│   ├── Conflict            409  the id is taken by a live request
+│   ├── TooLarge            413  larger than the server is configured to take
+│   ├── Cancelled           499  somebody cancelled it
+│   ├── EngineFault         500  the pipeline raised
+│   ├── QueueFull           503  try again after ``retry_after_s``
+│   ├── DeadlineExceeded    504  out of time
+│   └── OutOfMemory         507  does not fit on the device, even alone
+├── ConfigError             start-up stops: the configuration is wrong
+└── ArchiveError            start-up stops, or a script ends: the archive is wrong
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = [
+    "ArchiveError",
+    "Cancelled",
+    "ConfigError",
+    "Conflict",
+    "DeadlineExceeded",
+    "EngineFault",
+    "InvalidRequest",
+    "NotFound",
+    "OutOfMemory",
+    "QueueFull",
+    "RequestError",
+    "ServingError",
+    "TooLarge",
+]
+
+
+class ServingError(Exception):
+    """Any error that this package raises on purpose."""
+
+
+class ConfigError(ServingError):
+    """The worker's configuration is wrong; the message says which key and what it may be."""
+
+
+class ArchiveError(ServingError):
+    """An archive or a pipeline folder cannot be used; the message says why and what to do."""
+
+
+class RequestError(ServingError):
+    """One request ends with `status`.
+
+    `fields` maps a request field to what is wrong with it (its value and its allowed range).
+    """
+
+    status: int = 500
+    phrase: str = "Internal Server Error"
+    code: str = "error"
+
+    def __init__(self, message: str, fields: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.fields: dict[str, str] = dict(fields or {})
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Response headers that belong to this error."""
+        return {}
+
+    def body(self) -> dict[str, object]:
+        """The JSON body of the reply: ``{"error": {"code", "message", "fields"}}``."""
+        return {
+            "error": {
+                "code": self.code,
+                "message": self.message,
+                "fields": self.fields,
+            }
+        }
+
+
+class InvalidRequest(RequestError):
+    status, phrase, code = 400, "Bad Request", "invalid_request"
+
+
+class NotFound(RequestError):
+    status, phrase, code = 404, "Not Found", "not_found"
+
+
+class Conflict(RequestError):
+    status, phrase, code = 409, "Conflict", "conflict"
+
+
+class TooLarge(RequestError):
+    status, phrase, code = 413, "Content Too Large", "too_large"
+
+
+class Cancelled(RequestError):
+    status, phrase, code = 499, "Client Closed Request", "cancelled"
+
+
+class EngineFault(RequestError):
+    status, phrase, code = 500, "Internal Server Error", "engine_fault"
+
+
+class QueueFull(RequestError):
+    """The waiting room is full; `retry_after_s` goes into the Retry-After header."""
+
+    status, phrase, code = 503, "Service Unavailable", "queue_full"
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": str(self.retry_after_s)}
+
+
+class DeadlineExceeded(RequestError):
+    status, phrase, code = 504, "Gateway Timeout", "deadline_exceeded"
+
+
+class OutOfMemory(RequestError):
+    status, phrase, code = 507, "Insufficient Storage", "out_of_memory"
