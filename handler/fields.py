@@ -1,0 +1,192 @@
+"""Reading named values that a client sent: types without guessing, every problem kept.
+
+A form (or gRPC) can only send text, so there ``"50"`` is an integer; JSON has types, so there it
+is not. Nothing here recurses into a value or formats one of unbounded size: what is read comes
+from strangers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+__all__ = ["MAX_NAME_CHARS", "FieldReader", "nearest", "number_range", "show", "summarise"]
+
+MAX_NAME_CHARS = 64
+MAX_UNKNOWN_NAMED = 16
+_SHOWN_CHARS = 60
+_FORM_INTEGER = re.compile(r"[+-]?[0-9]{1,20}", re.ASCII)
+_FORM_NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
+_FORM_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+# Beyond 256 bits a number is no one's seed; converting longer ones to decimal is refused by Python.
+_MAX_INTEGER_BITS = 256
+
+
+def show(value: object) -> str:
+    """A value as it may stand in a message: short, printable, for any input whatever."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        head = repr(value[:_SHOWN_CHARS])
+        return head if len(value) <= _SHOWN_CHARS else f"{head}… ({len(value)} characters)"
+    if isinstance(value, int):
+        is_short = value.bit_length() <= _MAX_INTEGER_BITS
+        return str(value) if is_short else f"an integer of {value.bit_length()} bits"
+    if isinstance(value, float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "an object"
+    if isinstance(value, (list, tuple)):
+        return f"a list of {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def shown_name(name: str) -> str:
+    """A field's name as it may stand in a message."""
+    printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name[:MAX_NAME_CHARS])
+    return printable if len(name) <= MAX_NAME_CHARS else printable + "…"
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The known name that `name` was probably meant to be."""
+    matches = difflib.get_close_matches(name[:MAX_NAME_CHARS].lower(), sorted(known), n=1)
+    return matches[0] if matches else None
+
+
+def number_range(low: float, high: float) -> str:
+    return f"{low:.17g} to {high:.17g}"
+
+
+def summarise(problems: Mapping[str, str]) -> str:
+    """One line for people who only see the message."""
+    shown = [f"{name}: {problem}" for name, problem in list(problems.items())[:3]]
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown)} more")
+    return "; ".join(shown)
+
+
+class FieldReader:
+    """Takes fields one by one out of a mapping; what is wrong with them is in `problems`.
+
+    A JSON null counts as a field that is absent. `allow_text` lets text stand for a number or a
+    boolean, as it must in a form.
+    """
+
+    def __init__(self, fields: Mapping[str, object], *, allow_text: bool, prefix: str = "") -> None:
+        self._fields = fields
+        self._allow_text = allow_text
+        self._prefix = prefix
+        self._taken: set[str] = set()
+        self.problems: dict[str, str] = {}
+
+    def report(self, name: str, problem: str) -> None:
+        self.problems.setdefault(self._prefix + name, problem)
+
+    def take(self, name: str, aliases: Sequence[str] = ()) -> object | None:
+        """The value sent as `name` or one of its aliases; None when absent or sent twice."""
+        names = [n for n in (name, *aliases) if n in self._fields]
+        self._taken.update(names)
+        sent = [n for n in names if self._fields[n] is not None]
+        if len(sent) > 1:
+            self.report(name, f"given more than once, as {' and '.join(sent)}: send one of them")
+            return None
+        return self._fields[sent[0]] if sent else None
+
+    def rest(self) -> dict[str, object]:
+        """The fields that nobody took."""
+        return {name: value for name, value in self._fields.items() if name not in self._taken}
+
+    def refuse_rest(self, known: Collection[str]) -> None:
+        """Report every field that nobody took, with the nearest of the `known` names."""
+        unknown = list(self.rest())
+        for name in unknown[:MAX_UNKNOWN_NAMED]:
+            match = nearest(name, known)
+            hint = f"did you mean {match}?" if match else f"known are {', '.join(sorted(known))}"
+            self.report(shown_name(name), f"unknown field; {hint}")
+        if len(unknown) > MAX_UNKNOWN_NAMED:
+            self.report("…", f"{len(unknown) - MAX_UNKNOWN_NAMED} more unknown fields")
+
+    def text(
+        self, name: str, aliases: Sequence[str] = (), *, min_chars: int = 0, max_chars: int
+    ) -> str | None:
+        """Text without surrounding white space; no NUL and no half of a surrogate pair."""
+        value = self.take(name, aliases)
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            self.report(name, f"must be text, not {show(value)}")
+            return None
+        value = value.strip()
+        unusable = re.search("[\x00\ud800-\udfff]", value)
+        if unusable:
+            self.report(
+                name,
+                f"has the unusable character {unusable.group()!a} at {unusable.start()}",
+            )
+        elif len(value) < min_chars:
+            self.report(name, "is empty" if not value else f"is shorter than {min_chars}")
+        elif len(value) > max_chars:
+            self.report(name, f"is {len(value)} characters long; allowed are {max_chars}")
+        else:
+            return value
+        return None
+
+    def integer(self, name: str, aliases: Sequence[str] = (), *, low: int, high: int) -> int | None:
+        value = self.take(name, aliases)
+        if value is None:
+            return None
+        if self._allow_text and isinstance(value, str) and _FORM_INTEGER.fullmatch(value.strip()):
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            quoted = isinstance(value, str) and _FORM_INTEGER.fullmatch(value)
+            hint = "; write it without quotes" if quoted else ""
+            self.report(name, f"{show(value)} is no integer{hint}; allowed: {low} to {high}")
+        elif not low <= value <= high:
+            self.report(name, f"{show(value)} is out of range; allowed: {low} to {high}")
+        else:
+            return value
+        return None
+
+    def number(
+        self, name: str, aliases: Sequence[str] = (), *, low: float, high: float
+    ) -> float | None:
+        """A finite number; integers are numbers too."""
+        value = self.take(name, aliases)
+        if value is None:
+            return None
+        allowed = number_range(low, high)
+        if self._allow_text and isinstance(value, str) and _FORM_NUMBER.fullmatch(value.strip()):
+            value = float(value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            quoted = isinstance(value, str) and _FORM_NUMBER.fullmatch(value)
+            hint = "; write it without quotes" if quoted else ""
+            self.report(name, f"{show(value)} is no number{hint}; allowed: {allowed}")
+        elif not low <= value <= high:  # as it is for a NaN
+            self.report(name, f"{show(value)} is out of range; allowed: {allowed}")
+        else:
+            return float(value)
+        return None
+
+    def boolean(self, name: str) -> bool | None:
+        value = self.take(name)
+        if self._allow_text and isinstance(value, str):
+            value = _FORM_BOOLEANS.get(value.strip().lower(), value)
+        if value is None or isinstance(value, bool):
+            return value
+        self.report(name, f"{show(value)} is neither true nor false")
+        return None
+
+    def choice(self, name: str, choices: Mapping[str, str]) -> str | None:
+        """What `choices` says for the text that was sent, whatever its case."""
+        value = self.take(name)
+        if value is None:
+            return None
+        chosen = choices.get(value.strip().lower()) if isinstance(value, str) else None
+        if chosen is None:
+            match = nearest(value, choices) if isinstance(value, str) else None
+            hint = f"did you mean {match}? " if match else ""
+            self.report(name, f"{show(value)} is not allowed; {hint}one of {', '.join(choices)}")
+        return chosen

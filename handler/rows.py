@@ -1,0 +1,140 @@
+"""Opening a row as TorchServe delivers it: what kind of body it is, and the fields in it.
+
+{}                      a form without any field: `curl -d 'a prompt'` ends here
+{'body': …}             text, bytes, or JSON that the frontend has parsed (bytes if broken)
+{name: …, name: …}      a form (urlencoded or multipart) or gRPC; values are text or bytes
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from handler.errors import InvalidRequest, TooLarge
+from handler.fields import show, shown_name
+
+__all__ = ["HOW_TO_SEND", "Payload", "media_type", "open_row"]
+
+HOW_TO_SEND = (
+    "is missing; send it as JSON (curl -H 'Content-Type: application/json'"
+    " -d '{\"prompt\": \"a prompt\"}'), as text (curl -H 'Content-Type: text/plain'"
+    " -d 'a prompt') or as a form (curl --data-urlencode 'prompt=a prompt');"
+    " a bare curl -d 'a prompt' sends a form in which the prompt has no name"
+)
+_READABLE = "application/json, text/plain, a form, or no Content-Type at all"
+# Clients that post JSON without saying so are common, prompts that begin like this are not.
+_LOOKS_LIKE_JSON_OBJECT = re.compile(r'\s*\{\s*(["}]|\Z)')
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """The fields of a body; a bare prompt is the field ``prompt``."""
+
+    fields: Mapping[str, object]
+    is_form: bool
+    """Values are text whatever they mean: a form, or gRPC."""
+    problems: Mapping[str, str] = field(default_factory=dict)
+
+
+def media_type(headers: Mapping[str, str]) -> str:
+    """The Content-Type without its parameters, in lower case; empty when there is none."""
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def open_row(
+    row: Mapping[str, object], headers: Mapping[str, str], *, max_body_bytes: int
+) -> Payload:
+    """Find out what was sent.
+
+    Raises:
+        TooLarge: the body is larger than `max_body_bytes`.
+        InvalidRequest: the body cannot be read at all.
+    """
+    size_bytes = _size_bytes(row, headers)
+    if size_bytes > max_body_bytes:
+        raise TooLarge(f"the body has {size_bytes} bytes; allowed are {max_body_bytes}")
+    if not row:
+        raise _unreadable("prompt", HOW_TO_SEND)
+    if row.keys() == {"body"}:
+        return _open_body(row["body"], media_type(headers))
+    return _open_form(row)
+
+
+def _open_body(body: object, media: str) -> Payload:
+    if isinstance(body, (bytes, bytearray, memoryview)):
+        body = _decode_body(bytes(body), media)
+    if isinstance(body, str):
+        return Payload({"prompt": body}, is_form=False)
+    if isinstance(body, Mapping):
+        return Payload(body, is_form=False)
+    if isinstance(body, (list, tuple)):
+        example = '{"instances": [{"prompt": "a"}, {"prompt": "b"}]}'
+        raise _unreadable("body", f"is {show(body)}; several prompts are sent as {example}")
+    raise _unreadable("body", f"{show(body)} is neither text nor an object with a prompt")
+
+
+def _decode_body(body: bytes, media: str) -> object:
+    """Bytes to text or, where they were sent as JSON or look like a JSON object, its value."""
+    is_json = media == "application/json" or media.endswith("+json")
+    if not (is_json or media.startswith("text/") or media in ("", "application/octet-stream")):
+        raise _unreadable("Content-Type", f"{show(media)} cannot be read; send {_READABLE}")
+    try:
+        text = body.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise _unreadable("body", _not_utf8(error)) from error
+    if not is_json and (media.startswith("text/") or not _LOOKS_LIKE_JSON_OBJECT.match(text)):
+        return text
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise _unreadable("body", "is JSON nested too deeply") from error
+    except ValueError as error:
+        hint = "" if is_json else "; a prompt that begins like JSON is sent as text/plain"
+        raise _unreadable("body", f"is not JSON: {error}{hint}") from error
+
+
+def _open_form(row: Mapping[str, object]) -> Payload:
+    fields: dict[str, object] = {}
+    problems: dict[str, str] = {}
+    for name, value in row.items():
+        if isinstance(value, (bytes, bytearray, memoryview)):
+            try:
+                value = bytes(value).decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                problems[shown_name(name)] = _not_utf8(error)
+                continue
+        fields[name] = value
+    return Payload(fields, is_form=True, problems=problems)
+
+
+def _size_bytes(row: Mapping[str, object], headers: Mapping[str, str]) -> int:
+    """The body's size; where it came parsed and without a length, what its values hold."""
+    declared = headers.get("content-length", "")
+    if re.fullmatch("[0-9]{1,18}", declared):
+        return int(declared)
+    size, pending = 0, list[object](row.values())
+    while pending:
+        value = pending.pop()
+        if isinstance(value, memoryview):
+            size += value.nbytes
+        elif isinstance(value, (str, bytes, bytearray)):
+            size += len(value)
+        elif isinstance(value, Mapping):
+            size += sum(len(name) for name in value)
+            pending.extend(value.values())
+        elif isinstance(value, (list, tuple)):
+            size += len(value)
+            pending.extend(value)
+        else:
+            size += 1
+    return size
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"is not UTF-8 text (byte 0x{error.object[error.start]:02x} at {error.start})"
+
+
+def _unreadable(name: str, problem: str) -> InvalidRequest:
+    return InvalidRequest(f"{name}: {problem}", {name: problem})
