@@ -1,0 +1,218 @@
+"""The command line of a TorchServe instance: start, stop, status, logs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from scripts.instance import LOOPBACK, Options, Ports, ServerError
+from scripts.server import TorchServer
+
+__all__ = ["choose_archive", "curl_line", "main"]
+
+EXAMPLE_PROMPT = "A futuristic cityscape"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return 0 done, 1 failed, 2 misused."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ServerError as problem:
+        print(f"serve: {problem}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("serve: interrupted", file=sys.stderr)
+        return 1
+
+
+def start(arguments: argparse.Namespace) -> int:
+    """Serve an archive, unless this very instance runs already."""
+    options = Options(
+        archive=choose_archive(arguments.store, arguments.name),
+        state_dir=arguments.run_dir,
+        ports=Ports.starting_at(arguments.port, arguments.grpc_port),
+        address=arguments.address,
+        auth=arguments.auth == "on",
+    )
+    running = TorchServer.find(arguments.run_dir)
+    if running is not None and running.started_as == options.fingerprint():
+        with _progress("Waiting for the worker") as tell:
+            running.wait_until_ready(arguments.timeout_s, tell)
+        _introduce(running, "is already serving")
+        return 0
+    server = TorchServer(options)
+    if running is not None:
+        if running.options.archive != options.archive.resolve():
+            raise ServerError(
+                f"{running.options.archive.name} is being served at {running.url}; `make stop` "
+                "first, or run a second one: RUN_DIR=.run/second PORT=9080 GRPC_PORT=9070"
+            )
+        print("The archive or the settings have changed: restarting.")
+        running.stop()
+    try:
+        with _progress("Starting TorchServe") as tell:
+            server.start()
+            server.wait_until_ready(arguments.timeout_s, tell)
+    except BaseException:
+        server.stop()
+        raise
+    _introduce(server, "is serving")
+    return 0
+
+
+def stop(arguments: argparse.Namespace) -> int:
+    """Stop the instance; that none runs is no failure."""
+    server = TorchServer.find(arguments.run_dir)
+    if server is None:
+        print("No server is running.")
+        return 0
+    print(f"Stopping TorchServe (process {server.pid}) ...", flush=True)
+    server.stop()
+    print("Stopped.")
+    return 0
+
+
+def status(arguments: argparse.Namespace) -> int:
+    """Say what is served and how its workers are; 1 when nothing is."""
+    server = TorchServer.find(arguments.run_dir)
+    if server is None:
+        print("{}" if arguments.json else "No server is running; `make serve` starts one.")
+        return 1
+    workers = server.workers()
+    state = {
+        "ready": any(worker.get("status") == "READY" for worker in workers),
+        "model": server.model_name,
+        "version": server.model_version,
+        "archive": str(server.options.archive),
+        "predictions": server.predictions_url,
+        "grpc": f"{LOOPBACK}:{server.options.ports.grpc_inference}",
+        "metrics": server.metrics_url,
+        "log": str(server.log_file),
+        "pid": server.pid,
+        "workers": [
+            {key: worker.get(key) for key in ("id", "status", "pid", "gpu")} for worker in workers
+        ],
+    }
+    if arguments.json:
+        print(json.dumps(state, indent=2))
+    else:
+        for key, value in state.items():
+            print(f"{key:<12} {value if isinstance(value, str) else json.dumps(value)}")
+    return 0
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    """Show the log, and go on showing it with --follow."""
+    log_file = arguments.run_dir / "logs" / "server.log"
+    if not log_file.exists():
+        raise ServerError(f"there is no log yet: {log_file}")
+    follow = ["-F"] if arguments.follow else []
+    command = ["tail", "-n", str(arguments.lines), *follow, str(log_file)]
+    try:
+        return subprocess.run(command, check=False).returncode
+    except KeyboardInterrupt:
+        return 0
+
+
+def choose_archive(store: Path, name: str | None) -> Path:
+    """Return the store's archive called `name`, or its only one. Raises: ServerError."""
+    archives = sorted(store.glob("*.mar"))
+    names = ", ".join(archive.stem for archive in archives) or "none"
+    if name:
+        chosen = store / f"{name}.mar"
+        if chosen not in archives:
+            raise ServerError(f"{chosen} does not exist; {store} has: {names}")
+        return chosen
+    if not archives:
+        raise ServerError(f"{store} has no archive; `make archive` builds the embedded one")
+    if len(archives) > 1:
+        raise ServerError(f"{store} has several archives; choose one with NAME=: {names}")
+    return archives[0]
+
+
+def curl_line(server: TorchServer, fields: dict[str, object], output: str) -> str:
+    """Return a command that draws a picture, ready to be pasted into a shell."""
+    token = server.token()
+    key = f"-H 'Authorization: Bearer {token}' " if token else ""
+    return (
+        f"curl -fS {server.predictions_url} {key}\\\n"
+        f"    -H 'Content-Type: application/json' \\\n"
+        f"    -d {shlex.quote(json.dumps(fields))} -o {shlex.quote(output)}"
+    )
+
+
+def _introduce(server: TorchServer, verb: str) -> None:
+    print(f"TorchServe {verb} {server.model_name} {server.model_version} at {server.url}")
+    if server.options.auth:
+        print(
+            f"Every request needs the key: -H 'Authorization: Bearer {server.token()}'\n"
+            f"The keys and when they end: {server.state_dir / 'key_file.json'}"
+        )
+    example = curl_line(server, {"prompt": EXAMPLE_PROMPT}, "picture.png")
+    print(f"Draw a picture:\n\n  {example}\n\nmake status, make logs, make stop")
+
+
+@contextmanager
+def _progress(what: str) -> Iterator[Callable[[float], None]]:
+    """Show `what` and the seconds so far on a terminal; one plain line elsewhere."""
+    live = sys.stderr.isatty()
+    if not live:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+
+    def tell(waited_s: float) -> None:
+        if live:
+            print(f"\r{what} ... {waited_s:.0f} s ", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield tell
+    finally:
+        if live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.serve",
+        description="Start, stop and watch a TorchServe instance of this repository's.",
+        epilog="make serve, make stop, make status and make logs call this.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--run-dir", type=Path, default=Path(".run"), help="the instance's state (default: .run)"
+    )
+
+    def add(command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            command.__name__, parents=[common], help=text, description=command.__doc__
+        )
+        sub.set_defaults(run=command)
+        return sub
+
+    starter = add(start, "serve an archive and wait until a worker is READY")
+    starter.add_argument("--store", type=Path, default=Path("model-store"), help="archives' folder")
+    starter.add_argument("--name", help="which archive, when there are several")
+    starter.add_argument("--port", type=int, default=8080, help="HTTP: this, +1, +2 (8080)")
+    starter.add_argument("--grpc-port", type=int, default=7070, help="gRPC: this, +1 (7070)")
+    starter.add_argument("--address", default=LOOPBACK, help="another needs --auth on (127.0.0.1)")
+    starter.add_argument("--auth", choices=("on", "off"), default="off", help="ask for a key (off)")
+    starter.add_argument("--timeout-s", type=float, default=600.0, help="for the worker (600)")
+    add(stop, "stop it")
+    add(status, "say what is served and whether it is ready").add_argument(
+        "--json", action="store_true", help="for machines"
+    )
+    viewer = add(logs, "show its log")
+    viewer.add_argument("--lines", type=int, default=50, help="how many (50)")
+    viewer.add_argument("--follow", action="store_true", help="go on until interrupted")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
