@@ -180,7 +180,9 @@ def _read_output_format(
     chosen = reader.choice("output_format", _OUTPUT_CHOICES)
     if envelope is not Envelope.PLAIN:
         # The protocol fixes the reply's type; its pictures are PNG unless the body says otherwise.
-        return ("png" if chosen in (None, "json") else chosen or "png"), False
+        if chosen == "array":
+            reader.report("output_format", "KServe replies hold png, jpeg, webp or npy, no array")
+        return ("png" if chosen is None or chosen == "json" else chosen), False
     accept = headers.get("accept", "")
     negotiated = negotiate(accept, config.default_output)
     if chosen is not None:
