@@ -1,0 +1,213 @@
+"""Put the arguments of several calls of one module together, and take its output apart again.
+
+Pure tensor code: it knows neither pipelines nor greenlets. A call's arguments are a mapping from
+parameter name to value; a value is a tensor, a plain value, or a container of such. Every tensor
+plays one of three parts, decided by its shape and the parameter it belongs to:
+
+========  ============================================  ===============================
+part      a tensor that                                 when merged
+========  ============================================  ===============================
+rows      has the call's rows as its first dimension    concatenated
+step      is one number of a per-step parameter         expanded to rows, concatenated
+shared    is anything else (Flux's position ids)        must be equal, passed once
+========  ============================================  ===============================
+
+Calls whose `merge_key` is equal may share a forward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import weakref
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+
+__all__ = ["Fingerprints", "merge", "merge_key", "num_rows", "split"]
+
+Arguments = Mapping[str, Any]
+
+# What denoisers call the parameter that tells one row's place on the noise schedule. Models turn
+# it into an embedding in float32, so integer and float schedules (DDIM, Euler) may share a batch.
+STEP_PARAMETERS = frozenset({"timestep", "timesteps", "t", "sigma", "noise_level"})
+
+# Tensors without a batch dimension whose first dimension may by accident equal the rows.
+SHARED_PARAMETERS = frozenset(
+    {"img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "rope_temporal_scale", "position_ids"}
+)
+
+_EXACT_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
+
+
+class Fingerprints:
+    """The contents of shared tensors as hashable values, each tensor read once while it lives.
+
+    Reading a CUDA tensor waits for the device, hence the memory: a pipeline passes the very same
+    tensor in every step.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}
+
+    def of(self, tensor: torch.Tensor) -> bytes:
+        known = self._known.get(id(tensor))
+        if known is not None and known[0]() is tensor and known[1] == tensor._version:
+            return known[2]
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        contents = hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).digest()
+        key = id(tensor)
+        reference = weakref.ref(tensor, lambda _: self._known.pop(key, None))
+        self._known[key] = (reference, tensor._version, contents)
+        return contents
+
+
+def num_rows(arguments: Arguments) -> int | None:
+    """The batch size of a call: the first dimension of its first tensor that has one."""
+    for value in arguments.values():
+        for tensor in _tensors(value):
+            if tensor.ndim:
+                return int(tensor.shape[0])
+    return None
+
+
+def merge_key(arguments: Arguments, rows: int, fingerprints: Fingerprints) -> Hashable:
+    """A value that is equal for two calls of one module if and only if they may share a forward.
+
+    The same parameters, equal plain values, and tensors of the same part, dtype, device and shape
+    past the rows; shared tensors equal in every element.
+    """
+
+    def key(name: str, value: Any) -> Hashable:
+        if isinstance(value, torch.Tensor):
+            part = _part(name, value, rows)
+            if part == "step":
+                return ("step", value.device)
+            shape = tuple(value.shape[1:] if part == "rows" else value.shape)
+            contents = fingerprints.of(value) if part == "shared" else None
+            return (part, value.dtype, value.device, value.layout, shape, contents)
+        if isinstance(value, _EXACT_VALUES):
+            return (type(value), value)
+        parts = _parts(value)
+        if parts is None:
+            return ("the very same", type(value), id(value))
+        return (type(value), tuple((k, key(_name(name, k), v)) for k, v in parts))
+
+    return tuple((name, key(name, value)) for name, value in arguments.items())
+
+
+def merge(
+    calls: Sequence[Arguments], rows: Sequence[int], *, pad_to: int | None = None
+) -> dict[str, Any]:
+    """The arguments of one forward that serves `calls`, whose `merge_key` must be equal.
+
+    `rows[i]` is the batch size of ``calls[i]``; their rows stand in this order. With `pad_to` the
+    last row is repeated until there are that many.
+    """
+    padding = 0 if pad_to is None else pad_to - sum(rows)
+    if padding < 0:
+        raise ValueError(f"pad_to={pad_to} is less than the {sum(rows)} rows to merge")
+
+    def join(name: str, values: Sequence[Any]) -> Any:
+        first = values[0]
+        if isinstance(first, torch.Tensor):
+            part = _part(name, first, rows[0])
+            if part == "shared":
+                return first
+            if part == "step":
+                values = _steps(values, rows)
+            if padding:
+                values = [*values, values[-1][-1:].expand(padding, *values[-1].shape[1:])]
+            return torch.cat(list(values))
+        if isinstance(first, _EXACT_VALUES) or (parts := _parts(first)) is None:
+            return first
+        members = [_parts(value) or () for value in values]
+        joined = [
+            join(_name(name, k), [member[i][1] for member in members])
+            for i, (k, _) in enumerate(parts)
+        ]
+        return _rebuild(first, joined)
+
+    return {name: join(name, [call[name] for call in calls]) for name in calls[0]}
+
+
+def split(output: Any, rows: Sequence[int], *, total: int | None = None) -> list[Any]:
+    """The output of a merged forward, one piece a call; pieces share no memory.
+
+    `total` is the number of rows that the forward ran, padding included. A tensor whose first
+    dimension is not `total`, and every plain value, goes to all calls as it is.
+    """
+    total = sum(rows) if total is None else total
+
+    def pieces(value: Any) -> list[Any]:
+        if isinstance(value, torch.Tensor):
+            if value.ndim == 0 or value.shape[0] != total:
+                return [value] * len(rows)
+            kept = value.narrow(0, 0, sum(rows))
+            return list(torch.ops.aten.split_with_sizes_copy(kept, list(rows)))
+        parts = _parts(value)
+        if parts is None:
+            return [value] * len(rows)
+        columns = [pieces(member) for _, member in parts]
+        return [_rebuild(value, [column[i] for column in columns]) for i in range(len(rows))]
+
+    return pieces(output)
+
+
+def _name(outer: str, key: Hashable) -> str:
+    """The parameter that a container's member belongs to: its key, or the container's own name."""
+    return key if isinstance(key, str) else outer
+
+
+def _part(name: str, tensor: torch.Tensor, rows: int) -> str:
+    if name in STEP_PARAMETERS and tensor.numel() in (1, rows) and tensor.ndim <= 1:
+        return "step"
+    if tensor.ndim and tensor.shape[0] == rows and name not in SHARED_PARAMETERS:
+        return "rows"
+    return "shared"
+
+
+def _steps(values: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.Tensor]:
+    """Each value as one number a row, in a dtype that holds all of them without rounding."""
+    dtypes = {value.dtype for value in values}
+    if len(dtypes) == 1:
+        (dtype,) = dtypes
+    else:
+        dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    return [v.to(dtype).reshape(-1).expand(n) for v, n in zip(values, rows, strict=True)]
+
+
+def _parts(container: Any) -> list[tuple[Hashable, Any]] | None:
+    """The members of a container in a fixed order; None for what is no container."""
+    if isinstance(container, Mapping):
+        return list(container.items())
+    if isinstance(container, (list, tuple)):
+        return list(enumerate(container))
+    if dataclasses.is_dataclass(container) and not isinstance(container, type):
+        return [(f.name, getattr(container, f.name)) for f in dataclasses.fields(container)]
+    return None
+
+
+def _rebuild(container: Any, members: Sequence[Any]) -> Any:
+    """A container like `container` with other members."""
+    kind: Callable[..., Any] = type(container)
+    if isinstance(container, Mapping):
+        items = dict(zip(container, members, strict=True))
+        # Model outputs are ordered dictionaries and dataclasses at once: only keywords build them.
+        return kind(**items) if dataclasses.is_dataclass(container) else kind(items)
+    if hasattr(container, "_fields"):
+        return kind(*members)
+    if isinstance(container, (list, tuple)):
+        return kind(members)
+    return dataclasses.replace(
+        container,
+        **{f.name: m for f, m in zip(dataclasses.fields(container), members, strict=True)},
+    )
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for _, member in _parts(value) or () for tensor in _tensors(member)]

@@ -1,0 +1,136 @@
+"""What one request gets of a pipeline: a private view of it, its own scheduler, and its cost."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+
+from handler.policy import Cost
+from handler.request import SCHEDULER_SHORT_NAMES
+from handler.ticket import StepEnd, Ticket
+
+__all__ = ["call_defaults", "compatible_schedulers", "estimate_cost", "make_scheduler", "make_view"]
+
+
+def call_defaults(pipeline: Any) -> dict[str, Any]:
+    """The parameters of the pipeline's ``__call__`` and their defaults."""
+    kind: type = type(pipeline)
+    return _defaults(kind)
+
+
+def compatible_schedulers(pipeline: Any) -> tuple[str, ...]:
+    """Class names of the schedulers that can stand in for the pipeline's own, itself included."""
+    own = type(pipeline.scheduler)
+    listed = {kind.__name__ for kind in getattr(pipeline.scheduler, "compatibles", [])}
+    return tuple(sorted(listed | {own.__name__}))
+
+
+def make_scheduler(pipeline: Any, name: str) -> Any:
+    """A fresh scheduler of the named class with the configuration of the pipeline's own.
+
+    Raises:
+        ValueError: no compatible scheduler has this class name or short name.
+    """
+    class_name = SCHEDULER_SHORT_NAMES.get(name, name)
+    compatible = compatible_schedulers(pipeline)
+    if class_name not in compatible:
+        raise ValueError(f"scheduler {name!r} does not fit; this pipeline takes {list(compatible)}")
+    return getattr(diffusers, class_name).from_config(pipeline.scheduler.config)
+
+
+def make_view(pipeline: Any, ticket: Ticket) -> tuple[Any, dict[str, Any]]:
+    """A shallow copy of `pipeline` for one request, and the keyword arguments to call it with.
+
+    Pipelines keep the state of a call on themselves and on their scheduler, so each request has
+    its own of both; the modules with the weights are shared.
+    """
+    view = _private_copy(pipeline)
+    if ticket.scheduler is not None:
+        view.scheduler = ticket.scheduler
+    kwargs = dict(ticket.kwargs)
+    theirs = kwargs.get("callback_on_step_end")
+    # Callback objects declare the tensors they want; such a request reports no steps.
+    declares = isinstance(theirs, (PipelineCallback, MultiPipelineCallbacks))
+    if "callback_on_step_end" in call_defaults(pipeline) and not declares:
+        kwargs["callback_on_step_end"] = _report_steps(ticket, theirs)
+    return view, kwargs
+
+
+def estimate_cost(pipeline: Any, kwargs: Mapping[str, Any]) -> Cost:
+    """What a call with `kwargs` will occupy, as far as its arguments tell.
+
+    Read from the names that diffusers uses throughout; the engine corrects the rows when the
+    denoiser is first called. Guidance above 1 counts double, also where a model takes it embedded.
+    """
+    given = {**call_defaults(pipeline), **{k: v for k, v in kwargs.items() if v is not None}}
+
+    def number(name: str, default: float) -> float:
+        value = given.get(name)
+        return value if isinstance(value, (int, float)) else default
+
+    prompts = max(
+        (_batch_size(given.get(name)) for name in ("prompt", "prompt_embeds", "image_embeds")),
+        default=1,
+    )
+    images = max(1, prompts) * int(number("num_images_per_prompt", 1))
+    native = _native_size_px(pipeline)
+    height, width = number("height", native), number("width", native)
+    guided = 2 if number("guidance_scale", 1.0) > 1.0 else 1
+    return Cost(rows=images * guided, pixels=int(images * height * width))
+
+
+@functools.cache
+def _defaults(kind: type) -> dict[str, Any]:
+    parameters = inspect.signature(kind.__call__).parameters
+    return {name: p.default for name, p in parameters.items() if name != "self"}
+
+
+def _private_copy(pipeline: Any) -> Any:
+    """A shallow copy with schedulers of its own, those of pipelines inside it included."""
+    view = copy.copy(pipeline)
+    for name, part in vars(pipeline).items():
+        if isinstance(part, SchedulerMixin):
+            vars(view)[name] = copy.deepcopy(part)
+        elif isinstance(part, DiffusionPipeline):
+            vars(view)[name] = _private_copy(part)
+    view.set_progress_bar_config(disable=True)
+    return view
+
+
+def _batch_size(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return int(value.shape[0])
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return len(value)
+    return 1
+
+
+def _native_size_px(pipeline: Any) -> int:
+    """The side of the square picture that the pipeline draws when asked for no size."""
+    for name in ("unet", "transformer", "prior"):
+        config = getattr(getattr(pipeline, name, None), "config", None)
+        sample_size = getattr(config, "sample_size", None)
+        if isinstance(sample_size, int):
+            return sample_size * int(getattr(pipeline, "vae_scale_factor", 8))
+    default = getattr(pipeline, "default_sample_size", 64)
+    return int(default) * int(getattr(pipeline, "vae_scale_factor", 8))
+
+
+def _report_steps(ticket: Ticket, theirs: Callable[..., Any] | None) -> Callable[..., Any]:
+    def on_step_end(view: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        returned = theirs(view, step, timestep, tensors) if theirs is not None else tensors
+        ticket.num_steps_done = step + 1
+        ticket.num_steps = getattr(view, "num_timesteps", None)
+        if ticket.on_step is not None:
+            ticket.on_step(StepEnd(step + 1, ticket.num_steps, tensors.get("latents")))
+        return returned
+
+    return on_step_end
