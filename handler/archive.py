@@ -1,0 +1,290 @@
+"""Opens what TorchServe unpacked; changes when the place or the form of a pipeline there changes.
+
+``model_dir`` holds one of: ``model.zip`` (what our packer writes, or the upstream example's),
+``model/`` (the pipeline's folder), or the pipeline's files themselves. Small files of a zip go to
+a private folder that lives as long as the opening; weights stay where they are and are handed out
+as extents of files, to be mapped. Two processes may open one archive at once: neither writes
+beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from handler.errors import ArchiveError
+from handler.zipread import CHUNK_BYTES, ZipMember, ZipReader
+
+__all__ = [
+    "MODEL_ZIP",
+    "PICKLE_SUFFIXES",
+    "Extent",
+    "OpenedPipeline",
+    "check_model_index",
+    "open_pipeline",
+    "pickled",
+]
+
+logger = logging.getLogger(__name__)
+
+MODEL_ZIP = "model.zip"
+MODEL_INDEX = "model_index.json"
+WEIGHTS_SUFFIX = ".safetensors"
+PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
+CODE_SUFFIXES = (".py", ".pyc", ".so", ".pyd", ".dll", ".dylib")
+MAX_SMALL_FILE_BYTES = 256 << 20
+MAX_SMALL_FILES_BYTES = 1 << 30
+LIBRARIES = ("diffusers", "transformers")
+_CLASS_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where the bytes of a weights file lie: `size_bytes` from `offset` of the file `path`."""
+
+    path: Path
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedPipeline:
+    """A pipeline's small files in `folder`, and its weights by their path in the pipeline.
+
+    `is_whole` says that the weights lie in `folder` too. `slow_reason` is set where opening had
+    to copy weights.
+    """
+
+    folder: Path
+    weights: Mapping[str, Extent]
+    is_whole: bool
+    slow_reason: str | None = None
+
+    def copy_weights(self, component: str) -> None:
+        """Copy the weights of `component` into `folder`, for a loader that wants files."""
+        for name, extent in self.weights.items():
+            target = self.folder / name
+            if not name.startswith(f"{component}/") or target.exists():
+                continue
+            with extent.path.open("rb") as source, target.open("xb") as out:
+                source.seek(extent.offset)
+                left = extent.size_bytes
+                while left > 0:
+                    chunk = source.read(min(left, CHUNK_BYTES))
+                    if not chunk:
+                        raise ArchiveError(f"{extent.path}: {name} is cut off")
+                    out.write(chunk)
+                    left -= len(chunk)
+
+
+def pickled(names: Iterable[str]) -> list[str]:
+    """Return those of `names` that hold, or may hold, pickles."""
+    return sorted(name for name in names if name.lower().endswith(PICKLE_SUFFIXES))
+
+
+def check_model_index(index: object, label: str) -> dict[str, object]:
+    """Check that `index` (a parsed model_index.json) names nothing but known libraries' classes.
+
+    Raises: ArchiveError, naming every entry that is refused.
+    """
+    if not isinstance(index, dict):
+        raise ArchiveError(f"{label}: {MODEL_INDEX} holds no JSON object")
+    class_name = index.get("_class_name")
+    problems = []
+    if not isinstance(class_name, str) or not _CLASS_NAME.fullmatch(class_name):
+        problems.append(
+            f"_class_name is {class_name!r}: the name of a diffusers pipeline is wanted"
+        )
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list):
+            continue
+        if not _is_known_class(value) or not _CLASS_NAME.fullmatch(name):
+            problems.append(f"{name} is {value!r}: only classes of diffusers and transformers load")
+    if problems:
+        raise ArchiveError(f"{label}: {MODEL_INDEX} is refused: {'; '.join(problems)}")
+    return index
+
+
+def _is_known_class(value: list[object]) -> bool:
+    """Say whether `value` is ``[library, class]`` of a library that we load from.
+
+    Pipelines' own modules are diffusers' too: the safety checker is of ``stable_diffusion``.
+    """
+    if value in ([None, None], [None, None, None]):
+        return True
+    if len(value) != 2 or not all(isinstance(part, str) for part in value):
+        return False
+    library, class_name = str(value[0]), str(value[1])
+    is_library = library in LIBRARIES or library in _pipeline_modules()
+    return is_library and _CLASS_NAME.fullmatch(class_name) is not None
+
+
+@cache
+def _pipeline_modules() -> frozenset[str]:
+    """Name the packages in ``diffusers.pipelines`` without paying for the import of diffusers."""
+    spec = importlib.util.find_spec("diffusers")
+    roots = spec.submodule_search_locations if spec else None
+    folders = [Path(root, "pipelines") for root in roots or ()]
+    return frozenset(
+        child.parent.name for folder in folders for child in folder.glob("*/__init__.py")
+    )
+
+
+@contextmanager
+def open_pipeline(model_dir: Path) -> Iterator[OpenedPipeline]:
+    """Open the pipeline in TorchServe's `model_dir`; small copies vanish when the context ends.
+
+    Raises: ArchiveError, where it is absent, damaged or refused.
+    """
+    archive = model_dir / MODEL_ZIP
+    if archive.is_file():
+        with archive.open("rb") as file, _private_folder() as folder:
+            yield _open_zip(file, archive, folder)
+        return
+    for folder in (model_dir / "model", model_dir):
+        if (folder / MODEL_INDEX).is_file():
+            yield _open_folder(folder)
+            return
+    raise ArchiveError(
+        f"{model_dir}: holds neither {MODEL_ZIP} nor a pipeline folder model/: "
+        "pack one with python -m scripts.build_archive"
+    )
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="pipeline-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _open_folder(folder: Path) -> OpenedPipeline:
+    weights = {}
+    names = []
+    root = folder.resolve()
+    for parent, _, files in os.walk(root):
+        for file in files:
+            path = Path(parent, file)
+            name = path.relative_to(root).as_posix()
+            names.append(name)
+            if name.endswith(WEIGHTS_SUFFIX):
+                weights[name] = Extent(path, 0, path.stat().st_size)
+    _check_names(names, str(folder))
+    _check_index_file(root, str(folder))
+    return OpenedPipeline(root, weights, is_whole=True)
+
+
+def _open_zip(file: BinaryIO, archive: Path, folder: Path) -> OpenedPipeline:
+    """Check the zip whole, then copy its small files (and packed weights) into `folder`."""
+    reader = ZipReader(file, label=str(archive))
+    members = _below_prefix(reader)
+    _check_names(members, reader.label)
+    small = {name: each for name, each in members.items() if not name.endswith(WEIGHTS_SUFFIX)}
+    big = {name: each for name, each in members.items() if name not in small}
+    _check_small(small, reader.label)
+    packed = {name: each for name, each in big.items() if not each.is_stored}
+    if packed:
+        _check_space(packed, folder, reader.label)
+    stored = [each for each in big.values() if each.is_stored]
+    _check_stored(reader, stored)
+    for name, member in {**small, **packed}.items():
+        if not name.endswith(".md"):  # diffusers follows links to other models in a model card
+            reader.extract(member, folder / name)
+    _check_index_file(folder, reader.label)
+    weights = {
+        name: Extent(folder / name, 0, each.size_bytes)
+        if name in packed
+        else Extent(archive.resolve(), each.offset, each.size_bytes)
+        for name, each in big.items()
+    }
+    reason = None
+    if packed:
+        reason = (
+            f"{MODEL_ZIP} is deflated, so {len(packed)} weights files had to be unpacked first; "
+            "pack it with python -m scripts.build_archive to have them mapped in place"
+        )
+        logger.warning("slow start: %s", reason)
+    return OpenedPipeline(folder, weights, is_whole=not stored, slow_reason=reason)
+
+
+def _below_prefix(reader: ZipReader) -> dict[str, ZipMember]:
+    """Return members by their path in the pipeline: some zips hold its folder, not its files."""
+    found = [name for name in reader.members if PurePosixPath(name).name == MODEL_INDEX]
+    roots = [name for name in found if name.count("/") <= 1]
+    if len(roots) != 1:
+        raise ArchiveError(f"{reader.label}: holds {len(roots)} pipelines ({MODEL_INDEX}), not one")
+    prefix = roots[0].removesuffix(MODEL_INDEX)
+    return {
+        name.removeprefix(prefix): member
+        for name, member in reader.members.items()
+        if name.startswith(prefix)
+    }
+
+
+def _check_names(names: Iterable[str], label: str) -> None:
+    names = list(names)
+    if found := pickled(names):
+        raise ArchiveError(
+            f"{label}: pickled weights are refused, they can run code when loaded: "
+            f"{', '.join(found)}; save the pipeline with safe_serialization=True"
+        )
+    if code := sorted(name for name in names if name.lower().endswith(CODE_SUFFIXES)):
+        raise ArchiveError(f"{label}: code in a pipeline is refused: {', '.join(code)}")
+
+
+def _check_small(members: Mapping[str, ZipMember], label: str) -> None:
+    for name, member in members.items():
+        if member.size_bytes > MAX_SMALL_FILE_BYTES:
+            raise ArchiveError(
+                f"{label}: {name} claims {member.size_bytes} bytes; "
+                f"files other than weights may have {MAX_SMALL_FILE_BYTES}"
+            )
+    total = sum(member.size_bytes for member in members.values())
+    if total > MAX_SMALL_FILES_BYTES:
+        raise ArchiveError(
+            f"{label}: its files other than weights claim {total} bytes; "
+            f"at most {MAX_SMALL_FILES_BYTES}"
+        )
+
+
+def _check_space(members: Mapping[str, ZipMember], folder: Path, label: str) -> None:
+    wanted = sum(member.size_bytes for member in members.values())
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise ArchiveError(
+            f"{label}: its weights are deflated and need {wanted} bytes in {folder.parent}, "
+            f"where {free} are free"
+        )
+
+
+def _check_stored(reader: ZipReader, members: list[ZipMember]) -> None:
+    """Compare the CRC-32 of every stored weights file; the pages read stay cached for loading."""
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda member: _drain(reader, member), members))
+
+
+def _drain(reader: ZipReader, member: ZipMember) -> None:
+    for _ in reader.chunks(member):
+        pass
+
+
+def _check_index_file(folder: Path, label: str) -> None:
+    try:
+        index = json.loads((folder / MODEL_INDEX).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ArchiveError(f"{label}: {MODEL_INDEX} is no JSON: {error}") from error
+    check_model_index(index, label)

@@ -1,0 +1,151 @@
+"""Builds a pipeline's models over mapped weights; changes with how models take state dicts."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handler.archive import Extent, OpenedPipeline
+from handler.errors import ArchiveError
+from handler.safetensors_map import map_tensors
+from handler.variants import select_weights
+
+__all__ = ["load_components"]
+
+logger = logging.getLogger(__name__)
+
+
+class _NotMappableError(Exception):
+    """This component wants diffusers' own loading; the message says why."""
+
+
+def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any]:
+    """Return every model of the pipeline, built; the rest is left to from_pretrained.
+
+    Raises: ArchiveError.
+    """
+    index = json.loads((opened.folder / "model_index.json").read_bytes())
+    components = {}
+    for name, value in index.items():
+        if not isinstance(value, list) or value[0] is None or name.startswith("_"):
+            continue
+        cls = _resolve(name, value[0], value[1])
+        if not issubclass(cls, torch.nn.Module):
+            continue
+        extents = {
+            path: extent for path, extent in opened.weights.items() if path.startswith(f"{name}/")
+        }
+        if not extents:
+            raise ArchiveError(f"{name}: has no safetensors weights")
+        components[name] = _load_component(opened, name, cls, extents, dtype)
+    return components
+
+
+def _resolve(name: str, library: str, class_name: str) -> type:
+    """Return the class that model_index.json names. Raises: ArchiveError."""
+    import diffusers
+    import transformers
+    from diffusers import pipelines
+
+    known = {"diffusers": diffusers, "transformers": transformers}
+    module = known.get(library) or getattr(pipelines, library, None)
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise ArchiveError(
+            f"{name}: {library}.{class_name} does not exist in the installed version"
+        )
+    return found
+
+
+def _load_component(
+    opened: OpenedPipeline,
+    name: str,
+    cls: type,
+    extents: Mapping[str, Extent],
+    dtype: torch.dtype,
+) -> Any:
+    import diffusers
+    import transformers
+
+    folder = opened.folder / name
+    variant = None
+    try:
+        paths, variant = select_weights(extents, str(dtype).removeprefix("torch."))
+        if not paths:
+            raise _NotMappableError("its weights have unusual names")
+        state = {}
+        for path in paths:
+            state.update(map_tensors(extents[path], path))
+        if issubclass(cls, diffusers.ModelMixin):
+            return _diffusers_model(cls, folder, state, dtype)
+        if issubclass(cls, transformers.PreTrainedModel):
+            return _transformers_model(cls, folder, state, dtype)
+        raise _NotMappableError(f"{cls.__name__} is neither a diffusers nor a transformers model")
+    except _NotMappableError as reason:
+        logger.warning("slow start: %s is copied, not mapped: %s", name, reason)
+    opened.copy_weights(name)
+    return cls.from_pretrained(  # type: ignore[attr-defined]
+        folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
+    )
+
+
+@contextmanager
+def _building(dtype: torch.dtype) -> Iterator[None]:
+    """Build modules with meta parameters and with buffers of `dtype`, as from_pretrained does."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _diffusers_model(
+    cls: Any, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
+) -> Any:
+    config = cls.load_config(folder)
+    if config.get("quantization_config"):
+        raise _NotMappableError("it is quantized")
+    with _building(dtype):
+        model = cls.from_config(config)
+    model._fix_state_dict_keys_on_load(state)
+    expected = model.state_dict().keys()
+    ignored = cls._keys_to_ignore_on_load_unexpected or []
+    for key in list(state.keys() - expected):
+        if any(re.search(pattern, key) for pattern in ignored):
+            del state[key]
+    if state.keys() != expected:
+        odd = sorted(state.keys() ^ expected)
+        raise _NotMappableError(f"{len(odd)} weights differ in name, such as {odd[0]}")
+    keep = cls._keep_in_fp32_modules or []
+    for key, tensor in state.items():
+        if tensor.is_floating_point():
+            is_kept = any(part in keep for part in key.split("."))
+            state[key] = tensor.to(torch.float32 if is_kept else dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.register_to_config(_name_or_path=str(folder))
+    return model.eval()
+
+
+def _transformers_model(
+    cls: Any, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
+) -> Any:
+    from transformers import GenerationConfig
+
+    config = cls.config_class.from_pretrained(folder, local_files_only=True)
+    if getattr(config, "quantization_config", None):
+        raise _NotMappableError("it is quantized")
+    model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval()

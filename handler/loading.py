@@ -1,0 +1,199 @@
+"""Turns an opened pipeline into one that draws; changes with diffusers' way of loading.
+
+Weights are mapped where they lie and handed to ``DiffusionPipeline.from_pretrained`` as finished
+components. A component that cannot be mapped is loaded by diffusers itself, from a copy.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from handler.archive import OpenedPipeline, open_pipeline
+from handler.errors import ArchiveError, ConfigError
+from handler.request import PipelineTraits
+
+if TYPE_CHECKING:
+    from handler.config import HandlerConfig
+
+__all__ = ["LoadedPipeline", "choose_device", "choose_dtype", "describe", "load_pipeline"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPipeline:
+    """A diffusers pipeline on its device. `pipeline` is as untyped as diffusers is."""
+
+    pipeline: Any
+    device: torch.device
+    dtype: torch.dtype
+
+
+def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
+    """Return the configured device, else the GPU that TorchServe gave, else the CPU."""
+    if configured is None:
+        has_gpu = torch.cuda.is_available() and gpu_id is not None and gpu_id >= 0
+        return torch.device(f"cuda:{gpu_id}" if has_gpu else "cpu")
+    try:
+        device = torch.device(configured)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {configured!r}: wanted cpu, cuda or cuda:<n>") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {configured!r}, but torch finds no CUDA device here")
+    if configured == "cuda" and gpu_id is not None and gpu_id >= 0:
+        return torch.device("cuda", gpu_id)
+    return device
+
+
+def choose_dtype(configured: str | None, device: torch.device) -> torch.dtype:
+    """Return the configured precision, else float16 on CUDA and float32 on the CPU."""
+    known = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if configured is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if configured not in known:
+        raise ConfigError(f"dtype is {configured!r}: wanted one of {', '.join(known)}")
+    return known[configured]
+
+
+def load_pipeline(model_dir: Path, config: HandlerConfig, gpu_id: int | None) -> LoadedPipeline:
+    """Load the pipeline in TorchServe's `model_dir` as `config` says; never asks the network.
+
+    Raises: ArchiveError, ConfigError.
+    """
+    device = choose_device(config.device, gpu_id)
+    dtype = choose_dtype(config.dtype, device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    with open_pipeline(model_dir) as opened, _offline():
+        try:
+            pipeline = _from_pretrained(opened, dtype)
+        except ArchiveError:
+            raise
+        except Exception as error:
+            # Whatever the libraries make of a wrong file ends the start with one clear line.
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise ArchiveError(f"{model_dir}: the pipeline does not load: {reason}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    if device.type != "cpu":
+        pipeline.to(device)
+    return LoadedPipeline(pipeline, device, dtype)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep the hub's client from the network, whoever imported it before."""
+    from huggingface_hub import constants
+
+    was_offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
+    from diffusers import DiffusionPipeline
+
+    from handler.components import load_components
+
+    components = load_components(opened, dtype)
+    return DiffusionPipeline.from_pretrained(
+        os.fspath(opened.folder),
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **components,
+    )
+
+
+def describe(pipeline: Any) -> PipelineTraits:
+    """Say what requests may ask of `pipeline`."""
+    return PipelineTraits(
+        schedulers=_schedulers(pipeline),
+        size_multiple_px=_size_multiple_px(pipeline),
+        parameters=frozenset(inspect.signature(type(pipeline).__call__).parameters) - {"self"},
+    )
+
+
+def _schedulers(pipeline: Any) -> tuple[str, ...]:
+    """Name the pipeline's own scheduler class first, then those that take its config."""
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None:
+        return ()
+    own = type(scheduler).__name__
+    usable = (
+        each.__name__ for each in scheduler.compatibles if "dummy" not in each.__module__.split("_")
+    )
+    return (own, *sorted(set(usable) - {own}))
+
+
+def _size_multiple_px(pipeline: Any) -> int:
+    """Return what height and width must be multiples of, to come out exactly as asked.
+
+    The latents' scale, times the patch that the transformer cuts them into; and never less than
+    the pipeline's own check wants (Stable Diffusion's is 8 whatever its VAE).
+    """
+    scale = getattr(pipeline, "vae_scale_factor", None)
+    scale = scale or getattr(pipeline, "movq_scale_factor", None) or 8
+    return math.lcm(int(scale) * _patch_size(pipeline), _checked_multiple_px(pipeline))
+
+
+def _patch_size(pipeline: Any) -> int:
+    if hasattr(pipeline, "_pack_latents"):
+        return 2
+    config = getattr(getattr(pipeline, "transformer", None), "config", {})
+    sizes = config.get("patch_size") or config.get("all_patch_size") or 1
+    return sizes if isinstance(sizes, int) else max(int(size) for size in sizes)
+
+
+def _checked_multiple_px(pipeline: Any) -> int:
+    """Return the smallest power of two whose odd multiples pass the pipeline's check_inputs."""
+    check = getattr(pipeline, "check_inputs", None)
+    if check is None:
+        return 1
+    parameters = inspect.signature(check).parameters
+    if not {"height", "width"} <= parameters.keys():
+        return 1
+    known = {"prompt": "a", "callback_on_step_end_tensor_inputs": []}
+    fixed = {
+        name: known.get(name)
+        for name, each in parameters.items()
+        if name not in ("height", "width")
+        and (name in known or each.default is inspect.Parameter.empty)
+        and each.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    for power in range(9):
+        side_px = 33 << power
+        try:
+            with _quiet_diffusers():
+                check(**fixed, height=side_px, width=side_px)
+        except (ValueError, TypeError, AttributeError) as error:
+            if "divisible" not in str(error):
+                return 1
+        else:
+            return 1 << power
+    return 1
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Keep warnings about sizes that nobody asked for out of the log."""
+    from diffusers.utils import logging as diffusers_logging
+
+    level = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(level)

@@ -1,0 +1,82 @@
+"""What every command line here shares: exit codes, one-line errors, progress, finished files."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from handler.errors import ServingError
+
+__all__ = ["DONE", "FAILED", "MISUSED", "Progress", "UsageError", "beside", "command", "progress"]
+
+DONE, FAILED, MISUSED = 0, 1, 2
+
+
+class UsageError(ServingError):
+    """The command was called wrongly; the message says how to call it."""
+
+
+class Progress(Protocol):
+    """What long work reports to: bytes done since the last call."""
+
+    def __call__(self, num_bytes: int, /) -> object: ...
+
+
+def command(
+    parser: argparse.ArgumentParser,
+    run: Callable[[argparse.Namespace], int],
+    argv: list[str] | None,
+) -> int:
+    """Parse `argv` and run; return the exit code, with any error as one line on stderr."""
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else MISUSED
+    try:
+        return run(arguments)
+    except UsageError as error:
+        return _complain(parser.prog, error, MISUSED)
+    except (ServingError, OSError) as error:
+        return _complain(parser.prog, error, FAILED)
+    except KeyboardInterrupt:
+        return _complain(parser.prog, "interrupted; nothing was left behind", FAILED)
+
+
+def _complain(program: str, error: object, code: int) -> int:
+    print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+@contextmanager
+def progress(label: str, total_bytes: int) -> Iterator[Progress]:
+    """Show a bar with throughput where stderr is a terminal, and nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda num_bytes: None
+        return
+    from tqdm import tqdm
+
+    with tqdm(desc=label, total=total_bytes, unit="B", unit_scale=True, unit_divisor=1000) as bar:
+        yield bar.update
+
+
+@contextmanager
+def beside(target: Path, *, force: bool) -> Iterator[Path]:
+    """Give a path beside `target` to write to; rename it there at the end, or remove it.
+
+    Raises: UsageError, where `target` exists and `force` is not given.
+    """
+    if target.exists() and not force:
+        raise UsageError(f"{target} exists; pass --force to replace it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        yield part
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,167 @@
+"""Which files of a pipeline folder are the pipeline; changes with how diffusers saves one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from handler.archive import check_model_index, pickled
+from handler.errors import ArchiveError
+from handler.variants import select_weights, variant_of
+
+__all__ = [
+    "MODEL_INDEX",
+    "SOURCE_NOTE",
+    "PipelineFile",
+    "choose_names",
+    "component_classes",
+    "list_pipeline",
+    "read_model_index",
+    "read_source_note",
+]
+
+MODEL_INDEX = "model_index.json"
+SOURCE_NOTE = ".source.json"
+WEIGHTS_SUFFIX = ".safetensors"
+_KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", WEIGHTS_SUFFIX)
+_KEPT_AT_TOP = ("readme", "license", "licence", "notice")
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineFile:
+    """A file of the pipeline: its name in the pipeline, and where it is."""
+
+    name: str
+    path: Path
+    size_bytes: int
+
+    @property
+    def is_weights(self) -> bool:
+        return self.name.endswith(WEIGHTS_SUFFIX)
+
+
+def read_model_index(folder: Path) -> dict[str, object]:
+    """Return the checked model_index.json of `folder`. Raises: ArchiveError."""
+    path = folder / MODEL_INDEX
+    if not path.is_file():
+        raise ArchiveError(
+            f"{folder} is no diffusers pipeline: it has no {MODEL_INDEX}; "
+            "give a folder that save_pretrained or scripts.download_weights wrote"
+        )
+    try:
+        index = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ArchiveError(f"{path} is no JSON: {error}") from error
+    return check_model_index(index, str(folder))
+
+
+def component_classes(index: Mapping[str, object]) -> dict[str, tuple[str, str]]:
+    """Return library and class of every component that `index` names and that is not left out."""
+    return {
+        name: (str(value[0]), str(value[1]))
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and value[0] is not None
+    }
+
+
+def list_pipeline(
+    folder: Path, *, replaced: Mapping[str, Path] | None = None, dtype_name: str = "float16"
+) -> list[PipelineFile]:
+    """List the pipeline's own files, sorted by name; one variant of the weights.
+
+    `replaced` gives components other folders. Raises: ArchiveError, naming every file refused.
+    """
+    replaced = replaced or {}
+    components = component_classes(read_model_index(folder))
+    if unknown := sorted(replaced.keys() - components.keys()):
+        raise ArchiveError(
+            f"no component {', '.join(unknown)} in {folder}: it has {', '.join(components)}"
+        )
+    _refuse_unfinished(folder)
+    _refuse_pickles(folder, replaced)
+    paths = {
+        name: folder / name for name in _walk(folder) if name.partition("/")[0] not in replaced
+    }
+    for component, source in replaced.items():
+        paths.update({f"{component}/{name}": source / name for name in _walk(source)})
+    chosen = choose_names(paths, components, dtype_name)
+    for component in components:
+        if not any(name.startswith(f"{component}/") for name in chosen):
+            source = replaced.get(component, folder / component)
+            raise ArchiveError(f"the component {component} has no files in {source}")
+    return [PipelineFile(name, paths[name], paths[name].stat().st_size) for name in chosen]
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    note = read_source_note(folder)
+    if note is not None and note.get("is_complete") is not True:
+        raise ArchiveError(f"the download into {folder} is not finished: run it again to go on")
+
+
+def read_source_note(folder: Path) -> dict[str, object] | None:
+    """Return what download_weights noted in `folder`, if it did."""
+    try:
+        note = json.loads((folder / SOURCE_NOTE).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return note if isinstance(note, dict) else None
+
+
+def choose_names(
+    names: Iterable[str], components: Iterable[str], dtype_name: str = "float16"
+) -> list[str]:
+    """Choose the pipeline's own files among all `names` (paths in its folder), sorted.
+
+    One variant of each component's weights; model card and licence; no pickles, no code.
+    """
+    names = sorted(names)
+    chosen = [name for name in names if "/" not in name and is_kept_at_top(name)]
+    for component in components:
+        inside = [name for name in names if name.startswith(f"{component}/")]
+        chosen += _component_names(inside, dtype_name)
+    return sorted(chosen)
+
+
+def is_kept_at_top(name: str) -> bool:
+    """Say whether a file beside model_index.json travels with the pipeline."""
+    return name == MODEL_INDEX or name.lower().startswith(_KEPT_AT_TOP)
+
+
+def _component_names(names: Sequence[str], dtype_name: str) -> Iterator[str]:
+    kept = [name for name in names if name.lower().endswith(_KEPT_SUFFIXES)]
+    weights = [name for name in kept if name.endswith(WEIGHTS_SUFFIX)]
+    chosen, variant = select_weights(weights, dtype_name)
+    for name in kept:
+        found = variant_of(name)
+        if found is None:
+            # Weights by unusual names are taken only where there are no others.
+            if name not in weights or not chosen:
+                yield name
+        elif found == (variant or ""):
+            yield name
+
+
+def _refuse_pickles(folder: Path, replaced: Mapping[str, Path]) -> None:
+    found = []
+    for root, prefix in [(folder, ""), *((path, name) for name, path in replaced.items())]:
+        found += [
+            str(root / name)
+            for name in pickled(_walk(root))
+            if prefix or name.partition("/")[0] not in replaced
+        ]
+    if found:
+        raise ArchiveError(
+            f"pickled weights are refused, they can run code when loaded: {', '.join(found)}; "
+            "save the pipeline with safe_serialization=True, or remove them if the same weights "
+            "are there as safetensors"
+        )
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Yield the paths of files below `folder`, hidden ones left out."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            yield name.as_posix()

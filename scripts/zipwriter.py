@@ -1,0 +1,247 @@
+"""Writes zips in one pass; changes with the container format.
+
+Every member is stored. Sizes are known before, checksums only after its bytes went by, so headers
+are patched afterwards: there are no data descriptors, which Java refuses for stored members. The
+bytes depend on names and contents alone: no times, no owners, no modes of the source.
+
+A nested zip is written straight into its place in the outer one. Its CRC-32 is put together from
+those of its members, so no byte is hashed twice. Source: PKWARE APPNOTE 6.3.10.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from handler.errors import ArchiveError
+from handler.zipread import check_name
+
+__all__ = ["Written", "ZipWriter", "combine_crc32"]
+
+Buffer = bytes | bytearray | memoryview
+
+_END = struct.Struct("<4s4H2LH")
+_END64_LOCATOR = struct.Struct("<4sLQL")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_WIDE = 0xFFFFFFFF
+_VERSION, _VERSION_64 = 20, 45
+_MADE_BY_UNIX = 3 << 8
+_MODE = 0o100644 << 16
+_DOS_DATE = (1 << 5) | 1  # 1 January 1980, the first day of the format
+_FLAG_UTF8 = 0x800
+_ALIGNMENT_EXTRA = 0xD935  # as Android's zipalign registers it
+_ALIGNMENT_EXTRA_BYTES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One finished member; `sha256` is None for a nested zip, whose members carry their own."""
+
+    name: str
+    size_bytes: int
+    crc32: int
+    sha256: str | None
+
+
+@dataclass(slots=True)
+class _Record:
+    name: str
+    offset: int
+    size_bytes: int
+    crc32: int
+
+
+@dataclass(slots=True)
+class ZipWriter:
+    """Writes members to `file`, which can seek, from its present position on."""
+
+    file: BinaryIO
+    crc32: int = 0
+    _start: int = field(init=False)
+    _records: list[_Record] = field(default_factory=list)
+    _names: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._start = self.file.tell()
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes written so far."""
+        return self.file.tell() - self._start
+
+    def add(
+        self,
+        name: str,
+        chunks: Iterable[Buffer],
+        size_bytes: int,
+        *,
+        align: int = 1,
+        aligned_at: int = 0,
+    ) -> Written:
+        """Write one member of exactly `size_bytes`.
+
+        Its byte `aligned_at` comes to lie at a multiple of `align`, counted from this zip's begin.
+        Raises: ArchiveError, where `chunks` yields more or less.
+        """
+        header = self._begin(name, size_bytes, align, aligned_at)
+        crc32, sha256, written = self._copy(chunks)
+        if written != size_bytes:
+            raise ArchiveError(
+                f"{name} changed while it was packed: {size_bytes} → {written} bytes"
+            )
+        self._finish(name, header, size_bytes, crc32)
+        return Written(name, size_bytes, crc32, sha256)
+
+    def add_bytes(self, name: str, data: bytes) -> Written:
+        """Write one small member."""
+        return self.add(name, [data], len(data))
+
+    @contextmanager
+    def nested(self, name: str, most_bytes: int) -> Iterator[ZipWriter]:
+        """Give a writer for a zip that becomes the member `name`, of at most `most_bytes`."""
+        header = self._begin(name, most_bytes, 64, 0)
+        inner = ZipWriter(self.file)
+        yield inner
+        inner.close()
+        size_bytes = inner.size_bytes
+        if size_bytes > most_bytes:
+            raise ArchiveError(f"{name} grew to {size_bytes} bytes; {most_bytes} were foreseen")
+        self._finish(name, header, size_bytes, inner.crc32)
+
+    def close(self) -> None:
+        """Write the central directory. The file stays open."""
+        offset = self.size_bytes
+        directory = b"".join(_central(record) for record in self._records)
+        count, size = len(self._records), len(directory)
+        end = b""
+        if count >= 0xFFFF or offset + size >= _WIDE:
+            end64 = (b"PK\6\6", _END64.size - 12, _MADE_BY_UNIX | _VERSION_64, _VERSION_64, 0, 0)
+            end = _END64.pack(*end64, count, count, size, offset)
+            end += _END64_LOCATOR.pack(b"PK\6\7", 0, offset + size, 1)
+        few = min(count, 0xFFFF)
+        end += _END.pack(b"PK\5\6", 0, 0, few, few, min(size, _WIDE), min(offset, _WIDE), 0)
+        self._write(directory + end)
+
+    def _begin(self, name: str, most_bytes: int, align: int, aligned_at: int) -> bytearray:
+        """Write a local header without its checksum; `_finish` patches it."""
+        check_name(name)
+        if name in self._names:
+            raise ArchiveError(f"{name} is packed twice")
+        self._names.add(name)
+        offset = self.size_bytes
+        is_wide = most_bytes >= _WIDE
+        extra = struct.pack("<2H2Q", 1, 16, 0, 0) if is_wide else b""
+        if align > 1:
+            data_at = offset + _LOCAL.size + len(name.encode()) + len(extra)
+            data_at += _ALIGNMENT_EXTRA_BYTES + aligned_at
+            pad = -data_at % align
+            extra += struct.pack("<3H", _ALIGNMENT_EXTRA, 2 + pad, align) + bytes(pad)
+        header = bytearray(_local(name, extra, is_wide))
+        self._records.append(_Record(name, offset, 0, 0))
+        self.file.write(header)
+        return header
+
+    def _copy(self, chunks: Iterable[Buffer]) -> tuple[int, str, int]:
+        """Write `chunks`, hashed on a thread beside; a chunk's buffer is free again two later."""
+        crc32 = written = 0
+        sha256 = hashlib.sha256()
+        pending: Future[None] | None = None
+        with ThreadPoolExecutor(max_workers=1) as hasher:
+            for chunk in chunks:
+                following = hasher.submit(sha256.update, chunk)
+                self.file.write(chunk)
+                crc32 = zlib.crc32(chunk, crc32)
+                written += len(chunk)
+                if pending is not None:
+                    pending.result()
+                pending = following
+        return crc32, sha256.hexdigest(), written
+
+    def _finish(self, name: str, header: bytearray, size_bytes: int, crc32: int) -> None:
+        record = self._records[-1]
+        record.size_bytes, record.crc32 = size_bytes, crc32
+        extra_at = _LOCAL.size + len(name.encode())
+        if header[extra_at : extra_at + 2] == b"\1\0":
+            struct.pack_into("<L2L", header, 14, crc32, _WIDE, _WIDE)
+            struct.pack_into("<2Q", header, extra_at + 4, size_bytes, size_bytes)
+        else:
+            struct.pack_into("<3L", header, 14, crc32, size_bytes, size_bytes)
+        end = self.file.tell()
+        self.file.seek(self._start + record.offset)
+        self.file.write(header)
+        self.file.seek(end)
+        self.crc32 = combine_crc32(zlib.crc32(header, self.crc32), crc32, size_bytes)
+
+    def _write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.crc32 = zlib.crc32(data, self.crc32)
+
+
+def _flags(name: str) -> int:
+    return 0 if name.isascii() else _FLAG_UTF8
+
+
+def _local(name: str, extra: bytes, is_wide: bool) -> bytes:
+    version = _VERSION_64 if is_wide else _VERSION
+    raw = name.encode()
+    fixed = _LOCAL.pack(
+        b"PK\3\4", version, _flags(name), 0, 0, _DOS_DATE, 0, 0, 0, len(raw), len(extra)
+    )
+    return fixed + raw + extra
+
+
+def _central(record: _Record) -> bytes:
+    wide = [value for value in (record.size_bytes,) * 2 if value >= _WIDE]
+    if record.offset >= _WIDE:
+        wide.append(record.offset)
+    extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    version = _VERSION_64 if wide else _VERSION
+    raw = record.name.encode()
+    size, offset = min(record.size_bytes, _WIDE), min(record.offset, _WIDE)
+    fixed = _CENTRAL.pack(
+        *(b"PK\1\2", _MADE_BY_UNIX | version, version, _flags(record.name), 0, 0, _DOS_DATE),
+        *(record.crc32, size, size, len(raw), len(extra), 0, 0, 0, _MODE, offset),
+    )
+    return fixed + raw + extra
+
+
+def combine_crc32(first: int, second: int, second_bytes: int) -> int:
+    """Return the CRC-32 of two byte strings in a row, from theirs and the second's length.
+
+    Appending n zero bytes multiplies the first CRC by x^(8n) modulo the CRC's polynomial.
+    Source: M. Adler's crc32_combine in zlib 1.2.13.
+    """
+    power = _x_to(8 * second_bytes)
+    return _multiply(power, first) ^ second
+
+
+_POLYNOMIAL = 0xEDB88320
+_ONE = 1 << 31  # bits are reflected: the highest bit is x^0
+
+
+def _multiply(a: int, b: int) -> int:
+    """Multiply two polynomials over GF(2), modulo the CRC's."""
+    product = 0
+    for shift in range(31, -1, -1):
+        if a >> shift & 1:
+            product ^= b
+        b = b >> 1 ^ _POLYNOMIAL if b & 1 else b >> 1
+    return product
+
+
+def _x_to(exponent: int) -> int:
+    result, square = _ONE, _ONE >> 1
+    while exponent:
+        if exponent & 1:
+            result = _multiply(result, square)
+        square = _multiply(square, square)
+        exponent >>= 1
+    return result
