@@ -45,7 +45,7 @@ def start(arguments: argparse.Namespace) -> int:
     if running is not None and running.started_as == options.fingerprint():
         with _progress("Waiting for the worker") as tell:
             running.wait_until_ready(arguments.timeout_s, tell)
-        _introduce(running, "is already serving")
+        _introduce(running, "is already serving", brief=arguments.brief)
         return 0
     server = TorchServer(options)
     if running is not None:
@@ -63,7 +63,7 @@ def start(arguments: argparse.Namespace) -> int:
     except BaseException:
         server.stop()
         raise
-    _introduce(server, "is serving")
+    _introduce(server, "is serving", brief=arguments.brief)
     return 0
 
 
@@ -148,13 +148,15 @@ def curl_line(server: TorchServer, fields: dict[str, object], output: str) -> st
     )
 
 
-def _introduce(server: TorchServer, verb: str) -> None:
+def _introduce(server: TorchServer, verb: str, *, brief: bool) -> None:
     print(f"TorchServe {verb} {server.model_name} {server.model_version} at {server.url}")
     if server.options.auth:
         print(
             f"Every request needs the key: -H 'Authorization: Bearer {server.token()}'\n"
             f"The keys and when they end: {server.state_dir / 'key_file.json'}"
         )
+    if brief:
+        return
     example = curl_line(server, {"prompt": EXAMPLE_PROMPT}, "picture.png")
     print(f"Draw a picture:\n\n  {example}\n\nmake status, make logs, make stop")
 
@@ -203,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     starter.add_argument("--grpc-port", type=int, default=7070, help="gRPC: this, +1 (7070)")
     starter.add_argument("--address", default=LOOPBACK, help="another needs --auth on (127.0.0.1)")
     starter.add_argument("--auth", choices=("on", "off"), default="off", help="ask for a key (off)")
+    starter.add_argument("--brief", action="store_true", help="say no more than the address")
     starter.add_argument("--timeout-s", type=float, default=600.0, help="for the worker (600)")
     add(stop, "stop it")
     add(status, "say what is served and whether it is ready").add_argument(

@@ -7,8 +7,10 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 
-from scripts.instance import Options, Ports, ServerError, archive_identity, is_loopback
+from handler.config import HandlerConfig
+from scripts.instance import REPOSITORY, Options, Ports, ServerError, archive_identity, is_loopback
 from tests.toy_archive import write_toy_archive
 
 
@@ -89,6 +91,16 @@ def test_every_shipped_property_is_commented(tmp_path: Path) -> None:
     lines = Options(tmp_path / "any.mar", tmp_path).config.read_text().splitlines()
     for before, line in itertools.pairwise(lines):
         assert not line or line.startswith("#") or before.startswith("#"), line
+
+
+def test_the_largest_allowed_reply_fits(tmp_path: Path) -> None:
+    model_config = yaml.safe_load((REPOSITORY / "config" / "model-config.yaml").read_text())
+    limits = HandlerConfig.from_mapping(model_config["handler"])
+    num_pixels = limits.max_instances * limits.max_images * limits.max_pixels
+    largest_bytes = num_pixels * len("[255,255,255],") * 4 // 3
+    shipped = properties(Options(tmp_path / "any.mar", tmp_path).config.read_text())
+    assert int(shipped["max_response_size"]) > 1.05 * largest_bytes
+    assert int(shipped["max_request_size"]) >= limits.max_body_bytes
 
 
 def test_an_instance_overrides_the_shipped_configuration(tmp_path: Path) -> None:

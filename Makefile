@@ -1,0 +1,117 @@
+# The only door: every task that a person does has a target. `make` alone lists them.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV      ?= .venv
+RUN_DIR   ?= .run
+STORE     ?= model-store
+PORT      ?= 8080
+GRPC_PORT ?= 7070
+ADDRESS   ?= 127.0.0.1
+AUTH      ?= off
+VERSION   ?= 1.0
+REVISION  ?= main
+PIP_ARGS  ?=
+DEMO_PICTURE ?= demo.png
+
+# The first Python that is new enough makes the virtual environment; PYTHON=… chooses another.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+PY        := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+SERVE     := $(PY) -m scripts.serve
+
+# The embedded default, rebuilt when anything inside it changes; .embedded marks that it is ours.
+DEFAULT         := stable_diffusion
+DEFAULT_ARCHIVE := $(STORE)/$(DEFAULT).mar
+EMBEDDED        := $(STORE)/.embedded
+DEFAULT_SOURCES := $(shell find demo/pipeline -type f 2>/dev/null) config/model-config.yaml \
+	$(wildcard handler/*.py)
+
+START = $(SERVE) start --run-dir $(RUN_DIR) --store $(STORE) --port $(PORT) \
+	--grpc-port $(GRPC_PORT) --address $(ADDRESS) --auth $(AUTH)
+
+.PHONY: help demo setup archive serve stop status logs test test-fast lint format bench clean
+
+help: ## List the targets
+	@echo "make demo first; then your own curl."
+	@echo
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
+		| while IFS='|' read -r target text; do printf '%-17s %s\n' "$$target" "$$text"; done
+
+demo: $(INSTALLED) $(DEFAULT_ARCHIVE) ## Install, build, start TorchServe and draw demo.png; leaves the server running
+	@$(START) --name $(DEFAULT) --brief
+	@$(PY) -m scripts.demo --run-dir $(RUN_DIR) --out $(DEMO_PICTURE) $(if $(PROMPT),--prompt "$(PROMPT)")
+
+setup: $(INSTALLED) ## Make .venv with the pinned packages (PIP_ARGS=… are passed to pip)
+
+$(INSTALLED): constraints.txt pyproject.toml
+	@[ -n "$(PYTHON)" ] || { echo "make: Python 3.11 or later is needed and none was found;" \
+		"install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Installing the pinned packages into $(VENV) (once; a minute or two) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' \
+		> $(VENV)/requirements.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+		-c constraints.txt -r $(VENV)/requirements.txt
+	@touch $@
+
+archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=folder | MODEL_ID=org/name REVISION=…] [NAME= VERSION= CONFIG= FORCE=1]
+ifneq ($(strip $(PIPELINE)$(MODEL_ID)),)
+	@$(PY) -m scripts.build_archive --out $(STORE) --version $(VERSION) \
+		--name "$(or $(NAME),$(notdir $(patsubst %/,%,$(or $(PIPELINE),$(MODEL_ID)))))" \
+		$(if $(MODEL_ID),--model-id "$(MODEL_ID)" --revision "$(REVISION)",--pipeline "$(PIPELINE)") \
+		$(if $(CONFIG),--config "$(CONFIG)") $(if $(FORCE),--force)
+	@rm -f $(EMBEDDED)
+else
+	@$(if $(FORCE),rm -f $(DEFAULT_ARCHIVE))
+	@$(MAKE) --no-print-directory $(DEFAULT_ARCHIVE)
+endif
+
+$(DEFAULT_ARCHIVE): $(DEFAULT_SOURCES) | $(INSTALLED)
+	@[ ! -e $@ ] || [ -e $(EMBEDDED) ] || { echo "make: $@ is an archive of your own: serve it" \
+		"with make serve, or replace it by the embedded one with make archive FORCE=1" >&2; exit 1; }
+	@echo "Packing the embedded pipeline into $@ ..."
+	@$(PY) -m scripts.build_archive --pipeline demo/pipeline --name $(DEFAULT) \
+		--version 1.0 --out $(STORE) --force
+	@touch $@ $(EMBEDDED)
+
+serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]
+	@$(START) $(if $(NAME),--name "$(NAME)")
+
+stop: ## Stop the server
+	@[ ! -x $(PY) ] || $(SERVE) stop --run-dir $(RUN_DIR)
+
+status: $(INSTALLED) ## Say what is served and whether it is ready
+	@$(SERVE) status --run-dir $(RUN_DIR)
+
+logs: $(INSTALLED) ## Follow the server's log
+	@$(SERVE) logs --follow --run-dir $(RUN_DIR)
+
+test: $(INSTALLED) ## Everything that must pass, on the real TorchServe too
+	@$(PY) -m pytest
+
+test-fast: $(INSTALLED) ## The tests that need no server and little time
+	@$(PY) -m pytest -m "not server and not slow"
+
+lint: $(INSTALLED) ## Report what ruff and mypy find; changes nothing
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
+
+format: $(INSTALLED) ## Format the code and fix what can be fixed safely
+	@$(PY) -m ruff check --fix
+	@$(PY) -m ruff format
+
+bench: $(INSTALLED) ## Measure what the README's figures come from
+	@$(PY) -m benchmarks.engine
+
+clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
+	@cd $(RUN_DIR) 2>/dev/null && rm -rf tmp temp logs config.properties server.json || true
+	@rm -rf $(DEMO_PICTURE) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@[ ! -e $(EMBEDDED) ] || rm -f $(EMBEDDED) $(DEFAULT_ARCHIVE)
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

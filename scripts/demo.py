@@ -1,0 +1,107 @@
+"""The first picture: what `make demo` asks of the running server, with curl, as people do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.instance import ServerError
+from scripts.serve import curl_line
+from scripts.server import TorchServer
+
+__all__ = ["main"]
+
+# What the embedded pipeline can draw: one shape in one colour on a background of another.
+FIRST_PROMPT = "a large red heart on a cyan background"
+NEXT_PROMPT = "a small yellow star at the top left on a blue background"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What curl got."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw one picture; return 0 done, 1 failed, 2 misused."""
+    arguments = _parser().parse_args(argv)
+    try:
+        server = TorchServer.find(arguments.run_dir)
+        if server is None:
+            raise ServerError("no server is running; `make demo` starts one and draws")
+        draw(server, {"prompt": arguments.prompt, "seed": arguments.seed}, arguments.out)
+    except ServerError as problem:
+        print(f"demo: {problem}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def draw(server: TorchServer, fields: dict[str, object], out: Path) -> None:
+    """Post `fields` with curl and write the picture to `out`. Raises: ServerError."""
+    print(f"Drawing {fields['prompt']!r} ...", flush=True)
+    answer = post(server, fields)
+    if answer.status != 200:
+        reason = answer.body.decode("utf-8", "replace").strip()
+        raise ServerError(f"the server answered {answer.status}: {reason}\nmake logs says more")
+    with tempfile.NamedTemporaryFile(dir=out.resolve().parent, delete=False) as part:
+        part.write(answer.body)
+    os.chmod(part.name, 0o644)
+    os.replace(part.name, out)
+    stages = re.findall(r"(\w+);dur=([\d.]+)", answer.headers.get("server-timing", ""))
+    seconds = sum(float(milliseconds) for _, milliseconds in stages) / 1000
+    print(f"\n  {out.resolve()}   ({len(answer.body):,} bytes, {seconds:.1f} s)\n")
+    print(f"Your turn:\n\n  {curl_line(server, {'prompt': NEXT_PROMPT}, 'mine.png')}\n")
+    print("The server keeps running: make status, make logs, make stop.")
+
+
+def post(server: TorchServer, fields: dict[str, object]) -> Answer:
+    """Post `fields` as JSON to the server's model with curl. Raises: ServerError."""
+    token = server.token()
+    with tempfile.TemporaryDirectory() as folder:
+        headers_file, body_file = Path(folder, "headers"), Path(folder, "body")
+        try:
+            run = subprocess.run(
+                [
+                    *("curl", "-sS", "--noproxy", "*", server.predictions_url),
+                    *("-H", "Content-Type: application/json", "-d", json.dumps(fields)),
+                    *(("-H", f"Authorization: Bearer {token}") if token else ()),
+                    *("-D", str(headers_file), "-o", str(body_file), "-w", "%{http_code}"),
+                ],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except FileNotFoundError:
+            raise ServerError("curl is not installed; any HTTP client will do") from None
+        if run.returncode != 0:
+            raise ServerError(run.stderr.strip())
+        lines = headers_file.read_text("latin-1").splitlines()
+        pairs = [line.split(": ", 1) for line in lines if ": " in line]
+        body = body_file.read_bytes() if body_file.exists() else b""
+        return Answer(int(run.stdout), {name.lower(): value for name, value in pairs}, body)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.demo", description="Draw a picture on the running server."
+    )
+    parser.add_argument("--run-dir", type=Path, default=Path(".run"), help="the server's state")
+    parser.add_argument("--prompt", default=FIRST_PROMPT, help="what to draw")
+    parser.add_argument("--seed", type=int, default=1, help="the same seed, the same picture (1)")
+    parser.add_argument("--out", type=Path, default=Path("demo.png"), help="default: demo.png")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
