@@ -127,6 +127,8 @@ def _size_bytes(row: Mapping[str, object], headers: Mapping[str, str]) -> int:
         elif isinstance(value, (list, tuple)):
             size += len(value)
             pending.extend(value)
+        elif isinstance(value, int):
+            size += 1 + value.bit_length() // 4
         else:
             size += 1
     return size
