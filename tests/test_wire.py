@@ -370,6 +370,51 @@ def test_no_input_raises_anything_but_a_request_error(
         assert request.height * request.width <= CONFIG.max_pixels
 
 
+PLAUSIBLE = st.fixed_dictionaries(
+    {"prompt": st.text(max_size=2100)},
+    optional={
+        "seed": st.integers(-1, 2**53),
+        "steps": st.integers(0, 151),
+        "guidance": st.floats(-1, 31) | st.integers(0, 30),
+        "height": st.integers(7, 195).map(lambda n: 8 * n),
+        "width": st.integers(7, 195).map(lambda n: 8 * n),
+        "n": st.integers(1, 5),
+        "output_format": st.sampled_from(["json", "npy", "array"]),
+    },
+)
+
+
+@given(PLAUSIBLE)
+def test_a_call_is_accepted_if_and_only_if_it_is_within_the_limits(
+    fields: dict[str, object],
+) -> None:
+    config = HandlerConfig(default_output="json")
+    height, width = fields.get("height", 768), fields.get("width", 768)
+    seed, num_images = fields.get("seed", 0), fields.get("n", 1)
+    assert isinstance(height, int)
+    assert isinstance(width, int)
+    assert isinstance(seed, int)
+    assert isinstance(num_images, int)
+    wrong = {
+        "prompt": not 1 <= len(str(fields["prompt"]).strip()) <= 2000
+        or "\0" in str(fields["prompt"]),
+        "seed": not 0 <= seed <= 2**53 - (num_images if num_images <= 4 else 1),
+        "num_inference_steps": not 1 <= fields.get("steps", 1) <= 150,  # type: ignore[operator]
+        "guidance_scale": not 0 <= fields.get("guidance", 1) <= 30,  # type: ignore[operator]
+        "width": not 64 <= width <= 1536,
+        "num_images": num_images > 4,
+    }
+    # A picture with too many pixels is reported at its height.
+    is_too_large = height * width > 1024 * 1024 and not wrong["width"]
+    wrong["height"] = not 64 <= height <= 1536 or is_too_large
+    expected = {name for name, is_wrong in wrong.items() if is_wrong}
+    if expected:
+        assert set(problems({"body": fields}, config=config)) == expected
+    else:
+        request = call({"body": fields}, config=config).requests[0]
+        assert (request.height, request.width, request.num_images) == (height, width, num_images)
+
+
 @given(st.dictionaries(st.sampled_from(sorted(FIELD_NAMES)), VALUES, max_size=6))
 def test_a_json_body_is_read_alike_parsed_or_not(fields: dict[str, object]) -> None:
     """The frontend parses JSON itself only under one spelling of the content type."""
