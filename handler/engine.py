@@ -27,8 +27,9 @@ from handler.errors import Cancelled, DeadlineExceeded, TooLarge
 from handler.forward import BatchedForward, Counters, Failure
 from handler.parking import Parked, RequestGreenlet, find_slots
 from handler.policy import Cost, Limits
+from handler.schedulers import make_scheduler
 from handler.ticket import State, StepEnd, Ticket
-from handler.view import call_defaults, estimate_cost, make_scheduler, make_view
+from handler.view import call_defaults, estimate_cost, make_view
 
 __all__ = ["BUCKETS", "InFlightEngine"]
 
@@ -94,6 +95,11 @@ class InFlightEngine:
         return self._forward.counters
 
     @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to report."""
+        return bool(self._waiting or self._parked or self._ended)
+
+    @property
     def num_waiting(self) -> int:
         return len(self._waiting)
 
@@ -151,6 +157,7 @@ class InFlightEngine:
     def step(self) -> list[Ticket]:
         """One tick: drop who is out of time, admit, one forward a group. Returns who ended."""
         self._stepping = True
+        started_s = self.clock()
         try:
             # Grad mode belongs to the thread: off here, greenlets may enter and leave `no_grad`
             # in any order and only ever restore what is off already.
@@ -160,13 +167,14 @@ class InFlightEngine:
                 self._tick()
         finally:
             self._stepping = False
+            self.counters.tick_s += self.clock() - started_s
         ended, self._ended = self._ended, []
         return ended
 
     def run(self) -> list[Ticket]:
         """Step until nothing is left; returns who ended, in that order."""
         ended = self.step()
-        while self._waiting or self._parked:
+        while self.has_work:
             ended += self.step()
         return ended
 

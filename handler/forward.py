@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from handler.merging import Fingerprints, merge, merge_key, split
+from handler.merging import Fingerprints, is_listed, merge, merge_key, split
 from handler.parking import Parked
 
 __all__ = ["BatchedForward", "Counters", "Failure", "Group", "is_out_of_memory"]
@@ -24,6 +24,8 @@ class Counters:
     """What the engine has done so far."""
 
     ticks: int = 0
+    tick_s: float = 0.0
+    """Seconds in `step`, everything included."""
     forwards: int = 0
     rows: int = 0
     """Rows of all forwards, padding not counted."""
@@ -124,7 +126,8 @@ class BatchedForward:
         else:
             merged = merge([c.bound.arguments for c in calls], rows, pad_to=padded)
             bound = type(calls[0].bound)(slot.signature, merged)
-            results = split(slot.real(*bound.args, **bound.kwargs), rows, total=padded)
+            output = slot.real(*bound.args, **bound.kwargs)
+            results = split(output, rows, total=padded, listed=is_listed(merged))
         self.counters.forward_s += self.clock() - started
         self.counters.forwards += 1
         self.counters.rows += total

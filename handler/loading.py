@@ -21,6 +21,7 @@ import torch
 from handler.archive import OpenedPipeline, open_pipeline
 from handler.errors import ArchiveError, ConfigError
 from handler.request import PipelineTraits
+from handler.schedulers import compatible_schedulers
 
 if TYPE_CHECKING:
     from handler.config import HandlerConfig
@@ -120,22 +121,10 @@ def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
 def describe(pipeline: Any) -> PipelineTraits:
     """Say what requests may ask of `pipeline`."""
     return PipelineTraits(
-        schedulers=_schedulers(pipeline),
+        schedulers=compatible_schedulers(pipeline),
         size_multiple_px=_size_multiple_px(pipeline),
         parameters=frozenset(inspect.signature(type(pipeline).__call__).parameters) - {"self"},
     )
-
-
-def _schedulers(pipeline: Any) -> tuple[str, ...]:
-    """Name the pipeline's own scheduler class first, then those that take its config."""
-    scheduler = getattr(pipeline, "scheduler", None)
-    if scheduler is None:
-        return ()
-    own = type(scheduler).__name__
-    usable = (
-        each.__name__ for each in scheduler.compatibles if "dummy" not in each.__module__.split("_")
-    )
-    return (own, *sorted(set(usable) - {own}))
 
 
 def _size_multiple_px(pipeline: Any) -> int:

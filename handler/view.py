@@ -8,42 +8,20 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 
 from handler.policy import Cost
-from handler.request import SCHEDULER_SHORT_NAMES
 from handler.ticket import StepEnd, Ticket
 
-__all__ = ["call_defaults", "compatible_schedulers", "estimate_cost", "make_scheduler", "make_view"]
+__all__ = ["call_defaults", "estimate_cost", "make_view"]
 
 
 def call_defaults(pipeline: Any) -> dict[str, Any]:
     """The parameters of the pipeline's ``__call__`` and their defaults."""
     kind: type = type(pipeline)
     return _defaults(kind)
-
-
-def compatible_schedulers(pipeline: Any) -> tuple[str, ...]:
-    """Class names of the schedulers that can stand in for the pipeline's own, itself included."""
-    own = type(pipeline.scheduler)
-    listed = {kind.__name__ for kind in getattr(pipeline.scheduler, "compatibles", [])}
-    return tuple(sorted(listed | {own.__name__}))
-
-
-def make_scheduler(pipeline: Any, name: str) -> Any:
-    """A fresh scheduler of the named class with the configuration of the pipeline's own.
-
-    Raises:
-        ValueError: no compatible scheduler has this class name or short name.
-    """
-    class_name = SCHEDULER_SHORT_NAMES.get(name, name)
-    compatible = compatible_schedulers(pipeline)
-    if class_name not in compatible:
-        raise ValueError(f"scheduler {name!r} does not fit; this pipeline takes {list(compatible)}")
-    return getattr(diffusers, class_name).from_config(pipeline.scheduler.config)
 
 
 def make_view(pipeline: Any, ticket: Ticket) -> tuple[Any, dict[str, Any]]:

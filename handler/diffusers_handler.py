@@ -1,0 +1,225 @@
+"""TorchServe's side of things: its contexts, its cycles, its way of deferring and streaming.
+
+With ``continuousBatching: true`` TorchServe calls `handle` in cycles, each time with every live
+request. A cycle opens the new ones, runs the engine for a while, answers what is finished, and
+leaves the others out of its reply, so that they come again in the next cycle::
+
+    cycle 1   open A, B   tick tick …   defer A, B
+    cycle 2   open C      tick tick …   answer B, defer A, C
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from ts.torch_handler.base_handler import BaseHandler
+
+from handler.config import HandlerConfig
+from handler.engine import BUCKETS, InFlightEngine
+from handler.errors import ConfigError, ServingError
+from handler.loading import describe, load_pipeline
+from handler.metrics import emit
+from handler.replies import Reply
+from handler.request import GenerationRequest, PipelineTraits, check_against_pipeline
+from handler.service import GenerationService, draw_seed
+from handler.wire import Call, read_call
+
+__all__ = ["DiffusersHandler"]
+
+logger = logging.getLogger(__name__)
+
+_EMIT_EVERY_S = 1.0
+
+
+class DiffusersHandler(BaseHandler):  # type: ignore[misc]
+    """Serves a zipped diffusers pipeline from its archive, many requests in flight at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pipeline: Any = None
+        self.config = HandlerConfig()
+        self.traits = PipelineTraits(schedulers=(), size_multiple_px=8, parameters=frozenset())
+        self._service: GenerationService | None = None
+        self._engine: InFlightEngine | None = None
+        self._is_continuous = False
+        self._streaming: set[str] = set()
+        self._emitted_s = time.monotonic()
+
+    def initialize(self, context: Any) -> None:
+        """Open the archived pipeline on the worker's device; sets `pipeline` and `initialized`.
+
+        Raises:
+            ServingError: the configuration or the archive is wrong; the log says how.
+        """
+        started_s = time.monotonic()
+        self.context, self.manifest = context, context.manifest
+        try:
+            self._initialize(context)
+        except ServingError as error:
+            logger.error("cannot serve this model: %s", error)
+            raise
+        self.initialized = True
+        logger.info(
+            "%s is ready on %s after %.1f s",
+            type(self.pipeline).__name__,
+            self.device,
+            time.monotonic() - started_s,
+        )
+
+    def _initialize(self, context: Any) -> None:
+        model_config: Mapping[str, Any] = context.model_yaml_config or {}
+        self.config = HandlerConfig.from_mapping(model_config.get("handler"))
+        self._is_continuous = bool(model_config.get("continuousBatching", False))
+        _check_workers(model_config, is_continuous=self._is_continuous)
+        _keep_prompts_out_of_the_log()
+        properties = context.system_properties
+        loaded = load_pipeline(Path(properties["model_dir"]), self.config, properties.get("gpu_id"))
+        self.traits = describe(loaded.pipeline)
+        check_against_pipeline(self.config, self.traits)
+        self.pipeline, self.device = loaded.pipeline, loaded.device
+        self._engine = InFlightEngine(
+            self.pipeline,
+            max_rows=self.config.max_rows,
+            max_pixels=self.config.max_pixels_in_flight,
+            exact=self.config.exact,
+            buckets=BUCKETS if self.config.pad_to_buckets else (),
+        )
+        self._service = GenerationService(
+            self._engine, self.config, self.traits, model_name=context.model_name or "model"
+        )
+
+    def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[str]:
+        """The prompts of TorchServe's rows, in their order.
+
+        Raises:
+            RequestError: a row that is no valid request.
+        """
+        return [request.prompt for request in self._requests(data)]
+
+    def inference(self, data: Sequence[str], *args: Any, **kwargs: Any) -> list[Image.Image]:
+        """One picture a prompt, with the configured steps, guidance and size and a fresh seed."""
+        requests = self._requests([{"data": prompt} for prompt in data])
+        return [result.images[0] for result in self._serving().draw(requests)]
+
+    def postprocess(self, data: Sequence[Image.Image]) -> list[npt.NDArray[np.uint8]]:
+        """Pictures as uint8 arrays (H, W, 3)."""
+        return [np.array(image.convert("RGB"), dtype=np.uint8) for image in data]
+
+    def handle(self, data: Sequence[Mapping[str, object]], context: Any) -> list[bytes]:
+        """One cycle of TorchServe. What goes wrong with a request becomes that request's reply."""
+        service = self._serving()
+        ids: dict[int, str] = dict(context.request_ids)
+        for call_id in service.live_ids - set(ids.values()):
+            service.drop(call_id)
+            self._streaming.discard(call_id)
+        for index, call_id in ids.items():
+            if call_id not in service.live_ids:
+                service.open(call_id, data[index], _headers(context, index))
+        service.advance(self.config.cycle_ms / 1000 if self._is_continuous else None)
+        answers = self._answer(ids, context)
+        self._emit_metrics(context)
+        return answers
+
+    def _requests(self, rows: Sequence[Mapping[str, object]]) -> list[GenerationRequest]:
+        calls = [read_call(row, {}, self.config, self.traits, draw_seed=draw_seed) for row in rows]
+        return [request for call in calls if isinstance(call, Call) for request in call.requests]
+
+    def _answer(self, ids: Mapping[int, str], context: Any) -> list[bytes]:
+        """The body for each place; places without one are taken out of `context.request_ids`."""
+        service = self._serving()
+        replies = service.take_replies()
+        answers = [b""] * len(ids)
+        criteria = [_plain] * len(ids)
+        for index, call_id in ids.items():
+            reply, stream = replies.get(call_id), service.stream_of(call_id)
+            if reply is not None:
+                answers[index] = _write(context, index, call_id, reply)
+                if call_id in self._streaming:
+                    self._streaming.remove(call_id)
+                    criteria[index] = _last
+            elif stream is not None and call_id not in self._streaming:
+                self._streaming.add(call_id)
+                answers[index] = _write(context, index, call_id, stream.opening())
+                criteria[index] = _more
+            elif stream is not None and (chunk := stream.take()):
+                answers[index], criteria[index] = chunk, _more
+            else:
+                del context.request_ids[index]
+        # Read by TorchServe's encoder of replies, request by request; stale ones would be reused.
+        context.stopping_criteria = criteria if self._is_continuous else None
+        return answers
+
+    def _emit_metrics(self, context: Any) -> None:
+        assert self._engine is not None
+        now_s, service = time.monotonic(), self._serving()
+        if service.live_ids and now_s - self._emitted_s < _EMIT_EVERY_S:
+            return
+        self._emitted_s = now_s
+        gauges = {
+            "diffusers_requests_in_flight": float(self._engine.num_running),
+            "diffusers_requests_waiting": float(self._engine.num_waiting),
+            "diffusers_rows_in_flight": float(self._engine.in_flight.rows),
+        }
+        samples = service.meter.samples(self._engine.counters, gauges)
+        emit(samples, context.metrics, context.model_name)
+
+    def _serving(self) -> GenerationService:
+        if self._service is None:
+            raise RuntimeError("initialize(context) has not been called")
+        return self._service
+
+
+def _plain(_: object) -> bool | None:
+    """TorchServe's stopping criterion for a reply that is no stream."""
+    return None
+
+
+def _more(_: object) -> bool | None:
+    """A chunk of a stream that goes on."""
+    return False
+
+
+def _last(_: object) -> bool | None:
+    """The last chunk of a stream."""
+    return True
+
+
+def _write(context: Any, index: int, call_id: str, reply: Reply) -> bytes:
+    context.set_response_status(reply.status, reply.phrase, index)
+    context.set_response_content_type(index, reply.content_type)
+    for name, value in reply.headers.items():
+        context.set_response_header(index, name, value)
+    logger.info("%s %d %s %d bytes", call_id, reply.status, reply.content_type, len(reply.body))
+    return reply.body
+
+
+def _headers(context: Any, index: int) -> dict[str, str]:
+    """The request's headers by lower-cased name; TorchServe puts those of form parts among them."""
+    headers: Mapping[str, object] = context.get_all_request_header(index)
+    return {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
+
+
+def _check_workers(model_config: Mapping[str, Any], *, is_continuous: bool) -> None:
+    workers = {model_config.get(key, 1) for key in ("minWorkers", "maxWorkers")}
+    if is_continuous and workers != {1}:
+        raise ConfigError(
+            "model-config.yaml: continuousBatching needs minWorkers: 1 and maxWorkers: 1, since "
+            "requests share forwards inside one worker (TorchServe hangs with two)"
+        )
+
+
+def _keep_prompts_out_of_the_log() -> None:
+    """Pipelines warn of truncated prompts by quoting them; progress bars are for terminals."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    for library in (diffusers_logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()

@@ -1,0 +1,312 @@
+"""Follow every call from its row to its reply: read, submit, wait, encode, answer exactly once.
+
+    open ─▶ wire.read_call ─▶ engine.submit ─▶ … ticks … ─▶ replies (thread pool) ─▶ take_replies
+
+It knows neither TorchServe nor HTTP's framing; the handler maps ids and replies to its context.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+
+from handler.config import HandlerConfig
+from handler.engine import InFlightEngine
+from handler.errors import (
+    Cancelled,
+    Conflict,
+    EngineFault,
+    InvalidRequest,
+    NotFound,
+    OutOfMemory,
+    QueueFull,
+    RequestError,
+)
+from handler.forward import is_out_of_memory
+from handler.metrics import Meter
+from handler.outcome import Result, Timings
+from handler.preview import Previewer
+from handler.prompts import pipeline_arguments, prompt_warnings
+from handler.replies import Reply, cancel_reply, error_reply, success_reply
+from handler.request import GenerationRequest, PipelineTraits
+from handler.stream import EventStream
+from handler.ticket import State, StepEnd, Ticket
+from handler.wire import Call, CancelCall, read_call
+
+__all__ = ["GenerationService"]
+
+logger = logging.getLogger(__name__)
+
+# Drawn seeds are short enough to be typed again.
+_MAX_DRAWN_SEED = 2**32
+
+
+def draw_seed() -> int:
+    """A seed that nobody can foresee."""
+    return secrets.randbelow(_MAX_DRAWN_SEED)
+
+
+@dataclass(eq=False)
+class _LiveCall:
+    """A call that was accepted and not yet answered."""
+
+    call_id: str
+    call: Call
+    opened_s: float
+    tickets: list[Ticket] = field(default_factory=list)
+    stream: EventStream | None = None
+    encoding: Future[Reply] | None = None
+
+
+class GenerationService:
+    """Serves calls on `engine`, all but the encoding of pictures in the caller's thread.
+
+    `model_name` and `config` go into the replies; `clock` is the engine's.
+    """
+
+    def __init__(
+        self,
+        engine: InFlightEngine,
+        config: HandlerConfig,
+        traits: PipelineTraits,
+        *,
+        model_name: str,
+        draw_seed: Callable[[], int] = draw_seed,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.meter = Meter()
+        self._engine = engine
+        self._config = config
+        self._traits = traits
+        self._model_name = model_name
+        self._draw_seed = draw_seed
+        self._clock = clock
+        self._live: dict[str, _LiveCall] = {}
+        self._by_ticket: dict[Ticket, _LiveCall] = {}
+        self._replies: dict[str, Reply] = {}
+        self._previewer = Previewer(engine.pipeline)
+        self._encoders = ThreadPoolExecutor(config.encode_threads, thread_name_prefix="encode")
+
+    @property
+    def live_ids(self) -> frozenset[str]:
+        """Calls that were opened and whose last word was not taken yet."""
+        return frozenset(self._live) | frozenset(self._replies)
+
+    def open(self, call_id: str, row: Mapping[str, object], headers: Mapping[str, str]) -> None:
+        """Take in one call; whatever is wrong with it becomes its reply, never an exception."""
+        try:
+            call = read_call(row, headers, self._config, self._traits, draw_seed=self._draw_seed)
+            if isinstance(call, CancelCall):
+                self._replies[call_id] = self._cancel_for(call_id, call.request_id)
+                return
+            self._check_room(call)
+            live = _LiveCall(call_id, call, self._clock())
+            self._submit(live)
+        except RequestError as error:
+            self._answer_error(call_id, error)
+
+    def advance(self, budget_s: float | None = None) -> None:
+        """Tick until a call can be answered or `budget_s` is used; None: until all can be."""
+        ends_s = None if budget_s is None else self._clock() + budget_s
+        while self._live:
+            if self._engine.has_work:
+                for ticket in self._engine.step():
+                    self._on_ended(ticket)
+            else:
+                self._await_encoders(ends_s)
+            self._collect_encoded()
+            if ends_s is not None and (self._replies or self._clock() >= ends_s):
+                return
+
+    def take_replies(self) -> dict[str, Reply]:
+        """The calls that are finished, each handed out once."""
+        replies, self._replies = self._replies, {}
+        return replies
+
+    def draw(self, requests: Sequence[GenerationRequest]) -> list[Result]:
+        """The pictures of `requests`, drawn beside whatever else is in flight.
+
+        Raises:
+            RequestError: the first that failed.
+        """
+        tickets = [self._submit_one(request) for request in requests]
+        while not all(ticket.ended for ticket in tickets):
+            for ended in self._engine.step():
+                self._on_ended(ended)
+        for ticket in tickets:
+            if ticket.error is not None:
+                raise as_request_error(ticket.error, ticket)
+        return [self._result(t, r) for t, r in zip(tickets, requests, strict=True)]
+
+    def stream_of(self, call_id: str) -> EventStream | None:
+        """The events of a call that wants them; None for a plain call."""
+        live = self._live.get(call_id)
+        return None if live is None else live.stream
+
+    def drop(self, call_id: str) -> None:
+        """The client went away: end the call, nobody hears of it."""
+        self._replies.pop(call_id, None)
+        live = self._live.get(call_id)
+        if live is not None:
+            self.meter.call_ended("disconnected")
+            self._release(live, Cancelled("the client closed the connection"))
+
+    def close(self) -> None:
+        """End every call and give the pipeline back."""
+        for call_id in list(self._live):
+            self.drop(call_id)
+        self._encoders.shutdown()
+        self._engine.close()
+
+    def _check_room(self, call: Call) -> None:
+        if call.request_id is not None and self._find(call.request_id) is not None:
+            raise Conflict(
+                f"the id {call.request_id!r} belongs to a request that is still running; "
+                "choose another or wait for its reply",
+                {"request_id": "is taken"},
+            )
+        waiting = self._engine.num_waiting
+        if waiting and waiting + len(call.requests) > self._config.max_waiting:
+            raise QueueFull(
+                f"{waiting} requests are waiting already, {self._config.max_waiting} may; "
+                "try again a little later"
+            )
+
+    def _submit(self, live: _LiveCall) -> None:
+        if live.call.stream:
+            live.stream = EventStream(self._previewer, live.call.preview_every, self._clock)
+        try:
+            for request in live.call.requests:
+                on_step = None if live.stream is None else live.stream.on_step
+                live.tickets.append(
+                    self._submit_one(request, deadline_s=live.call.deadline_s, on_step=on_step)
+                )
+        except RequestError:
+            for ticket in live.tickets:
+                self._engine.cancel(ticket)
+            raise
+        self._live[live.call_id] = live
+        self._by_ticket.update(dict.fromkeys(live.tickets, live))
+
+    def _submit_one(
+        self,
+        request: GenerationRequest,
+        *,
+        deadline_s: float | None = None,
+        on_step: Callable[[StepEnd], None] | None = None,
+    ) -> Ticket:
+        try:
+            return self._engine.submit(
+                pipeline_arguments(request, self._traits.parameters),
+                scheduler=request.scheduler,
+                deadline_s=deadline_s,
+                on_step=on_step,
+            )
+        except ValueError as error:
+            raise InvalidRequest(f"the pipeline refuses the request: {error}") from error
+
+    def _on_ended(self, ticket: Ticket) -> None:
+        self.meter.steps_done(ticket.num_steps_done)
+        live = self._by_ticket.pop(ticket, None)
+        if live is None:
+            return
+        if ticket.state is State.FAILED:
+            assert ticket.error is not None
+            self._fail(live, as_request_error(ticket.error, ticket))
+        elif all(t.state is State.DONE for t in live.tickets):
+            results = [
+                self._result(t, r) for t, r in zip(live.tickets, live.call.requests, strict=True)
+            ]
+            for result in results:
+                self.meter.images_drawn(result)
+            live.encoding = self._encoders.submit(
+                success_reply,
+                live.call,
+                results,
+                request_id=live.call_id,
+                model_name=self._model_name,
+                config=self._config,
+            )
+
+    def _result(self, ticket: Ticket, request: GenerationRequest) -> Result:
+        assert ticket.admitted_s is not None
+        assert ticket.ended_s is not None
+        denoised_s = ticket.denoised_s or ticket.ended_s
+        return Result(
+            request=request,
+            images=tuple(ticket.result().images),
+            timings=Timings(
+                queue_s=ticket.admitted_s - ticket.submitted_s,
+                denoise_s=denoised_s - ticket.admitted_s,
+                decode_s=ticket.ended_s - denoised_s,
+            ),
+            warnings=prompt_warnings(self._engine.pipeline, request),
+        )
+
+    def _collect_encoded(self) -> None:
+        for live in [c for c in self._live.values() if c.encoding is not None]:
+            assert live.encoding is not None
+            if not live.encoding.done():
+                continue
+            error = live.encoding.exception()
+            if error is None:
+                self._release(live)
+                self._answer(live, live.encoding.result(), "ok")
+            else:
+                logger.error("encoding a picture failed", exc_info=error)
+                self._fail(live, EngineFault("the picture could not be encoded"))
+
+    def _await_encoders(self, ends_s: float | None) -> None:
+        encoding = [c.encoding for c in self._live.values() if c.encoding is not None]
+        timeout_s = None if ends_s is None else max(0.0, ends_s - self._clock())
+        wait(encoding, timeout=timeout_s, return_when=FIRST_COMPLETED)
+
+    def _cancel_for(self, canceller_id: str, wanted: str) -> Reply:
+        live = self._find(wanted)
+        if live is None:
+            raise NotFound(f"no request with the id {wanted!r} is running", {"cancel": "unknown"})
+        self._fail(live, Cancelled("the request was cancelled"))
+        return cancel_reply(wanted, request_id=canceller_id)
+
+    def _find(self, request_id: str) -> _LiveCall | None:
+        """The live call of this id, TorchServe's or the client's own."""
+        if request_id in self._live:
+            return self._live[request_id]
+        return next((c for c in self._live.values() if c.call.request_id == request_id), None)
+
+    def _fail(self, live: _LiveCall, error: RequestError) -> None:
+        self._release(live, error)
+        self._answer(live, error_reply(error, request_id=live.call_id), error.code)
+
+    def _answer(self, live: _LiveCall, reply: Reply, outcome: str) -> None:
+        self.meter.call_ended(outcome, total_s=self._clock() - live.opened_s)
+        self._replies[live.call_id] = reply if live.stream is None else live.stream.close(reply)
+
+    def _answer_error(self, call_id: str, error: RequestError) -> None:
+        self.meter.call_ended(error.code)
+        self._replies[call_id] = error_reply(error, request_id=call_id)
+
+    def _release(self, live: _LiveCall, reason: RequestError | None = None) -> None:
+        """Forget the call; what still runs of it is cancelled."""
+        del self._live[live.call_id]
+        for ticket in live.tickets:
+            self._by_ticket.pop(ticket, None)
+            self._engine.cancel(ticket, reason)
+
+
+def as_request_error(error: BaseException, ticket: Ticket) -> RequestError:
+    """What a client is told of `error`, which ended its ticket."""
+    if isinstance(error, RequestError):
+        return error
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            "the picture does not fit into the device's memory, even alone; ask for a smaller one"
+        )
+    if isinstance(error, ValueError) and not ticket.num_steps_done:
+        return InvalidRequest(f"the pipeline refuses the request: {error}")
+    logger.error("the pipeline failed", exc_info=error)
+    return EngineFault(f"the pipeline failed: {type(error).__name__}")
