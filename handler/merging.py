@@ -12,6 +12,9 @@ step      is one number of a per-step parameter         expanded to rows, concat
 shared    is anything else (Flux's position ids)        must be equal, passed once
 ========  ============================================  ===============================
 
+Some models (Z-Image) take the batch as a list of tensors, one a row, each of its own length. Where
+a call's first tensors come in a list, its lists of that many tensors are the rows.
+
 Calls whose `merge_key` is equal may share a forward.
 """
 
@@ -22,11 +25,12 @@ import hashlib
 import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from enum import Enum
+from itertools import chain, islice
 from typing import Any
 
 import torch
 
-__all__ = ["Fingerprints", "merge", "merge_key", "num_rows", "split"]
+__all__ = ["Fingerprints", "is_listed", "merge", "merge_key", "num_rows", "split"]
 
 Arguments = Mapping[str, Any]
 
@@ -67,10 +71,18 @@ class Fingerprints:
 def num_rows(arguments: Arguments) -> int | None:
     """The batch size of a call: the first dimension of its first tensor that has one."""
     for value in arguments.values():
+        if _is_list_of_tensors(value):
+            return len(value)
         for tensor in _tensors(value):
             if tensor.ndim:
                 return int(tensor.shape[0])
     return None
+
+
+def is_listed(arguments: Arguments) -> bool:
+    """Whether the call's rows are lists of tensors."""
+    with_tensors = (value for value in arguments.values() if num_rows({"": value}) is not None)
+    return _is_list_of_tensors(next(with_tensors, None))
 
 
 def merge_key(arguments: Arguments, rows: int, fingerprints: Fingerprints) -> Hashable:
@@ -79,8 +91,13 @@ def merge_key(arguments: Arguments, rows: int, fingerprints: Fingerprints) -> Ha
     The same parameters, equal plain values, and tensors of the same part, dtype, device and shape
     past the rows; shared tensors equal in every element.
     """
+    listed = is_listed(arguments)
 
     def key(name: str, value: Any) -> Hashable:
+        if listed and _is_list_of_tensors(value) and len(value) == rows:
+            # The model pads the lengths itself.
+            kinds = {(v.dtype, v.device, v.layout, tuple(v.shape[1:])) for v in value}
+            return ("listed", frozenset(kinds))
         if isinstance(value, torch.Tensor):
             part = _part(name, value, rows)
             if part == "step":
@@ -109,9 +126,12 @@ def merge(
     padding = 0 if pad_to is None else pad_to - sum(rows)
     if padding < 0:
         raise ValueError(f"pad_to={pad_to} is less than the {sum(rows)} rows to merge")
+    listed = is_listed(calls[0])
 
     def join(name: str, values: Sequence[Any]) -> Any:
         first = values[0]
+        if listed and _is_list_of_tensors(first) and len(first) == rows[0]:
+            return [*chain(*values), *values[-1][-1:] * padding]
         if isinstance(first, torch.Tensor):
             part = _part(name, first, rows[0])
             if part == "shared":
@@ -133,15 +153,21 @@ def merge(
     return {name: join(name, [call[name] for call in calls]) for name in calls[0]}
 
 
-def split(output: Any, rows: Sequence[int], *, total: int | None = None) -> list[Any]:
+def split(
+    output: Any, rows: Sequence[int], *, total: int | None = None, listed: bool = False
+) -> list[Any]:
     """The output of a merged forward, one piece a call; pieces share no memory.
 
-    `total` is the number of rows that the forward ran, padding included. A tensor whose first
-    dimension is not `total`, and every plain value, goes to all calls as it is.
+    `total` is the number of rows that the forward ran, padding included; `listed` is what
+    `is_listed` said of its calls. A tensor whose first dimension is not `total`, and every plain
+    value, goes to all calls as it is.
     """
     total = sum(rows) if total is None else total
 
     def pieces(value: Any) -> list[Any]:
+        if listed and _is_list_of_tensors(value) and len(value) == total:
+            members = iter(value)
+            return [[v.clone() for v in islice(members, n)] for n in rows]
         if isinstance(value, torch.Tensor):
             if value.ndim == 0 or value.shape[0] != total:
                 return [value] * len(rows)
@@ -167,6 +193,14 @@ def _part(name: str, tensor: torch.Tensor, rows: int) -> str:
     if tensor.ndim and tensor.shape[0] == rows and name not in SHARED_PARAMETERS:
         return "rows"
     return "shared"
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(member, torch.Tensor) for member in value)
+    )
 
 
 def _steps(values: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.Tensor]:
