@@ -77,8 +77,14 @@ class InFlightEngine:
         self.limits = Limits(max_rows, max_pixels, max_overtakes)
         self._forward = BatchedForward(clock, max_rows, buckets)
         self._adapters = _Adapters(pipeline)
-        # Perturbed-attention pipelines swap the attention processors of the shared modules.
+        # Perturbed-attention pipelines swap the attention processors of the shared modules, and put
+        # them back only where a call returns.
         self._one_at_a_time = any(k.__name__ == "PAGMixin" for k in type(pipeline).__mro__)
+        self._processors = [
+            (module, module.attn_processors)
+            for module in pipeline.components.values()
+            if self._one_at_a_time and hasattr(module, "attn_processors")
+        ]
         self._waiting: list[Ticket] = []
         self._parked: dict[Ticket, Parked] = {}
         self._ended: list[Ticket] = []
@@ -295,6 +301,9 @@ class InFlightEngine:
         self._end(ticket, State.FAILED, reason)
 
     def _end(self, ticket: Ticket, state: State, outcome: Any) -> None:
+        if ticket.run is not None:
+            for module, processors in self._processors:
+                module.set_attn_processor(dict(processors))
         ticket.end(state, outcome, self.clock())
         self._ended.append(ticket)
 
