@@ -385,7 +385,11 @@ def example_kwargs(family: str, index: int) -> dict[str, Any]:
     )
     inputs = torch.Generator().manual_seed(2000 + index)
     image = torch.rand((1, 3, SIDE_PX, SIDE_PX), generator=inputs)
-    if family == "stable_diffusion_controlnet":
+    if family == "flux" and kind == 2:
+        kwargs.update(true_cfg_scale=3.0, negative_prompt="dog")  # a second forward a step
+    elif family == "z_image" and kwargs["guidance_scale"] == 1.0:
+        kwargs.update(guidance_scale=0.0)  # its scale counts from zero
+    elif family == "stable_diffusion_controlnet":
         kwargs.update(image=image, controlnet_conditioning_scale=0.5 + 0.25 * (kind % 2))
     elif family == "stable_diffusion_img2img":
         del kwargs["height"], kwargs["width"]

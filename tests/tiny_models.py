@@ -121,15 +121,15 @@ def qwen3() -> transformers.Qwen3Model:
 # Autoencoders and the UNet family.
 
 
-def vae(latent_channels: int = 4, **changes: Any) -> diffusers.AutoencoderKL:
+def vae(force_upcast: bool = False, **changes: Any) -> diffusers.AutoencoderKL:
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=SIDE_PX,
         scaling_factor=1.0,
+        force_upcast=force_upcast,
         **changes,
     )
 
