@@ -28,6 +28,7 @@ from handler.errors import ArchiveError
 from handler.zipread import CHUNK_BYTES, ZipMember, ZipReader
 
 __all__ = [
+    "LORA_FOLDER",
     "MODEL_ZIP",
     "PICKLE_SUFFIXES",
     "Extent",
@@ -40,6 +41,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 MODEL_ZIP = "model.zip"
+LORA_FOLDER = "lora"
 MODEL_INDEX = "model_index.json"
 WEIGHTS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib", ".npy", ".npz")

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from handler.archive import OpenedPipeline, open_pipeline
+from handler.archive import LORA_FOLDER, Extent, OpenedPipeline, open_pipeline
 from handler.errors import ArchiveError, ConfigError
 from handler.request import PipelineTraits
+from handler.safetensors_map import map_tensors
 from handler.schedulers import compatible_schedulers
 
 if TYPE_CHECKING:
@@ -75,9 +76,10 @@ def load_pipeline(model_dir: Path, config: HandlerConfig, gpu_id: int | None) ->
     dtype = choose_dtype(config.dtype, device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    with open_pipeline(model_dir) as opened, _offline():
+    with open_pipeline(model_dir) as opened, _offline(), _without_bars():
         try:
             pipeline = _from_pretrained(opened, dtype)
+            _load_loras(pipeline, model_dir / LORA_FOLDER)
         except ArchiveError:
             raise
         except Exception as error:
@@ -102,6 +104,26 @@ def _offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = was_offline
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Keep the libraries' progress bars out of the worker's log."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = [
+        library
+        for library in (diffusers_logging, transformers_logging)
+        if library.is_progress_bar_enabled()
+    ]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
+
+
 def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
@@ -116,6 +138,20 @@ def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
         trust_remote_code=False,
         **components,
     )
+
+
+def _load_loras(pipeline: Any, folder: Path) -> None:
+    """Load the LoRAs that were packed, each as the adapter of its file's name; all are active."""
+    paths = sorted(folder.glob("*.safetensors"))
+    for path in paths:
+        state = map_tensors(Extent(path, 0, path.stat().st_size), str(path))
+        try:
+            pipeline.load_lora_weights(state, adapter_name=path.stem)
+        except (AttributeError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ArchiveError(f"{path}: this LoRA does not fit the pipeline: {reason}") from error
+    if paths:
+        pipeline.set_adapters([path.stem for path in paths])
 
 
 def describe(pipeline: Any) -> PipelineTraits:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-__all__ = ["HALF_VARIANTS", "select_weights", "variant_of"]
+__all__ = ["select_weights", "variant_of"]
 
-HALF_VARIANTS = ("fp16", "bf16")
+_NEAREST = {
+    "float16": ("fp16", "", "bf16"),
+    "bfloat16": ("bf16", "", "fp16"),
+    "float32": ("", "bf16", "fp16"),
+}
 _STEM = r"(?:diffusion_pytorch_model|model|pytorch_model)"
 _SHARD = r"(?:-\d{5}-of-\d{5})?"
 _INDEX = r"(?:\.index(?:\.(?P<last>[A-Za-z]\w*))?\.json)?"
@@ -32,17 +36,15 @@ def variant_of(path: str) -> str | None:
 def select_weights(paths: Iterable[str], dtype_name: str) -> tuple[list[str], str | None]:
     """Choose one variant out of a component's weights: its files, and its name for diffusers.
 
-    The plain files where float32 is wanted, else those of half precision, where there are both.
-    No files where none has a usual name.
+    The one nearest to the wanted precision, where there are several. No files where none has a
+    usual name.
     """
     variants: dict[str, list[str]] = {}
     for path in sorted(paths):
         variant = variant_of(path)
         if variant is not None:
             variants.setdefault(variant, []).append(path)
-    halves = HALF_VARIANTS[::-1] if dtype_name == "bfloat16" else HALF_VARIANTS
-    wanted = ["", *halves] if dtype_name == "float32" else [*halves, ""]
-    for variant in [*wanted, *sorted(variants)]:
+    for variant in (*_NEAREST[dtype_name], *sorted(variants)):
         if variant in variants:
             return variants[variant], variant or None
     return [], None

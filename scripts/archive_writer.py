@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from handler.errors import ArchiveError
-from handler.safetensors_map import Header, read_header
-from scripts.console import beside, progress
+import yaml
+
+from handler.archive import LORA_FOLDER, MODEL_ZIP
+from handler.config import HandlerConfig
+from handler.errors import ArchiveError, ConfigError
+from scripts.console import Progress, UsageError, beside, progress
+from scripts.dirwriter import DirWriter
 from scripts.manifest import (
     MANIFEST_NAME,
     TORCHSERVE_MANIFEST_NAME,
@@ -18,9 +25,10 @@ from scripts.manifest import (
     find_source,
     torchserve_manifest,
 )
-from scripts.packing import most_zip_bytes, write_pipeline
-from scripts.pipeline_files import PipelineFile, list_pipeline, read_model_index
-from scripts.zipwriter import Written, ZipWriter
+from scripts.packing import Payload, most_zip_bytes, payload, write_payload
+from scripts.pipeline_files import MODEL_INDEX, PipelineFile, list_pipeline
+from scripts.signing import sign, signature_path
+from scripts.zipwriter import Container, ZipWriter
 
 __all__ = ["ArchivePlan", "write_archive"]
 
@@ -41,54 +49,119 @@ _REQUIRED = (
 
 @dataclass(frozen=True, slots=True)
 class ArchivePlan:
-    """What to pack, and under which name."""
+    """What to pack, and under which name.
+
+    `settings` override keys of the configuration's ``handler:`` section; `dtype` None leaves the
+    weights as they are; `smoke_prompt` is what scripts.verify_archive --smoke draws.
+    """
 
     pipeline: Path
     name: str
     version: str = "1.0"
     config: Path | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    dtype: str | None = None
+    components: Mapping[str, Path] = field(default_factory=dict)
+    loras: Mapping[str, Path] = field(default_factory=dict)
+    smoke_prompt: str | None = None
+    sign_key: Path | None = None
+    is_folder: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """Everything that goes in, in the order in which it is written."""
+
+    leading: Mapping[str, bytes]
+    loras: Sequence[Payload]
+    model: Sequence[Payload]
+    index: Mapping[str, object]
 
 
 def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
-    """Write the .mar `out`; return its size in bytes. Raises: ArchiveError, UsageError."""
-    files = list_pipeline(plan.pipeline)
-    leading = _leading_members(plan)
-    total = sum(file.size_bytes for file in files)
+    """Write the archive `out`; return the bytes of its weights and other model files.
+
+    Raises: ArchiveError, ConfigError, UsageError.
+    """
+    contents = _contents(plan)
+    total = sum(each.size_bytes for each in (*contents.loras, *contents.model))
     with beside(out, force=force) as part, progress("packing", total) as report:
-        with part.open("x+b") as file:
-            writer = ZipWriter(file)
-            members = [writer.add_bytes(name, data) for name, data in leading.items()]
-            with writer.nested("model.zip", most_zip_bytes(files)) as inner:
-                model_members = write_pipeline(inner, files, report)
-            writer.add_bytes(MANIFEST_NAME, dump(_manifest(plan, files, members, model_members)))
-            writer.close()
-        return part.stat().st_size
+        if plan.is_folder:
+            _write(DirWriter(part), plan, contents, report)
+        else:
+            with part.open("x+b") as file:
+                writer = ZipWriter(file)
+                _write(writer, plan, contents, report)
+                writer.close()
+        if plan.sign_key is None:
+            signature_path(out).unlink(missing_ok=True)
+        else:
+            sign(part, plan.sign_key, signature_path(part))
+            os.replace(signature_path(part), signature_path(out))
+    return total
 
 
-def _manifest(
-    plan: ArchivePlan,
-    files: list[PipelineFile],
-    members: list[Written],
-    model_members: list[Written],
-) -> dict[str, object]:
-    return build_manifest(
-        index=read_model_index(plan.pipeline),
-        headers=_headers(files),
-        source=find_source(plan.pipeline),
-        licence=find_licence(plan.pipeline),
-        extras={},
-        members=members,
-        model_members=model_members,
+def _contents(plan: ArchivePlan) -> _Contents:
+    files = list_pipeline(
+        plan.pipeline, replaced=plan.components, dtype_name=plan.dtype or "float16"
+    )
+    loras = [
+        PipelineFile(f"{LORA_FOLDER}/{name}.safetensors", path, _size(path))
+        for name, path in sorted(plan.loras.items())
+    ]
+    return _Contents(
+        leading=_leading_members(plan),
+        loras=[payload(file) for file in loras],
+        model=[payload(file, plan.dtype) for file in files],
+        index=_index(files),
     )
 
 
-def _headers(files: list[PipelineFile]) -> dict[str, Header]:
-    headers = {}
-    for each in files:
-        if each.is_weights:
-            with each.path.open("rb") as file:
-                headers[each.name] = read_header(file, each.size_bytes, str(each.path))
-    return headers
+def _index(files: Sequence[PipelineFile]) -> dict[str, object]:
+    """Return model_index.json as it is packed: with the classes of replaced components."""
+    file = next(each for each in files if each.name == MODEL_INDEX)
+    index: dict[str, object] = json.loads(file.data or file.path.read_bytes())
+    return index
+
+
+def _size(path: Path) -> int:
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ArchiveError(f"{path}: a LoRA is wanted as one .safetensors file")
+    return path.stat().st_size
+
+
+def _write(target: Container, plan: ArchivePlan, contents: _Contents, report: Progress) -> None:
+    members = [target.add_bytes(name, data) for name, data in contents.leading.items()]
+    members += [write_payload(target, each, report) for each in contents.loras]
+    with target.nested(MODEL_ZIP, most_zip_bytes(contents.model)) as inner:
+        model_members = [write_payload(inner, each, report) for each in contents.model]
+    manifest = build_manifest(
+        index=contents.index,
+        headers={each.name: each.header for each in contents.model if each.header is not None},
+        source=find_source(plan.pipeline),
+        licence=find_licence(plan.pipeline),
+        extras=_extras(plan),
+        members=members,
+        model_members=model_members,
+    )
+    target.add_bytes(MANIFEST_NAME, dump(manifest))
+
+
+def _extras(plan: ArchivePlan) -> dict[str, object]:
+    extras: dict[str, object] = {}
+    if plan.dtype is not None:
+        extras["converted_to"] = plan.dtype
+    if plan.components:
+        extras["replaced_components"] = {
+            name: find_source(folder) for name, folder in sorted(plan.components.items())
+        }
+    if plan.loras:
+        extras["loras"] = sorted(plan.loras)
+    if plan.settings:
+        extras["settings"] = dict(sorted(plan.settings.items()))
+    if plan.smoke_prompt is not None:
+        extras["smoke_prompt"] = plan.smoke_prompt
+    return extras
 
 
 def _leading_members(plan: ArchivePlan) -> dict[str, bytes]:
@@ -109,10 +182,30 @@ def _leading_members(plan: ArchivePlan) -> dict[str, bytes]:
 
 
 def _config(plan: ArchivePlan) -> bytes:
+    """Return the configuration, checked as the worker will check it.
+
+    Its own bytes, comments and all, unless `plan.settings` change it.
+    """
     path = plan.config or _ROOT / "config" / "model-config.yaml"
     if not path.is_file():
-        raise ArchiveError(f"{path} is missing: the model's configuration")
-    return path.read_bytes()
+        raise UsageError(f"{path} is missing: the model's configuration")
+    data = path.read_bytes()
+    try:
+        config = yaml.safe_load(data) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds no keys and values")
+    section = config.get("handler") or {}
+    if plan.settings and isinstance(section, dict):
+        section = {**section, **plan.settings}
+        config["handler"] = section
+        data = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+    try:
+        HandlerConfig.from_mapping(section)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return data
 
 
 def _requirements() -> bytes:

@@ -9,11 +9,17 @@ import argparse
 import re
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from handler.errors import ArchiveError
+import yaml
+
 from scripts.archive_writer import ArchivePlan, write_archive
 from scripts.console import DONE, UsageError, command
+from scripts.download_weights import download
+from scripts.precision import PRECISIONS
+from scripts.signing import signature_path
 
 __all__ = ["main"]
 
@@ -21,45 +27,88 @@ _EXAMPLES = """\
 examples:
   python -m scripts.build_archive --pipeline my-pipeline --name stable_diffusion
   python -m scripts.build_archive --model-id org/name --revision main --name sd --version 2.0
+  python -m scripts.build_archive --pipeline my-pipeline --name sd --dtype float16
+  python -m scripts.build_archive --pipeline my-pipeline --name sd \\
+      --component vae=my-vae --lora style=style.safetensors --set height=512 --set width=512
+  python -m scripts.build_archive --pipeline my-pipeline --name sd --sign private.pem
+  python -m scripts.build_archive --pipeline my-pipeline --name sd --format dir
 
-The archive is OUT/NAME.mar. The same pipeline, configuration and versions give the same bytes.
+The archive is OUT/NAME.mar, or with --format dir the folder OUT/NAME, which TorchServe links
+instead of copying: one copy of the weights on disk instead of two. The same pipeline,
+configuration and versions give the same bytes. What is in it: scripts.inspect_archive; whether it
+is whole: scripts.verify_archive. LoRAs are active from the start, all of them, at weight 1.
 """
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def _plan(arguments: argparse.Namespace, pipeline: Path) -> ArchivePlan:
-    return ArchivePlan(
+def _run(arguments: argparse.Namespace) -> int:
+    for flag in ("name", "version"):
+        if not _NAME.fullmatch(getattr(arguments, flag)):
+            raise UsageError(
+                f"--{flag} {getattr(arguments, flag)!r}: wanted letters, digits and _ . -, "
+                "a letter or digit first, at most 100"
+            )
+    is_folder = arguments.format == "dir"
+    out: Path = arguments.out / (arguments.name if is_folder else f"{arguments.name}.mar")
+    if out.exists() and not arguments.force:
+        raise UsageError(f"{out} exists; pass --force to replace it")
+    if arguments.model_id is None:
+        _pack(arguments, arguments.pipeline, out)
+    else:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{arguments.name}.", suffix=".part", dir=arguments.out
+        ) as folder:
+            download(arguments.model_id, revision=arguments.revision, out=Path(folder))
+            _pack(arguments, Path(folder), out)
+    return DONE
+
+
+def _pack(arguments: argparse.Namespace, pipeline: Path, out: Path) -> None:
+    plan = ArchivePlan(
         pipeline=pipeline,
         name=arguments.name,
         version=arguments.version,
         config=arguments.config,
+        settings=_settings(arguments.set),
+        dtype=arguments.dtype,
+        components={
+            name: Path(value) for name, value in _pairs("--component", arguments.component)
+        },
+        loras={name: Path(value) for name, value in _loras(arguments.lora)},
+        smoke_prompt=arguments.smoke_prompt,
+        sign_key=arguments.sign,
+        is_folder=arguments.format == "dir",
+    )
+    begun_s = time.monotonic()
+    size_bytes = write_archive(plan, out, force=arguments.force)
+    took_s = time.monotonic() - begun_s
+    signed = f", signed: {signature_path(out)}" if arguments.sign else ""
+    rate = f"{size_bytes / 1e6 / max(took_s, 1e-3):,.0f} MB/s"
+    print(f"{out}: {size_bytes / 1e6:,.1f} MB in {took_s:.1f} s ({rate}){signed}", file=sys.stderr)
+
+
+def _pairs(flag: str, values: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = [(name, text) for name, _, text in (value.partition("=") for value in values)]
+    for name, text in pairs:
+        if not _WORD.fullmatch(name) or not text:
+            raise UsageError(f"{flag} {name}={text}: wanted NAME=VALUE")
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise UsageError(f"{flag}: a name is given twice")
+    return pairs
+
+
+def _loras(values: Sequence[str]) -> list[tuple[str, str]]:
+    """Read ``NAME=FILE`` or ``FILE``, whose name then is the file's."""
+    return _pairs(
+        "--lora", [value if "=" in value else f"{Path(value).stem}={value}" for value in values]
     )
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    if not _NAME.fullmatch(arguments.name):
-        raise UsageError(f"--name {arguments.name!r}: letters, digits, and _ . - after the first")
-    if not _NAME.fullmatch(arguments.version):
-        raise UsageError(f"--version {arguments.version!r}: letters, digits, and _ . -")
-    out: Path = arguments.out / f"{arguments.name}.mar"
-    if out.exists() and not arguments.force:
-        raise UsageError(f"{out} exists; pass --force to replace it")
-    if arguments.model_id is None:
-        size = write_archive(_plan(arguments, arguments.pipeline), out, force=arguments.force)
-    else:
-        with tempfile.TemporaryDirectory(prefix="download-") as folder:
-            _download(arguments, Path(folder))
-            size = write_archive(_plan(arguments, Path(folder)), out, force=arguments.force)
-    print(f"{out}: {size / 1e6:,.1f} MB", file=sys.stderr)
-    return DONE
-
-
-def _download(arguments: argparse.Namespace, folder: Path) -> None:
-    try:
-        from scripts.download_weights import download
-    except ImportError as error:
-        raise ArchiveError(f"cannot download: {error}") from error
-    download(arguments.model_id, revision=arguments.revision, out=folder)
+def _settings(values: Sequence[str]) -> dict[str, object]:
+    """Read ``KEY=VALUE``, the value as YAML would."""
+    return {name: yaml.safe_load(text) for name, text in _pairs("--set", values)}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,17 +124,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", default="main", help="of --model-id (default: main)")
     parser.add_argument("--name", required=True, help="the model's name in TorchServe")
     parser.add_argument("--version", default="1.0", help="the model's version (default: 1.0)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("model-store"),
-        metavar="FOLDER",
-        help="default: model-store",
-    )
+    out = Path("model-store")
+    parser.add_argument("--out", type=Path, default=out, metavar="FOLDER", help=f"default: {out}")
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="default: config/model-config.yaml"
     )
     parser.add_argument("--force", action="store_true", help="replace the archive if it is there")
+    parser.add_argument("--format", choices=("mar", "dir"), default="mar", help="default: mar")
+    parser.add_argument("--dtype", choices=PRECISIONS, help="convert the weights on the way")
+    parser.add_argument("--sign", type=Path, metavar="KEY", help="private key (PEM) to sign with")
+    parser.add_argument("--smoke-prompt", metavar="TEXT", help="what verify_archive --smoke draws")
+    for flag, metavar, text in (
+        ("--set", "KEY=VALUE", "a setting of the handler: section; may be repeated"),
+        ("--component", "NAME=FOLDER", "a component from another folder; may be repeated"),
+        ("--lora", "[NAME=]FILE", "a LoRA to pack and switch on; may be repeated"),
+    ):
+        parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
     return parser
 
 

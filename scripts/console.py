@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
-import uuid
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,16 +68,20 @@ def progress(label: str, total_bytes: int) -> Iterator[Progress]:
 
 @contextmanager
 def beside(target: Path, *, force: bool) -> Iterator[Path]:
-    """Give a path beside `target` to write to; rename it there at the end, or remove it.
+    """Give a path of `target`'s name in a hidden folder beside it; move it into place at the end.
 
+    What is written there is a file or a folder; what else it holds goes with the hidden folder.
     Raises: UsageError, where `target` exists and `force` is not given.
     """
     if target.exists() and not force:
         raise UsageError(f"{target} exists; pass --force to replace it")
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.part")
+    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
+        part = stage / target.name
         yield part
+        if target.is_dir() and not target.is_symlink():
+            os.replace(target, stage / "replaced")
         os.replace(part, target)
     finally:
-        part.unlink(missing_ok=True)
+        shutil.rmtree(stage, ignore_errors=True)

@@ -1,20 +1,32 @@
-"""Streams a pipeline into model.zip; changes with what an archive's weights look like."""
+"""Streams a pipeline's files into an archive; changes with what packed files look like."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from handler.safetensors_map import read_header
+from handler.safetensors_map import Header, read_header
 from scripts.console import Progress
 from scripts.pipeline_files import PipelineFile
-from scripts.zipwriter import Written, ZipWriter
+from scripts.precision import PRECISIONS, ConvertedFile
+from scripts.zipwriter import Buffer, Container, Written
 
-__all__ = ["file_chunks", "most_zip_bytes", "write_pipeline"]
+__all__ = ["Payload", "file_chunks", "most_zip_bytes", "payload", "write_payload"]
 
 ALIGN_BYTES = 64  # no tensor of a mapped file then straddles a cache line at its begin
 _CHUNK_BYTES = 4 << 20
 _HEADER_ROOM_BYTES = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A member to be written: `chunks` yields its bytes; `header` is there for weights."""
+
+    name: str
+    size_bytes: int
+    chunks: Callable[[Progress], Iterator[Buffer]]
+    header: Header | None = None
 
 
 def file_chunks(path: Path, progress: Progress) -> Iterator[memoryview]:
@@ -28,26 +40,44 @@ def file_chunks(path: Path, progress: Progress) -> Iterator[memoryview]:
             turn = 1 - turn
 
 
-def most_zip_bytes(files: Sequence[PipelineFile]) -> int:
-    """Return a bound on the size of the zip that `write_pipeline` makes of `files`."""
-    return sum(file.size_bytes for file in files) + _HEADER_ROOM_BYTES * (len(files) + 1)
-
-
-def write_pipeline(
-    writer: ZipWriter, files: Sequence[PipelineFile], progress: Progress
-) -> list[Written]:
-    """Write `files` as members; the tensors of safetensors files come to lie aligned.
+def payload(file: PipelineFile, dtype_name: str | None = None) -> Payload:
+    """Say how `file` is packed; its floats in `dtype_name` (a torch name), if one is given.
 
     Raises: ArchiveError, where a safetensors file is damaged.
     """
-    return [_write_file(writer, file, progress) for file in files]
+    data = file.data
+    if data is not None:
+        return Payload(file.name, len(data), lambda progress: iter([data]))
+    if not file.is_weights:
+        return Payload(
+            file.name, file.size_bytes, lambda progress: file_chunks(file.path, progress)
+        )
+    if dtype_name is not None:
+        converted = ConvertedFile(file.path, PRECISIONS[dtype_name])
+        if converted.is_changed:
+            size_bytes = converted.size_bytes
+            return Payload(file.name, size_bytes, converted.chunks, converted.header)
+    with file.path.open("rb") as source:
+        header = read_header(source, file.size_bytes, str(file.path))
+    return Payload(
+        file.name, file.size_bytes, lambda progress: file_chunks(file.path, progress), header
+    )
 
 
-def _write_file(writer: ZipWriter, file: PipelineFile, progress: Progress) -> Written:
-    align, aligned_at = 1, 0
-    if file.is_weights:
-        with file.path.open("rb") as source:
-            align = ALIGN_BYTES
-            aligned_at = read_header(source, file.size_bytes, str(file.path)).data_offset
-    chunks = file_chunks(file.path, progress)
-    return writer.add(file.name, chunks, file.size_bytes, align=align, aligned_at=aligned_at)
+def most_zip_bytes(payloads: Sequence[Payload]) -> int:
+    """Return a bound on the size of a zip of `payloads`."""
+    return sum(each.size_bytes for each in payloads) + _HEADER_ROOM_BYTES * (len(payloads) + 1)
+
+
+def write_payload(container: Container, each: Payload, progress: Progress) -> Written:
+    """Write one member; the tensors of safetensors files come to lie aligned."""
+    chunks = each.chunks(progress)
+    if each.header is None:
+        return container.add(each.name, chunks, each.size_bytes)
+    return container.add(
+        each.name,
+        chunks,
+        each.size_bytes,
+        align=ALIGN_BYTES,
+        aligned_at=each.header.data_offset,
+    )

@@ -31,11 +31,12 @@ _KEPT_AT_TOP = ("readme", "license", "licence", "notice")
 
 @dataclass(frozen=True, slots=True)
 class PipelineFile:
-    """A file of the pipeline: its name in the pipeline, and where it is."""
+    """A file of the pipeline: its name in the pipeline, and where it is; `data` instead of that."""
 
     name: str
     path: Path
     size_bytes: int
+    data: bytes | None = None
 
     @property
     def is_weights(self) -> bool:
@@ -74,7 +75,8 @@ def list_pipeline(
     `replaced` gives components other folders. Raises: ArchiveError, naming every file refused.
     """
     replaced = replaced or {}
-    components = component_classes(read_model_index(folder))
+    index = read_model_index(folder)
+    components = component_classes(index)
     if unknown := sorted(replaced.keys() - components.keys()):
         raise ArchiveError(
             f"no component {', '.join(unknown)} in {folder}: it has {', '.join(components)}"
@@ -91,7 +93,33 @@ def list_pipeline(
         if not any(name.startswith(f"{component}/") for name in chosen):
             source = replaced.get(component, folder / component)
             raise ArchiveError(f"the component {component} has no files in {source}")
-    return [PipelineFile(name, paths[name], paths[name].stat().st_size) for name in chosen]
+    files = {name: PipelineFile(name, paths[name], paths[name].stat().st_size) for name in chosen}
+    if replaced:
+        data = _index_with(index, replaced)
+        files[MODEL_INDEX] = PipelineFile(MODEL_INDEX, paths[MODEL_INDEX], len(data), data)
+    return list(files.values())
+
+
+def _index_with(index: Mapping[str, object], replaced: Mapping[str, Path]) -> bytes:
+    """Return model_index.json with the classes that the replacing components say they are."""
+    changed = dict(index)
+    for component, source in replaced.items():
+        for name, key in (
+            ("config.json", "_class_name"),
+            ("scheduler_config.json", "_class_name"),
+            ("config.json", "architectures"),
+            ("tokenizer_config.json", "tokenizer_class"),
+        ):
+            path = source / name
+            found = json.loads(path.read_bytes()).get(key) if path.is_file() else None
+            if isinstance(found, list) and found:
+                found = found[0]
+            if isinstance(found, str):
+                library = "diffusers" if key == "_class_name" else "transformers"
+                changed[component] = [library, found]
+                break
+    check_model_index(changed, "the pipeline with its replaced components")
+    return (json.dumps(changed, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _refuse_unfinished(folder: Path) -> None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from scripts.console import DONE, beside, command, progress
-from scripts.packing import write_pipeline
+from scripts.packing import payload, write_payload
 from scripts.pipeline_files import list_pipeline
 from scripts.zipwriter import ZipWriter
 
@@ -33,7 +33,8 @@ def zip_pipeline(folder: Path, out: Path, *, force: bool = False) -> int:
     with beside(out, force=force) as part, progress("zipping", total) as report:
         with part.open("x+b") as file:
             writer = ZipWriter(file)
-            write_pipeline(writer, files, report)
+            for each in files:
+                write_payload(writer, payload(each), report)
             writer.close()
         return part.stat().st_size
 

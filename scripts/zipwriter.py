@@ -15,14 +15,14 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 from handler.errors import ArchiveError
 from handler.zipread import check_name
 
-__all__ = ["Written", "ZipWriter", "combine_crc32"]
+__all__ = ["Buffer", "Container", "Written", "ZipWriter", "combine_crc32", "copy_hashed"]
 
 Buffer = bytes | bytearray | memoryview
 
@@ -49,6 +49,30 @@ class Written:
     size_bytes: int
     crc32: int
     sha256: str | None
+
+
+class Container(Protocol):
+    """Something that members are written into: a zip, or a folder."""
+
+    def add(
+        self,
+        name: str,
+        chunks: Iterable[Buffer],
+        size_bytes: int,
+        *,
+        align: int = 1,
+        aligned_at: int = 0,
+    ) -> Written:
+        """Write one member of exactly `size_bytes`."""
+        ...
+
+    def add_bytes(self, name: str, data: bytes) -> Written:
+        """Write one small member."""
+        ...
+
+    def nested(self, name: str, most_bytes: int) -> AbstractContextManager[ZipWriter]:
+        """Give a writer for a zip that becomes the member `name`."""
+        ...
 
 
 @dataclass(slots=True)
@@ -92,7 +116,7 @@ class ZipWriter:
         Raises: ArchiveError, where `chunks` yields more or less.
         """
         header = self._begin(name, size_bytes, align, aligned_at)
-        crc32, sha256, written = self._copy(chunks)
+        crc32, sha256, written = copy_hashed(chunks, self.file)
         if written != size_bytes:
             raise ArchiveError(
                 f"{name} changed while it was packed: {size_bytes} → {written} bytes"
@@ -149,22 +173,6 @@ class ZipWriter:
         self.file.write(header)
         return header
 
-    def _copy(self, chunks: Iterable[Buffer]) -> tuple[int, str, int]:
-        """Write `chunks`, hashed on a thread beside; a chunk's buffer is free again two later."""
-        crc32 = written = 0
-        sha256 = hashlib.sha256()
-        pending: Future[None] | None = None
-        with ThreadPoolExecutor(max_workers=1) as hasher:
-            for chunk in chunks:
-                following = hasher.submit(sha256.update, chunk)
-                self.file.write(chunk)
-                crc32 = zlib.crc32(chunk, crc32)
-                written += len(chunk)
-                if pending is not None:
-                    pending.result()
-                pending = following
-        return crc32, sha256.hexdigest(), written
-
     def _finish(self, name: str, header: bytearray, size_bytes: int, crc32: int) -> None:
         record = self._records[-1]
         record.size_bytes, record.crc32 = size_bytes, crc32
@@ -183,6 +191,26 @@ class ZipWriter:
     def _write(self, data: bytes) -> None:
         self.file.write(data)
         self.crc32 = zlib.crc32(data, self.crc32)
+
+
+def copy_hashed(chunks: Iterable[Buffer], file: BinaryIO) -> tuple[int, str, int]:
+    """Write `chunks` to `file`; return their CRC-32, their SHA-256 and their length.
+
+    The SHA-256 runs on a thread beside. A chunk's buffer is free again two chunks later.
+    """
+    crc32 = written = 0
+    sha256 = hashlib.sha256()
+    pending: Future[None] | None = None
+    with ThreadPoolExecutor(max_workers=1) as hasher:
+        for chunk in chunks:
+            following = hasher.submit(sha256.update, chunk)
+            file.write(chunk)
+            crc32 = zlib.crc32(chunk, crc32)
+            written += len(chunk)
+            if pending is not None:
+                pending.result()
+            pending = following
+    return crc32, sha256.hexdigest(), written
 
 
 def _flags(name: str) -> int:
