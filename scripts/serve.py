@@ -43,8 +43,9 @@ def start(arguments: argparse.Namespace) -> int:
     )
     running = TorchServer.find(arguments.run_dir)
     if running is not None and running.started_as == options.fingerprint():
-        with _progress("Waiting for the worker") as tell:
-            running.wait_until_ready(arguments.timeout_s, tell)
+        if not running.is_ready():
+            with _progress("Waiting for the worker") as tell:
+                running.wait_until_ready(arguments.timeout_s, tell)
         _introduce(running, "is already serving", brief=arguments.brief)
         return 0
     server = TorchServer(options)
@@ -138,11 +139,14 @@ def choose_archive(store: Path, name: str | None) -> Path:
 
 
 def curl_line(server: TorchServer, fields: dict[str, object], output: str) -> str:
-    """Return a command that draws a picture, ready to be pasted into a shell."""
+    """Return a command that draws a picture, ready to be pasted into a shell.
+
+    It says whether it got one: an error's JSON would otherwise lie unseen in `output`.
+    """
     token = server.token()
     key = f"-H 'Authorization: Bearer {token}' " if token else ""
     return (
-        f"curl -fS {server.predictions_url} {key}\\\n"
+        f"curl -sS -w '%{{http_code}} %{{content_type}}\\n' {server.predictions_url} {key}\\\n"
         f"    -H 'Content-Type: application/json' \\\n"
         f"    -d {shlex.quote(json.dumps(fields))} -o {shlex.quote(output)}"
     )

@@ -107,7 +107,7 @@ def test_start_is_idempotent_and_stop_leaves_nothing(
     run_dir, arguments = tmp_path / "run", start_arguments(tmp_path)
     with stopped_afterwards(run_dir):
         assert main(arguments) == 0
-        assert "curl -fS http://127.0.0.1:" in capsys.readouterr().out
+        assert "curl -sS" in capsys.readouterr().out
         server = TorchServer.find(run_dir)
         assert server is not None
         assert server.is_ready()

@@ -1,0 +1,64 @@
+"""One real TorchServe for the whole session, with the embedded pipeline at a size that is quick."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+import yaml
+
+from scripts.build_archive import main as build_archive
+from scripts.instance import REPOSITORY, Options, Ports
+from scripts.server import TorchServer
+
+MODEL = "stable_diffusion"
+# Small and few, so that a request takes milliseconds; one thread, so that tests share the machine.
+# A request may have many steps, so that one can be made to last longer than any test.
+QUICK = {
+    "num_inference_steps": 4,
+    "max_num_inference_steps": 1000,
+    "height": 256,
+    "width": 256,
+    "num_threads": 1,
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.server)
+
+
+def build_quick_archive(folder: Path, overrides: Mapping[str, object]) -> Path:
+    """Pack the embedded pipeline with the shipped configuration, less what `overrides` changes."""
+    config = yaml.safe_load((REPOSITORY / "config" / "model-config.yaml").read_text())
+    config["handler"] = {**config["handler"], **QUICK, **overrides}
+    (folder / "model-config.yaml").write_text(yaml.safe_dump(config))
+    arguments = [
+        *("--pipeline", str(REPOSITORY / "demo" / "pipeline"), "--name", MODEL),
+        *("--version", "1.0", "--out", str(folder)),
+        *("--config", str(folder / "model-config.yaml")),
+    ]
+    assert build_archive(arguments) == 0
+    return folder / f"{MODEL}.mar"
+
+
+def serve(folder: Path, **overrides: object) -> Iterator[TorchServer]:
+    """Serve the embedded pipeline; show the server's log when it does not start."""
+    archive = build_quick_archive(folder, overrides)
+    server = TorchServer(Options(archive, folder / "run", Ports.free()))
+    with server.running(timeout_s=120):
+        yield server
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServer]:
+    yield from serve(tmp_path_factory.mktemp("server"))
+
+
+@pytest.fixture(scope="session")
+def url(server: TorchServer) -> str:
+    """Where prompts are posted."""
+    return server.predictions_url

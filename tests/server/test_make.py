@@ -1,0 +1,115 @@
+"""The Makefile, as a person uses it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from scripts.instance import REPOSITORY, Ports
+from scripts.server import TorchServer
+from tests.toy_archive import write_toy_archive
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run make in the repository, as from a shell: not as a part of the make that runs tests."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    return subprocess.run(
+        ["make", *arguments],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Iterator[list[str]]:
+    """Arguments that keep a make within `tmp_path`, on this test's Python and ports of its own."""
+    virtual = tmp_path / "venv"
+    virtual.mkdir()
+    for name in ("bin", "lib", "pyvenv.cfg"):
+        (virtual / name).symlink_to(Path(sys.prefix) / name)
+    (virtual / ".installed").touch()
+    (tmp_path / "store").mkdir()
+    ports = Ports.free()
+    while Ports.starting_at(ports.inference, ports.grpc_inference).taken():
+        ports = Ports.free()
+    yield [
+        *(f"VENV={virtual}", f"STORE={tmp_path / 'store'}", f"RUN_DIR={tmp_path / 'run'}"),
+        *(f"PORT={ports.inference}", f"GRPC_PORT={ports.grpc_inference}"),
+        f"DEMO_PICTURE={tmp_path / 'demo.png'}",
+    ]
+    if (server := TorchServer.find(tmp_path / "run")) is not None:
+        server.stop()
+
+
+def test_make_alone_lists_every_target() -> None:
+    listed = re.findall(r"^  make ([a-z-]+) ", make().stdout, re.MULTILINE)
+    phony = re.search(r"^\.PHONY: (.*)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    assert sorted(listed) == sorted(phony[1].split())
+
+
+def test_without_a_python_that_is_new_enough(tmp_path: Path) -> None:
+    answer = make("setup", f"VENV={tmp_path / 'venv'}", "PYTHON=")
+    assert answer.returncode != 0
+    assert "Python 3.11 or later is needed" in answer.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_several_archives_ask_for_a_name(tmp_path: Path, places: list[str]) -> None:
+    write_toy_archive(tmp_path / "store", "first")
+    write_toy_archive(tmp_path / "store", "second")
+    answer = make("serve", *places)
+    assert answer.returncode != 0
+    assert "choose one with NAME=: first, second" in answer.stderr
+
+
+def test_an_archive_of_the_users_own_is_not_replaced(tmp_path: Path, places: list[str]) -> None:
+    own = write_toy_archive(tmp_path / "store", "stable_diffusion")
+    os.utime(own, ns=(0, 0))
+    before = own.read_bytes()
+    answer = make("archive", *places)
+    assert answer.returncode != 0
+    assert "archive of your own" in answer.stderr
+    assert own.read_bytes() == before
+
+
+@pytest.mark.slow
+def test_demo_twice(tmp_path: Path, places: list[str]) -> None:
+    first = make("demo", *places)
+    assert first.returncode == 0, first.stderr
+    assert "Packing the embedded pipeline" in first.stdout
+    assert str(tmp_path / "demo.png") in first.stdout
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.size == (768, 768)
+    server = TorchServer.find(tmp_path / "run")
+    assert server is not None
+
+    second = make("demo", *places)
+    assert second.returncode == 0, second.stderr
+    assert "Packing" not in second.stdout
+    assert "is already serving" in second.stdout
+    again = TorchServer.find(tmp_path / "run")
+    assert again is not None
+    assert again.pid == server.pid
+
+    next_line = second.stdout.split("Your turn:")[1].split("The server")[0]
+    curl = subprocess.run(
+        ["bash", "-euc", next_line], cwd=tmp_path, capture_output=True, check=True
+    )
+    assert curl.stdout == b"200 image/png\n"
+    with Image.open(tmp_path / "mine.png") as picture:
+        assert picture.size == (768, 768)
+
+    assert make("stop", *places).returncode == 0
+    assert server.pid is None

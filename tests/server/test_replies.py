@@ -1,0 +1,138 @@
+"""What comes back: formats, headers, metadata, and the same bytes again."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.server.client import curl, pixels, post_json
+
+REQUEST = {"prompt": "a yellow star on a blue background", "seed": 11}
+MEDIA_TYPES = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "npy": "application/x-npy",
+    "json": "application/json",
+    "array": "application/json",
+}
+
+
+@pytest.fixture(scope="module")
+def reference(url: str) -> np.ndarray:
+    answer = post_json(url, REQUEST)
+    assert answer.status == 200, answer.body
+    return pixels(answer.body).astype(int)
+
+
+def decode(output_format: str, body: bytes) -> np.ndarray:
+    if output_format == "npy":
+        return np.load(io.BytesIO(body), allow_pickle=False)
+    if output_format == "array":
+        return np.array(json.loads(body), dtype="uint8")
+    if output_format == "json":
+        return pixels(base64.b64decode(json.loads(body)["images"][0]))
+    return pixels(body)
+
+
+@pytest.mark.parametrize("output_format", MEDIA_TYPES)
+def test_output_format(url: str, reference: np.ndarray, output_format: str) -> None:
+    answer = post_json(url, {**REQUEST, "output_format": output_format})
+    assert answer.status == 200, answer.body
+    assert answer.headers["content-type"] == MEDIA_TYPES[output_format]
+    picture = decode(output_format, answer.body)
+    assert (picture.dtype, picture.shape) == (np.uint8, reference.shape)
+    is_lossy = output_format in ("jpeg", "webp")
+    assert abs(picture - reference).mean() <= (4.0 if is_lossy else 0.0)
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp", "npy", "json"])
+def test_accept_header(url: str, output_format: str) -> None:
+    by_header = post_json(url, REQUEST, "-H", f"Accept: {MEDIA_TYPES[output_format]}")
+    by_field = post_json(url, {**REQUEST, "output_format": output_format})
+    assert by_header.headers["content-type"] == MEDIA_TYPES[output_format]
+    if output_format == "json":
+        assert by_header.json()["images"] == by_field.json()["images"]
+    else:
+        assert by_header.body == by_field.body
+
+
+def test_the_field_beats_the_header(url: str) -> None:
+    answer = post_json(url, {**REQUEST, "output_format": "webp"}, "-H", "Accept: image/jpeg")
+    assert answer.headers["content-type"] == "image/webp"
+
+
+def test_headers(url: str) -> None:
+    answer = post_json(url, REQUEST)
+    assert answer.headers["x-seed"] == "11"
+    assert answer.headers["x-request-id"]
+    stages = re.findall(r"(\w+);dur=([\d.]+)", answer.headers["server-timing"])
+    assert [name for name, _ in stages] == ["queue", "denoise", "decode", "encode"]
+    assert all(float(milliseconds) >= 0 for _, milliseconds in stages)
+
+
+def test_the_same_request_gives_the_same_bytes(url: str) -> None:
+    for output_format in ("png", "jpeg", "webp", "npy", "array"):
+        body = {**REQUEST, "output_format": output_format}
+        assert post_json(url, body).body == post_json(url, body).body
+
+
+def test_without_a_seed_one_is_drawn_and_reported(url: str) -> None:
+    seeds = {post_json(url, {"prompt": "a moon"}).headers["x-seed"] for _ in range(3)}
+    assert len(seeds) == 3
+
+
+def test_json_reply_describes_the_request(url: str) -> None:
+    answer = post_json(url, {**REQUEST, "num_images": 2, "output_format": "json"})
+    assert answer.status == 200, answer.body
+    reply = answer.json()
+    assert len(reply["images"]) == 2
+    assert reply["seeds"] == [11, 12]
+    parameters = reply["parameters"]
+    assert parameters["prompt"] == REQUEST["prompt"]
+    assert (parameters["num_inference_steps"], parameters["guidance_scale"]) == (4, 7.5)
+
+
+def test_image_k_of_a_request_is_drawn_with_seed_plus_k(url: str) -> None:
+    several = post_json(url, {**REQUEST, "num_images": 2, "output_format": "json"}).json()
+    second = post_json(url, {**REQUEST, "seed": 12})
+    difference = pixels(base64.b64decode(several["images"][1])) - pixels(second.body).astype(int)
+    assert abs(difference).max() <= 1
+
+
+def test_png_carries_its_parameters(url: str) -> None:
+    answer = post_json(url, REQUEST)
+    with Image.open(io.BytesIO(answer.body)) as image:
+        line = image.text["parameters"]  # type: ignore[attr-defined]
+        others = [text for key, text in image.text.items() if key != "parameters"]  # type: ignore[attr-defined]
+    assert line.startswith(str(REQUEST["prompt"]))
+    assert "Steps: 4" in line
+    assert "Seed: 11" in line
+    assert json.loads(others[0])["seed"] == 11
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_exif_carries_the_parameters(url: str, output_format: str) -> None:
+    answer = post_json(url, {**REQUEST, "output_format": output_format})
+    with Image.open(io.BytesIO(answer.body)) as image:
+        comment = image.getexif().get_ifd(0x8769)[0x9286]
+    assert b"Seed: 11" in comment.replace(b"\0", b"")
+
+
+def test_a_prompt_beyond_the_window_is_served_and_says_so(url: str) -> None:
+    answer = post_json(url, {"prompt": "a red heart " * 60})
+    assert answer.status == 200, answer.body
+    assert re.search(r"\d+ tokens?", answer.headers["warning"])
+
+
+def test_metrics_are_in_prometheus_form(server, url: str) -> None:  # type: ignore[no-untyped-def]
+    post_json(url, REQUEST)
+    answer = curl(server.metrics_url)
+    assert answer.status == 200
+    assert b"# TYPE ts_inference_requests_total counter" in answer.body
