@@ -6,6 +6,7 @@ own state directory, so several live side by side. Tests and benchmarks use this
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -149,7 +150,7 @@ class TorchServer:
             if self.pid is None:
                 raise ServerError(f"the server ended while starting:\n{self.frontend_tail()}")
             if any(failure in self._log() for failure in LOAD_FAILURES):
-                raise ServerError(f"the model cannot be loaded:\n{self.worker_tail()}")
+                raise ServerError(f"the model cannot be loaded:\n{self.worker_error()}")
             if waited_s > timeout_s:
                 raise ServerError(f"no worker was READY within {timeout_s:.0f} s: {self.log_file}")
             tell(waited_s)
@@ -197,13 +198,17 @@ class TorchServer:
         finally:
             self.stop()
 
-    def worker_tail(self, num_lines: int = 25) -> str:
-        """Return the last lines that the worker printed, from its traceback on if there is one."""
+    def worker_error(self, num_lines: int = 20) -> str:
+        """Return what ended the worker: its exception's message, or else its last lines."""
         marker = " MODEL_LOG "
         lines = [line.partition(marker)[2] for line in self._log().splitlines() if marker in line]
         tracebacks = [at for at, line in enumerate(lines) if line.startswith("Traceback")]
-        lines = lines[tracebacks[-1] :] if tracebacks else lines
-        return "\n".join(f"    {line}" for line in lines[-num_lines:])
+        if tracebacks:
+            frames_and_message = lines[tracebacks[-1] + 1 :]
+            lines = list(itertools.dropwhile(lambda line: line[:1] == " ", frames_and_message))
+        else:
+            lines = lines[-num_lines:]
+        return "\n".join(f"    {line}" for line in [*lines[:num_lines], f"({self.log_file})"])
 
     def frontend_tail(self, num_lines: int = 15) -> str:
         """Return the last lines of the frontend's console, and the log's last errors."""
