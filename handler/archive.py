@@ -22,19 +22,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
 
 from handler.errors import ArchiveError
 from handler.zipread import CHUNK_BYTES, ZipMember, ZipReader
 
 __all__ = [
     "LORA_FOLDER",
+    "MODEL_INDEX",
     "MODEL_ZIP",
     "PICKLE_SUFFIXES",
     "Extent",
     "OpenedPipeline",
     "check_model_index",
+    "check_names",
     "open_pipeline",
+    "open_zip",
     "pickled",
 ]
 
@@ -152,8 +154,8 @@ def open_pipeline(model_dir: Path) -> Iterator[OpenedPipeline]:
     """
     archive = model_dir / MODEL_ZIP
     if archive.is_file():
-        with archive.open("rb") as file, _private_folder() as folder:
-            yield _open_zip(file, archive, folder)
+        with open_zip(archive) as opened:
+            yield opened
         return
     for folder in (model_dir / "model", model_dir):
         if (folder / MODEL_INDEX).is_file():
@@ -163,6 +165,19 @@ def open_pipeline(model_dir: Path) -> Iterator[OpenedPipeline]:
         f"{model_dir}: holds neither {MODEL_ZIP} nor a pipeline folder model/: "
         "pack one with python -m scripts.build_archive"
     )
+
+
+@contextmanager
+def open_zip(
+    archive: Path, *, start: int = 0, size_bytes: int | None = None
+) -> Iterator[OpenedPipeline]:
+    """Open the zipped pipeline that fills `size_bytes` from `start` of `archive`.
+
+    Raises: ArchiveError.
+    """
+    with archive.open("rb") as file, _private_folder() as folder:
+        reader = ZipReader(file, start=start, size_bytes=size_bytes, label=str(archive))
+        yield _open_zip(reader, archive, folder)
 
 
 @contextmanager
@@ -185,16 +200,15 @@ def _open_folder(folder: Path) -> OpenedPipeline:
             names.append(name)
             if name.endswith(WEIGHTS_SUFFIX):
                 weights[name] = Extent(path, 0, path.stat().st_size)
-    _check_names(names, str(folder))
+    check_names(names, str(folder))
     _check_index_file(root, str(folder))
     return OpenedPipeline(root, weights, is_whole=True)
 
 
-def _open_zip(file: BinaryIO, archive: Path, folder: Path) -> OpenedPipeline:
+def _open_zip(reader: ZipReader, archive: Path, folder: Path) -> OpenedPipeline:
     """Check the zip whole, then copy its small files (and packed weights) into `folder`."""
-    reader = ZipReader(file, label=str(archive))
     members = _below_prefix(reader)
-    _check_names(members, reader.label)
+    check_names(members, reader.label)
     small = {name: each for name, each in members.items() if not name.endswith(WEIGHTS_SUFFIX)}
     big = {name: each for name, each in members.items() if name not in small}
     _check_small(small, reader.label)
@@ -237,7 +251,8 @@ def _below_prefix(reader: ZipReader) -> dict[str, ZipMember]:
     }
 
 
-def _check_names(names: Iterable[str], label: str) -> None:
+def check_names(names: Iterable[str], label: str) -> None:
+    """Refuse pickles and code among the names of a pipeline's files. Raises: ArchiveError."""
     names = list(names)
     if found := pickled(names):
         raise ArchiveError(

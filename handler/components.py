@@ -17,12 +17,12 @@ from handler.errors import ArchiveError
 from handler.safetensors_map import map_tensors
 from handler.variants import select_weights
 
-__all__ = ["load_components"]
+__all__ = ["NotMappableError", "build_model", "load_components", "resolve_class"]
 
 logger = logging.getLogger(__name__)
 
 
-class _NotMappableError(Exception):
+class NotMappableError(Exception):
     """This component wants diffusers' own loading; the message says why."""
 
 
@@ -36,7 +36,7 @@ def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any
     for name, value in index.items():
         if not isinstance(value, list) or value[0] is None or name.startswith("_"):
             continue
-        cls = _resolve(name, value[0], value[1])
+        cls = resolve_class(name, value[0], value[1])
         if not issubclass(cls, torch.nn.Module):
             continue
         extents = {
@@ -48,8 +48,11 @@ def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any
     return components
 
 
-def _resolve(name: str, library: str, class_name: str) -> type:
-    """Return the class that model_index.json names. Raises: ArchiveError."""
+def resolve_class(name: str, library: str, class_name: str) -> type:
+    """Return the class that model_index.json names for the component `name`.
+
+    Raises: ArchiveError, where the installed libraries have none, or one that is no component.
+    """
     import diffusers
     import transformers
     from diffusers import pipelines
@@ -61,6 +64,17 @@ def _resolve(name: str, library: str, class_name: str) -> type:
         raise ArchiveError(
             f"{name}: {library}.{class_name} does not exist in the installed version"
         )
+    bases = (
+        diffusers.ModelMixin,
+        diffusers.SchedulerMixin,
+        transformers.PreTrainedModel,
+        transformers.PreTrainedTokenizerBase,
+        transformers.FeatureExtractionMixin,
+        transformers.ImageProcessingMixin,
+        transformers.ProcessorMixin,
+    )
+    if not issubclass(found, bases):
+        raise ArchiveError(f"{name}: {library}.{class_name} is no model, scheduler or tokenizer")
     return found
 
 
@@ -71,29 +85,49 @@ def _load_component(
     extents: Mapping[str, Extent],
     dtype: torch.dtype,
 ) -> Any:
+    folder = opened.folder / name
+    paths, variant = select_weights(extents, str(dtype).removeprefix("torch."))
+    try:
+        if not paths:
+            raise NotMappableError("its weights have unusual names")
+        state: dict[str, torch.Tensor] = {}
+        for path in paths:
+            state.update(map_tensors(extents[path], path))
+        return build_model(cls, folder, state, dtype)
+    except NotMappableError as reason:
+        logger.warning("slow start: %s is copied, not mapped: %s", name, reason)
+    opened.copy_weights(name)
+    model, info = cls.from_pretrained(  # type: ignore[attr-defined]
+        folder,
+        dtype=dtype,
+        variant=variant,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    _refuse_gaps(name, info)
+    return model
+
+
+def build_model(
+    cls: type, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
+) -> torch.nn.Module:
+    """Build the model `cls` of the configuration in `folder` around the tensors of `state`.
+
+    Tensors that have the wanted dtype are not copied. Raises: NotMappableError; RuntimeError or
+    ValueError, where shapes do not fit the configuration.
+    """
     import diffusers
     import transformers
 
-    folder = opened.folder / name
-    variant = None
-    try:
-        paths, variant = select_weights(extents, str(dtype).removeprefix("torch."))
-        if not paths:
-            raise _NotMappableError("its weights have unusual names")
-        state = {}
-        for path in paths:
-            state.update(map_tensors(extents[path], path))
-        if issubclass(cls, diffusers.ModelMixin):
-            return _diffusers_model(cls, folder, state, dtype)
-        if issubclass(cls, transformers.PreTrainedModel):
-            return _transformers_model(cls, folder, state, dtype)
-        raise _NotMappableError(f"{cls.__name__} is neither a diffusers nor a transformers model")
-    except _NotMappableError as reason:
-        logger.warning("slow start: %s is copied, not mapped: %s", name, reason)
-    opened.copy_weights(name)
-    return cls.from_pretrained(  # type: ignore[attr-defined]
-        folder, dtype=dtype, variant=variant, use_safetensors=True, local_files_only=True
-    )
+    model: torch.nn.Module
+    if issubclass(cls, diffusers.ModelMixin):
+        model = _diffusers_model(cls, folder, state, dtype)
+    elif issubclass(cls, transformers.PreTrainedModel):
+        model = _transformers_model(cls, folder, state, dtype)
+    else:
+        raise NotMappableError(f"{cls.__name__} is neither a diffusers nor a transformers model")
+    return model
 
 
 @contextmanager
@@ -115,7 +149,7 @@ def _diffusers_model(
 ) -> Any:
     config = cls.load_config(folder)
     if config.get("quantization_config"):
-        raise _NotMappableError("it is quantized")
+        raise NotMappableError("it is quantized")
     with _building(dtype):
         model = cls.from_config(config)
     model._fix_state_dict_keys_on_load(state)
@@ -126,7 +160,7 @@ def _diffusers_model(
             del state[key]
     if state.keys() != expected:
         odd = sorted(state.keys() ^ expected)
-        raise _NotMappableError(f"{len(odd)} weights differ in name, such as {odd[0]}")
+        raise NotMappableError(f"{len(odd)} weights differ in name, such as {odd[0]}")
     keep = cls._keep_in_fp32_modules or []
     for key, tensor in state.items():
         if tensor.is_floating_point():
@@ -144,8 +178,20 @@ def _transformers_model(
 
     config = cls.config_class.from_pretrained(folder, local_files_only=True)
     if getattr(config, "quantization_config", None):
-        raise _NotMappableError("it is quantized")
-    model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+        raise NotMappableError("it is quantized")
+    model, info = cls.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    _refuse_gaps(folder.name, info)
     if (folder / "generation_config.json").is_file() and model.can_generate():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()
+
+
+def _refuse_gaps(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse a model that a library filled up: it does so with random numbers and a warning."""
+    wrong = (each if isinstance(each, str) else each[0] for each in info["mismatched_keys"])
+    if odd := sorted({*info["missing_keys"], *wrong}):
+        raise ArchiveError(
+            f"{name}: {len(odd)} weights are missing or of the wrong shape, such as {odd[0]}"
+        )

@@ -7,10 +7,11 @@ components. A component that cannot be mapped is loaded by diffusers itself, fro
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from handler.archive import LORA_FOLDER, Extent, OpenedPipeline, open_pipeline
+from handler.archive import LORA_FOLDER, MODEL_INDEX, Extent, OpenedPipeline, open_pipeline
 from handler.errors import ArchiveError, ConfigError
 from handler.request import PipelineTraits
 from handler.safetensors_map import map_tensors
@@ -27,7 +28,14 @@ from handler.schedulers import compatible_schedulers
 if TYPE_CHECKING:
     from handler.config import HandlerConfig
 
-__all__ = ["LoadedPipeline", "choose_device", "choose_dtype", "describe", "load_pipeline"]
+__all__ = [
+    "LoadedPipeline",
+    "choose_device",
+    "choose_dtype",
+    "describe",
+    "load_opened",
+    "load_pipeline",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -72,20 +80,30 @@ def load_pipeline(model_dir: Path, config: HandlerConfig, gpu_id: int | None) ->
 
     Raises: ArchiveError, ConfigError.
     """
+    with open_pipeline(model_dir) as opened:
+        return load_opened(
+            opened, sorted((model_dir / LORA_FOLDER).glob("*.safetensors")), config, gpu_id
+        )
+
+
+def load_opened(
+    opened: OpenedPipeline, loras: Sequence[Path], config: HandlerConfig, gpu_id: int | None
+) -> LoadedPipeline:
+    """Load what `open_pipeline` opened, with `loras` active. Raises: ArchiveError, ConfigError."""
     device = choose_device(config.device, gpu_id)
     dtype = choose_dtype(config.dtype, device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    with open_pipeline(model_dir) as opened, _offline(), _without_bars():
+    with _offline(), quiet_libraries():
         try:
             pipeline = _from_pretrained(opened, dtype)
-            _load_loras(pipeline, model_dir / LORA_FOLDER)
+            _load_loras(pipeline, loras)
         except ArchiveError:
             raise
         except Exception as error:
             # Whatever the libraries make of a wrong file ends the start with one clear line.
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise ArchiveError(f"{model_dir}: the pipeline does not load: {reason}") from error
+            raise ArchiveError(f"the pipeline does not load: {reason}") from error
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cpu":
         pipeline.to(device)
@@ -105,8 +123,8 @@ def _offline() -> Iterator[None]:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
-    """Keep the libraries' progress bars out of the worker's log."""
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' progress bars, and transformers' tables, out of the log."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -117,18 +135,26 @@ def _without_bars() -> Iterator[None]:
     ]
     for library in libraries:
         library.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         for library in libraries:
             library.enable_progress_bar()
 
 
 def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
+    import diffusers
     from diffusers import DiffusionPipeline
 
     from handler.components import load_components
 
+    class_name = str(json.loads((opened.folder / MODEL_INDEX).read_bytes())["_class_name"])
+    pipeline_class = getattr(diffusers, class_name, None)
+    if not isinstance(pipeline_class, type) or not issubclass(pipeline_class, DiffusionPipeline):
+        raise ArchiveError(f"diffusers {diffusers.__version__} has no pipeline {class_name}")
     components = load_components(opened, dtype)
     return DiffusionPipeline.from_pretrained(
         os.fspath(opened.folder),
@@ -140,9 +166,8 @@ def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
     )
 
 
-def _load_loras(pipeline: Any, folder: Path) -> None:
+def _load_loras(pipeline: Any, paths: Sequence[Path]) -> None:
     """Load the LoRAs that were packed, each as the adapter of its file's name; all are active."""
-    paths = sorted(folder.glob("*.safetensors"))
     for path in paths:
         state = map_tensors(Extent(path, 0, path.stat().st_size), str(path))
         try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, BinaryIO
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from handler.archive import Extent
 
-__all__ = ["DTYPE_BITS", "Header", "TensorInfo", "map_tensors", "read_header"]
+__all__ = ["DTYPE_BITS", "Header", "TensorInfo", "map_tensors", "parse_header", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPE_BITS = {
@@ -92,15 +93,28 @@ def read_header(file: BinaryIO, size_bytes: int, label: str, offset: int = 0) ->
 
     Raises: ArchiveError, where it is damaged or claims what is not there.
     """
-    file.seek(offset)
-    start = file.read(8) if size_bytes >= 8 else b""
+
+    def head(num_bytes: int) -> bytes:
+        file.seek(offset)
+        return file.read(num_bytes)
+
+    return parse_header(head, size_bytes, label)
+
+
+def parse_header(head: Callable[[int], bytes], size_bytes: int, label: str) -> Header:
+    """Check the header of a safetensors file, of which `head` gives the first bytes.
+
+    Raises: ArchiveError, where it is damaged or claims what is not there.
+    """
+    start = head(8) if size_bytes >= 8 else b""
     if len(start) < 8:
         raise ArchiveError(f"{label}: too short for a safetensors file")
     length = struct.unpack("<Q", start)[0]
     if length > min(MAX_HEADER_BYTES, size_bytes - 8):
         raise ArchiveError(f"{label}: claims a header of {length} bytes in {size_bytes}")
     try:
-        pairs = json.loads(file.read(length).decode("utf-8"), object_pairs_hook=_no_doubles)
+        text = head(8 + length)[8:].decode("utf-8")
+        pairs = json.loads(text, object_pairs_hook=_no_doubles)
         if not isinstance(pairs, dict):
             raise ValueError("it is no JSON object")
         metadata = _metadata(pairs.pop("__metadata__", None))

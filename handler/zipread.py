@@ -95,9 +95,27 @@ class ZipReader:
         self._check_overlaps(entries)
 
     @property
-    def data_bytes(self) -> int:
-        """Bytes that all members take when unpacked."""
-        return sum(member.size_bytes for member in self.members.values())
+    def sizes(self) -> dict[str, int]:
+        """Unpacked sizes by name."""
+        return {name: member.size_bytes for name, member in self.members.items()}
+
+    def stream(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a member; see `chunks`."""
+        return self.chunks(self._named(name))
+
+    def head(self, name: str, num_bytes: int) -> bytes:
+        """Return the first bytes of a member, whose checksum stays unchecked."""
+        found = bytearray()
+        for chunk in self._unpacked(self._named(name), min(CHUNK_BYTES, max(num_bytes, 1))):
+            found += chunk
+            if len(found) >= num_bytes:
+                break
+        return bytes(found[:num_bytes])
+
+    def _named(self, name: str) -> ZipMember:
+        if name not in self.members:
+            raise self._error(f"{name} is missing")
+        return self.members[name]
 
     def chunks(self, member: ZipMember, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the unpacked bytes of `member`; checks size and CRC-32 on the way.
@@ -116,9 +134,7 @@ class ZipReader:
 
     def read(self, name: str, limit_bytes: int = 64 << 20) -> bytes:
         """Return a whole small member. Raises: ArchiveError if absent, damaged or too large."""
-        if name not in self.members:
-            raise self._error(f"{name} is missing")
-        member = self.members[name]
+        member = self._named(name)
         if member.size_bytes > limit_bytes:
             raise self._error(f"{name} claims {member.size_bytes} bytes; at most {limit_bytes}")
         return b"".join(self.chunks(member))

@@ -20,6 +20,7 @@ from scripts.zipwriter import Written
 
 __all__ = [
     "ARCHIVE_ROOT",
+    "FORMAT",
     "MANIFEST_NAME",
     "TORCHSERVE_MANIFEST_NAME",
     "build_manifest",

@@ -1,0 +1,177 @@
+"""Reads archives of every form in place; changes with the forms that exist.
+
+A ``.mar`` of ours (stored), one of torch-model-archiver (deflated), an archive folder, a zipped
+pipeline and a pipeline folder all become one `ArchiveView`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from handler.archive import MODEL_INDEX, MODEL_ZIP
+from handler.errors import ArchiveError
+from handler.safetensors_map import Header, parse_header
+from handler.zipread import CHUNK_BYTES, ZipReader
+
+__all__ = ["ArchiveView", "FolderReader", "Reader", "open_archive", "read_headers"]
+
+
+class Reader(Protocol):
+    """Named files, in a zip or in a folder."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Unpacked sizes by name."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Return a whole small file."""
+        ...
+
+    def head(self, name: str, num_bytes: int) -> bytes:
+        """Return the first bytes of a file."""
+        ...
+
+    def stream(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a file, checked where there is a checksum."""
+        ...
+
+
+class FolderReader:
+    """The files below a folder, by their paths in it; hidden ones are left out."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.sizes = {
+            path.relative_to(folder).as_posix(): path.stat().st_size
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        }
+
+    def read(self, name: str) -> bytes:
+        """Return a whole small file."""
+        return b"".join(self.stream(name))
+
+    def head(self, name: str, num_bytes: int) -> bytes:
+        """Return the first bytes of a file."""
+        with self._path(name).open("rb") as file:
+            return file.read(num_bytes)
+
+    def stream(self, name: str) -> Iterator[bytes]:
+        """Yield the bytes of a file."""
+        with self._path(name).open("rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+
+    def _path(self, name: str) -> Path:
+        if name not in self.sizes:
+            raise ArchiveError(f"{self._folder}: {name} is missing")
+        return self._folder / name
+
+
+@dataclass(frozen=True, slots=True)
+class _Below:
+    """A reader of the files whose names begin with `prefix`, by the rest of their names."""
+
+    reader: Reader
+    prefix: str
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {
+            name.removeprefix(self.prefix): size
+            for name, size in self.reader.sizes.items()
+            if name.startswith(self.prefix)
+        }
+
+    def read(self, name: str) -> bytes:
+        return self.reader.read(self.prefix + name)
+
+    def head(self, name: str, num_bytes: int) -> bytes:
+        return self.reader.head(self.prefix + name, num_bytes)
+
+    def stream(self, name: str) -> Iterator[bytes]:
+        return self.reader.stream(self.prefix + name)
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveView:
+    """An opened archive.
+
+    `outer` holds what TorchServe unpacks, None for a bare pipeline; `model` the pipeline's files.
+    `place` is the file in which model.zip lies stored, with its offset and its size, where it does.
+    """
+
+    path: Path
+    outer: Reader | None
+    model: Reader
+    place: tuple[Path, int, int] | None = None
+
+
+def read_headers(model: Reader) -> dict[str, Header]:
+    """Return the headers of all safetensors files of a pipeline. Raises: ArchiveError."""
+    return {
+        name: parse_header(lambda count, name=name: model.head(name, count), size, name)  # type: ignore[misc]
+        for name, size in model.sizes.items()
+        if name.endswith(".safetensors")
+    }
+
+
+@contextmanager
+def open_archive(path: Path) -> Iterator[ArchiveView]:
+    """Open an archive of any form. Raises: ArchiveError."""
+    if not path.exists():
+        raise ArchiveError(f"{path}: no such archive")
+    with ExitStack() as stack:
+        yield _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)
+
+
+def _open_folder(path: Path, stack: ExitStack) -> ArchiveView:
+    reader = FolderReader(path)
+    if MODEL_INDEX in reader.sizes:
+        return ArchiveView(path, None, reader)
+    if MODEL_ZIP in reader.sizes:
+        archive = path / MODEL_ZIP
+        model = ZipReader(stack.enter_context(archive.open("rb")), label=str(archive))
+        place = (archive, 0, archive.stat().st_size)
+        return ArchiveView(path, reader, _rooted(model, str(archive)), place)
+    return ArchiveView(path, reader, _rooted(reader, str(path)))
+
+
+def _open_file(path: Path, stack: ExitStack) -> ArchiveView:
+    reader = ZipReader(stack.enter_context(path.open("rb")), label=str(path))
+    member = reader.members.get(MODEL_ZIP)
+    if member is None:
+        model = _rooted(reader, str(path))
+        is_bare = "MAR-INF/MANIFEST.json" not in reader.members
+        return ArchiveView(path, None if is_bare else reader, model)
+    label = f"{path}: {MODEL_ZIP}"
+    if member.is_stored:
+        file = stack.enter_context(path.open("rb"))
+        inner = ZipReader(file, start=member.offset, size_bytes=member.size_bytes, label=label)
+        place = (path, member.offset, member.size_bytes)
+        return ArchiveView(path, reader, _rooted(inner, label), place)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inspect-")))
+    reader.extract(member, folder / MODEL_ZIP)
+    inner = ZipReader(stack.enter_context((folder / MODEL_ZIP).open("rb")), label=label)
+    return ArchiveView(
+        path, reader, _rooted(inner, label), (folder / MODEL_ZIP, 0, member.size_bytes)
+    )
+
+
+def _rooted(reader: Reader, label: str) -> Reader:
+    """Return the pipeline in `reader`: at its root, or in the one folder that holds one."""
+    found = [
+        name for name in reader.sizes if name == MODEL_INDEX or name.endswith(f"/{MODEL_INDEX}")
+    ]
+    roots = [name for name in found if name.count("/") <= 1]
+    if len(roots) != 1:
+        raise ArchiveError(f"{label}: holds {len(roots)} pipelines ({MODEL_INDEX}), not one")
+    prefix = roots[0].removesuffix(MODEL_INDEX)
+    return _Below(reader, prefix) if prefix else reader

@@ -1,0 +1,229 @@
+"""Shows what an archive holds without unpacking it; changes with what is worth showing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from handler.archive import MODEL_INDEX, check_model_index, pickled
+from handler.config import HandlerConfig
+from handler.errors import ArchiveError, ConfigError
+from scripts.archive_checks import read_manifest
+from scripts.archive_reader import ArchiveView, open_archive, read_headers
+from scripts.console import DONE, UsageError, command
+from scripts.manifest import TORCHSERVE_MANIFEST_NAME, component_facts
+from scripts.signing import signature_path
+
+__all__ = ["inspect", "main"]
+
+_EXAMPLES = """\
+examples:
+  python -m scripts.inspect_archive model-store/sd.mar
+  python -m scripts.inspect_archive model-store/sd.mar --json
+  python -m scripts.inspect_archive upstream.mar          made by torch-model-archiver
+  python -m scripts.inspect_archive my-pipeline           a pipeline's folder
+
+Nothing is loaded and no hash is compared: that is scripts.verify_archive.
+"""
+_DEFAULTS = ("num_inference_steps", "guidance_scale", "height", "width", "scheduler")
+_LIMITS = (
+    *("max_prompt_chars", "max_num_inference_steps", "max_size_px", "max_pixels", "max_images"),
+    *("max_rows", "max_waiting"),
+)
+_FORMS = {True: "archive", False: "pipeline"}
+
+
+def inspect(path: Path) -> dict[str, Any]:
+    """Return the facts about the archive `path`. Raises: ArchiveError."""
+    with open_archive(path) as view:
+        manifest = read_manifest(view) or {}
+        index = _index(view)
+        components = component_facts(index, read_headers(view.model))
+        num_parameters = sum(facts.get("parameters", 0) for facts in components.values())
+        weights_bytes = sum(facts.get("size_bytes", 0) for facts in components.values())
+        return {
+            "path": str(path),
+            "form": _FORMS[view.outer is not None] + (" folder" if path.is_dir() else ""),
+            "size_bytes": _size(path),
+            "is_signed": signature_path(path).is_file(),
+            "torchserve": _torchserve(view),
+            "pipeline": {
+                "class": index["_class_name"],
+                "parameters": num_parameters,
+                "weights_bytes": weights_bytes,
+                "components": components,
+            },
+            "memory_bytes": {
+                "float32": num_parameters * 4,
+                "float16": num_parameters * 2,
+                "as_packed": weights_bytes,
+            },
+            "is_mapped": _is_mapped(view),
+            "pickled": pickled(view.model.sizes),
+            **_settings(view),
+            **{
+                key: manifest.get(key)
+                for key in (
+                    *("source", "licence", "made_with", "tool", "converted_to"),
+                    *("replaced_components", "loras", "settings", "smoke_prompt"),
+                )
+            },
+        }
+
+
+def _index(view: ArchiveView) -> dict[str, object]:
+    try:
+        return check_model_index(json.loads(view.model.read(MODEL_INDEX)), str(view.path))
+    except (ValueError, RecursionError) as error:
+        raise ArchiveError(f"{view.path}: {MODEL_INDEX} is no JSON: {error}") from error
+
+
+def _size(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+
+
+def _is_mapped(view: ArchiveView) -> bool:
+    """Say whether the worker can map the weights where TorchServe puts them."""
+    from handler.zipread import ZipReader
+
+    if view.place is None:
+        return True
+    archive, start, size_bytes = view.place
+    with archive.open("rb") as file:
+        members = ZipReader(file, start=start, size_bytes=size_bytes).members
+    return all(each.is_stored for name, each in members.items() if name.endswith(".safetensors"))
+
+
+def _torchserve(view: ArchiveView) -> dict[str, Any] | None:
+    if view.outer is None or TORCHSERVE_MANIFEST_NAME not in view.outer.sizes:
+        return None
+    try:
+        model = json.loads(view.outer.read(TORCHSERVE_MANIFEST_NAME))["model"]
+        return {key: model.get(key) for key in ("modelName", "modelVersion", "handler")}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _settings(view: ArchiveView) -> dict[str, Any]:
+    """Return what a request gets by default and what it may ask for at most."""
+    if view.outer is None or "model-config.yaml" not in view.outer.sizes:
+        return {"defaults": None, "limits": None}
+    try:
+        section = (yaml.safe_load(view.outer.read("model-config.yaml")) or {}).get("handler")
+        config = HandlerConfig.from_mapping(section)
+    except (ConfigError, yaml.YAMLError, AttributeError):
+        return {"defaults": None, "limits": None}
+    return {
+        "defaults": {name: getattr(config, name) for name in _DEFAULTS},
+        "limits": {name: getattr(config, name) for name in _LIMITS},
+    }
+
+
+def _page(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of the readable page."""
+    pipeline = facts["pipeline"]
+    yield f"{facts['path']}  ({facts['form']}, {_megabytes(facts['size_bytes'])})"
+    if facts["torchserve"]:
+        model = facts["torchserve"]
+        yield _line("model", f"{model['modelName']} {model['modelVersion'] or ''}".strip())
+    yield _line("pipeline", pipeline["class"])
+    yield _line("parameters", f"{pipeline['parameters']:,}")
+    yield ""
+    yield "components"
+    for name, each in pipeline["components"].items():
+        weights = ""
+        if "parameters" in each:
+            dtypes = ", ".join(each["dtypes"])
+            size = _megabytes(each["size_bytes"])
+            weights = f"{each['parameters']:>15,}  {size:>12}  {dtypes}"
+        yield f"  {name:<18} {each['class'].partition('.')[2]:<34} {weights}".rstrip()
+    yield ""
+    memory = facts["memory_bytes"]
+    yield _line(
+        "memory",
+        f"weights take {_megabytes(memory['float16'])} in float16 (CUDA), "
+        f"{_megabytes(memory['float32'])} in float32 (CPU)",
+    )
+    how = "mapped in place" if facts["is_mapped"] else "unpacked first, for they are deflated"
+    yield _line("opening", f"weights are {how}")
+    yield from _provenance(facts)
+    for title in ("defaults", "limits"):
+        if facts[title]:
+            shown = [f"{key} {value}" for key, value in facts[title].items() if value is not None]
+            yield _line(title, ", ".join(shown))
+    if facts["pickled"]:
+        yield _line("WARNING", f"pickled weights, which the worker refuses: {facts['pickled']}")
+
+
+def _provenance(facts: Mapping[str, Any]) -> Iterator[str]:
+    source = facts["source"] or {}
+    if "model_id" in source:
+        yield _line("source", f"{source['model_id']} at {source.get('revision')}")
+    elif source:
+        yield _line("source", "a folder")
+    licence = facts["licence"] or {}
+    if licence:
+        name = licence.get("license_name") or licence.get("license")
+        text = licence.get("text", "").strip().split("\n")[0]
+        yield _line("licence", ": ".join(part for part in (name, text) if part))
+    if facts["made_with"]:
+        versions = ", ".join(f"{name} {version}" for name, version in facts["made_with"].items())
+        yield _line("made with", versions)
+    for key, title in (
+        ("converted_to", "converted to"),
+        ("replaced_components", "replaced"),
+        ("loras", "LoRAs"),
+        ("settings", "settings"),
+        ("smoke_prompt", "smoke prompt"),
+    ):
+        value = facts[key]
+        if isinstance(value, dict):
+            value = [name if key != "settings" else f"{name}={value[name]}" for name in value]
+        if value:
+            yield _line(title, value if isinstance(value, str) else ", ".join(value))
+    yield _line("signature", "beside it" if facts["is_signed"] else "none")
+
+
+def _line(title: str, text: object) -> str:
+    return f"{title + ':':<14}{text}"
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.1f} MB"
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if not arguments.archive.exists():
+        raise UsageError(f"{arguments.archive}: no such archive")
+    facts = inspect(arguments.archive)
+    if arguments.json:
+        print(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        for line in _page(facts):
+            print(line)
+    return DONE
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="inspect_archive",
+        description="Show what model an archive holds, how large, from where, with which defaults.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="a .mar, or a folder")
+    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    return command(parser, _run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
