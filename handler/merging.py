@@ -20,6 +20,7 @@ Calls whose `merge_key` is equal may share a forward.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import weakref
@@ -30,7 +31,15 @@ from typing import Any
 
 import torch
 
-__all__ = ["Fingerprints", "is_listed", "merge", "merge_key", "num_rows", "split"]
+__all__ = [
+    "Fingerprints",
+    "is_listed",
+    "merge",
+    "merge_key",
+    "num_rows",
+    "output_members",
+    "split",
+]
 
 Arguments = Mapping[str, Any]
 
@@ -43,6 +52,8 @@ SHARED_PARAMETERS = frozenset(
     {"img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "rope_temporal_scale", "position_ids"}
 )
 
+_SELDOM_ROWS = STEP_PARAMETERS | SHARED_PARAMETERS
+
 _EXACT_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 
 
@@ -54,14 +65,15 @@ class Fingerprints:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, bytes]] = {}
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, Hashable]] = {}
 
-    def of(self, tensor: torch.Tensor) -> bytes:
+    def of(self, tensor: torch.Tensor) -> Hashable:
+        if tensor.is_inference():  # counts no versions, so nothing tells whether it has changed
+            return _contents(tensor)
         known = self._known.get(id(tensor))
         if known is not None and known[0]() is tensor and known[1] == tensor._version:
             return known[2]
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        contents = hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).digest()
+        contents = _contents(tensor)
         key = id(tensor)
         reference = weakref.ref(tensor, lambda _: self._known.pop(key, None))
         self._known[key] = (reference, tensor._version, contents)
@@ -69,20 +81,14 @@ class Fingerprints:
 
 
 def num_rows(arguments: Arguments) -> int | None:
-    """The batch size of a call: the first dimension of its first tensor that has one."""
-    for value in arguments.values():
-        if _is_list_of_tensors(value):
-            return len(value)
-        for tensor in _tensors(value):
-            if tensor.ndim:
-                return int(tensor.shape[0])
-    return None
+    """The batch size of a call; None for a call without tensors."""
+    leading = _leading(arguments)
+    return None if leading is None else len(leading)
 
 
 def is_listed(arguments: Arguments) -> bool:
     """Whether the call's rows are lists of tensors."""
-    with_tensors = (value for value in arguments.values() if num_rows({"": value}) is not None)
-    return _is_list_of_tensors(next(with_tensors, None))
+    return isinstance(_leading(arguments), list)
 
 
 def merge_key(arguments: Arguments, rows: int, fingerprints: Fingerprints) -> Hashable:
@@ -107,7 +113,7 @@ def merge_key(arguments: Arguments, rows: int, fingerprints: Fingerprints) -> Ha
             return (part, value.dtype, value.device, value.layout, shape, contents)
         if isinstance(value, _EXACT_VALUES):
             return (type(value), value)
-        parts = _parts(value)
+        parts = _members(value)
         if parts is None:
             return ("the very same", type(value), id(value))
         return (type(value), tuple((k, key(_name(name, k), v)) for k, v in parts))
@@ -141,11 +147,11 @@ def merge(
             if padding:
                 values = [*values, values[-1][-1:].expand(padding, *values[-1].shape[1:])]
             return torch.cat(list(values))
-        if isinstance(first, _EXACT_VALUES) or (parts := _parts(first)) is None:
+        if isinstance(first, _EXACT_VALUES) or (parts := _members(first)) is None:
             return first
-        members = [_parts(value) or () for value in values]
+        columns = [_members(value) or () for value in values]
         joined = [
-            join(_name(name, k), [member[i][1] for member in members])
+            join(_name(name, k), [column[i][1] for column in columns])
             for i, (k, _) in enumerate(parts)
         ]
         return _rebuild(first, joined)
@@ -159,21 +165,24 @@ def split(
     """The output of a merged forward, one piece a call; pieces share no memory.
 
     `total` is the number of rows that the forward ran, padding included; `listed` is what
-    `is_listed` said of its calls. A tensor whose first dimension is not `total`, and every plain
-    value, goes to all calls as it is.
+    `is_listed` said of its calls. A tensor whose first dimension is not `total` goes to each call
+    whole, every plain value as it is; an object is copied with what it holds (a key-value cache).
+
+    Raises:
+        TypeError: there is no telling what an object in it holds.
     """
     total = sum(rows) if total is None else total
 
     def pieces(value: Any) -> list[Any]:
         if listed and _is_list_of_tensors(value) and len(value) == total:
-            members = iter(value)
-            return [[v.clone() for v in islice(members, n)] for n in rows]
+            row = iter(value)
+            return [[v.clone() for v in islice(row, n)] for n in rows]
         if isinstance(value, torch.Tensor):
             if value.ndim == 0 or value.shape[0] != total:
-                return [value] * len(rows)
+                return [value, *(value.clone() for _ in rows[1:])]
             kept = value.narrow(0, 0, sum(rows))
             return list(torch.ops.aten.split_with_sizes_copy(kept, list(rows)))
-        parts = _parts(value)
+        parts = output_members(value)
         if parts is None:
             return [value] * len(rows)
         columns = [pieces(member) for _, member in parts]
@@ -195,6 +204,21 @@ def _part(name: str, tensor: torch.Tensor, rows: int) -> str:
     return "shared"
 
 
+def _leading(arguments: Arguments) -> torch.Tensor | list[torch.Tensor] | None:
+    """The first tensor with dimensions, or list of tensors, that a call is given.
+
+    Steps and position ids are asked last, wherever they stand: they may have one row for all.
+    """
+    for _, value in sorted(arguments.items(), key=lambda item: item[0] in _SELDOM_ROWS):
+        if _is_list_of_tensors(value):
+            listed: list[torch.Tensor] = value
+            return listed
+        for tensor in _tensors(value):
+            if tensor.ndim:
+                return tensor
+    return None
+
+
 def _is_list_of_tensors(value: Any) -> bool:
     return (
         isinstance(value, list)
@@ -213,7 +237,7 @@ def _steps(values: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.Te
     return [v.to(dtype).reshape(-1).expand(n) for v, n in zip(values, rows, strict=True)]
 
 
-def _parts(container: Any) -> list[tuple[Hashable, Any]] | None:
+def _members(container: Any) -> list[tuple[Hashable, Any]] | None:
     """The members of a container in a fixed order; None for what is no container."""
     if isinstance(container, Mapping):
         return list(container.items())
@@ -224,24 +248,51 @@ def _parts(container: Any) -> list[tuple[Hashable, Any]] | None:
     return None
 
 
-def _rebuild(container: Any, members: Sequence[Any]) -> Any:
-    """A container like `container` with other members."""
+def output_members(value: Any) -> list[tuple[Hashable, Any]] | None:
+    """Like `_members`, and the attributes of any other object.
+
+    Raises:
+        TypeError: it has none that can be seen.
+    """
+    parts = _members(value)
+    if parts is not None:
+        return parts
+    if isinstance(value, (*_EXACT_VALUES, torch.Tensor, torch.nn.Module)) or callable(value):
+        return None
+    if not hasattr(value, "__dict__"):
+        raise TypeError(f"an output of type {type(value).__name__} cannot be split")
+    return list(vars(value).items())
+
+
+def _rebuild(container: Any, values: Sequence[Any]) -> Any:
+    """A container like `container` with other values."""
     kind: Callable[..., Any] = type(container)
     if isinstance(container, Mapping):
-        items = dict(zip(container, members, strict=True))
-        # Model outputs are ordered dictionaries and dataclasses at once: only keywords build them.
-        return kind(**items) if dataclasses.is_dataclass(container) else kind(items)
+        items = dict(zip(container, values, strict=True))
+        # Model outputs are ordered dictionaries and dataclasses at once: only keywords build them,
+        # and a field that is None is missing from the dictionary.
+        fields = getattr(container, "__dataclass_fields__", None)
+        return kind(items) if fields is None else kind(**{**dict.fromkeys(fields), **items})
     if hasattr(container, "_fields"):
-        return kind(*members)
+        return kind(*values)
     if isinstance(container, (list, tuple)):
-        return kind(members)
-    return dataclasses.replace(
-        container,
-        **{f.name: m for f, m in zip(dataclasses.fields(container), members, strict=True)},
-    )
+        return kind(values)
+    if fields := getattr(container, "__dataclass_fields__", None):
+        return dataclasses.replace(container, **dict(zip(fields, values, strict=True)))
+    rebuilt = copy.copy(container)
+    vars(rebuilt).update(zip(vars(container), values, strict=True))
+    return rebuilt
+
+
+def _contents(tensor: torch.Tensor) -> Hashable:
+    """What `tensor` holds, or which one it is where that cannot be read (sparse, meta)."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        return ("the very same", id(tensor))
+    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
+    return hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).digest()
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    return [tensor for _, member in _parts(value) or () for tensor in _tensors(member)]
+    return [tensor for _, member in _members(value) or () for tensor in _tensors(member)]
