@@ -1,0 +1,235 @@
+"""What in-flight batching gains and costs, against the pipeline called directly, in one run.
+
+    python -m benchmarks.engine            # in this process, about three minutes on two cores
+    python -m benchmarks.engine --served   # through TorchServe as well, about six more
+
+The pipeline is the demo's architecture with random weights: a UNet of some 3 M parameters on
+24×24 latents. The two sides take turns, so that a machine that changes its speed changes both;
+figures are ratios of one round's two sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.report import Figure, Spread, write_report
+from demo.build import build_pipeline
+from handler.engine import InFlightEngine
+from handler.schedulers import make_scheduler
+from handler.ticket import Ticket
+
+NUM_REQUESTS = 16
+SCHEDULERS = (None, "euler_a", "dpm++", "unipc")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call of the pipeline, as many times as it is asked for."""
+
+    prompt: str
+    num_steps: int
+    guidance: float
+    seed: int
+    scheduler: str | None
+
+    def kwargs(self) -> dict[str, Any]:
+        return {
+            "prompt": self.prompt,
+            "num_inference_steps": self.num_steps,
+            "guidance_scale": self.guidance,
+            "generator": torch.Generator().manual_seed(self.seed),
+            "output_type": "np",
+        }
+
+
+def mixed_requests(seed: int = 0) -> list[Request]:
+    """Sixteen requests of 10 to 50 steps, guidance 1, 5 and 7.5, four schedulers."""
+    draw = random.Random(seed)
+    return [
+        Request(
+            prompt=f"a {draw.choice(['red', 'blue', 'green'])} circle on a white background",
+            num_steps=draw.choice([10, 20, 30, 40, 50]),
+            guidance=draw.choice([1.0, 5.0, 7.5]),
+            seed=i,
+            scheduler=SCHEDULERS[i % len(SCHEDULERS)],
+        )
+        for i in range(NUM_REQUESTS)
+    ]
+
+
+def draw_alone(pipeline: Any, request: Request) -> np.ndarray[Any, Any]:
+    """The picture (1, H, W, 3) that the unmodified pipeline draws of `request` by itself."""
+    view = copy.copy(pipeline)
+    if request.scheduler is not None:
+        view.scheduler = make_scheduler(pipeline, request.scheduler)
+    else:
+        view.scheduler = copy.deepcopy(pipeline.scheduler)
+    return np.asarray(view(**request.kwargs()).images)
+
+
+def submit(engine: InFlightEngine, request: Request) -> Ticket:
+    return engine.submit(request.kwargs(), scheduler=request.scheduler)
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    started_s = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started_s, result
+
+
+class TimedEngine(InFlightEngine):
+    """An engine that knows which of its seconds are the model's and which are the pipelines'."""
+
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        super().__init__(pipeline, **options)
+        self.model_s = 0.0
+        self.pipelines_s = 0.0
+        for slot in self._slots:
+            slot.real = self._timing_model(slot.real)
+
+    def _timing_model(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            seconds, output = timed(lambda: real(*args, **kwargs))
+            self.model_s += seconds
+            return output
+
+        return forward
+
+    def _continue(self, ticket: Ticket, switch: Callable[..., Any], *value: Any) -> None:
+        def timed_switch(*args: Any) -> Any:
+            seconds, reached = timed(lambda: switch(*args))
+            self.pipelines_s += seconds
+            return reached
+
+        super()._continue(ticket, timed_switch, *value)
+
+
+def measure_throughput(pipeline: Any, rounds: int) -> tuple[list[Figure], dict[str, object]]:
+    """The same mixed requests one at a time and in flight: speed, and how far pictures differ."""
+    requests = mixed_requests()
+    ratios, alone_per_s, together_per_s, off = [], [], [], 0.0
+    for _ in range(rounds):
+        alone_s, alone = timed(lambda: [draw_alone(pipeline, r) for r in requests])
+        engine = InFlightEngine(pipeline, max_rows=2 * NUM_REQUESTS)
+        tickets = [submit(engine, r) for r in requests]
+        together_s, _ = timed(engine.run)
+        engine.close()
+        for picture, ticket in zip(alone, tickets, strict=True):
+            off = max(off, float(np.abs(picture - ticket.result().images).max()))
+        ratios.append(alone_s / together_s)
+        alone_per_s.append(len(requests) / alone_s)
+        together_per_s.append(len(requests) / together_s)
+    figures = [
+        Figure("in flight / one at a time, images/s", Spread(tuple(ratios)), "x", at_least=1.8),
+        Figure("one at a time", Spread(tuple(alone_per_s)), "images/s"),
+        Figure("in flight", Spread(tuple(together_per_s)), "images/s"),
+        Figure("largest difference of a pixel in [0, 1]", Spread((off,)), "", at_most=1e-4),
+    ]
+    return figures, {"requests": [repr(r) for r in requests]}
+
+
+def measure_overhead(pipeline: Any, rounds: int) -> list[Figure]:
+    """What one request pays for the engine, and what a tick of sixteen spends on itself."""
+    request = Request("a red circle", 50, 7.5, 0, None)
+    engine = InFlightEngine(pipeline)
+    ratios = []
+    for i in range(rounds):
+        # Who goes first takes turns too: the second finds warmer caches.
+        def direct() -> float:
+            return timed(lambda: draw_alone(pipeline, request))[0]
+
+        def through_engine() -> float:
+            submit(engine, request)
+            return timed(engine.run)[0]
+
+        if i % 2:
+            direct_s, engine_s = direct(), through_engine()
+        else:
+            engine_s, direct_s = through_engine(), direct()
+        ratios.append(engine_s / direct_s)
+    engine.close()
+    shares = []
+    for _ in range(max(1, rounds // 3)):
+        timed_engine = TimedEngine(pipeline, max_rows=2 * NUM_REQUESTS)
+        for mixed in mixed_requests():
+            submit(timed_engine, mixed)
+        timed_engine.run()
+        tick_s = timed_engine.counters.tick_s
+        shares.append((tick_s - timed_engine.model_s - timed_engine.pipelines_s) / tick_s * 100)
+        timed_engine.close()
+    return [
+        Figure("one request: engine / direct, seconds", Spread(tuple(ratios)), "x", at_most=1.03),
+        Figure("of a tick of 16, the engine's own", Spread(tuple(shares)), "%", at_most=2.0),
+    ]
+
+
+def measure_overtaking(pipeline: Any, rounds: int) -> list[Figure]:
+    """A 10-step request that comes when eight 50-step ones are 5 steps under way."""
+    long = [Request("a blue star", 50, 7.5, i, None) for i in range(8)]
+    short = Request("a red circle", 10, 7.5, 99, None)
+    ratios = []
+    for _ in range(rounds):
+        joining_s = _seconds_to_short(pipeline, long, short, joins=True)
+        waiting_s = _seconds_to_short(pipeline, long, short, joins=False)
+        ratios.append(joining_s / waiting_s)
+    name = "10 steps behind 8 x 50: in flight / after the batch"
+    return [Figure(name, Spread(tuple(ratios)), "x", at_most=0.35)]
+
+
+def _seconds_to_short(
+    pipeline: Any, long: Sequence[Request], short: Request, *, joins: bool
+) -> float:
+    """From the arrival of `short` to its picture, joining the batch or waiting for its end."""
+    engine = InFlightEngine(pipeline, max_rows=2 * (len(long) + 1))
+    running = [submit(engine, request) for request in long]
+    while running[0].num_steps_done < 5:
+        engine.step()
+
+    def until_short_is_drawn() -> None:
+        if not joins:
+            engine.run()
+        ticket = submit(engine, short)
+        while not ticket.ended:
+            engine.step()
+        ticket.result()
+
+    seconds, _ = timed(until_short_is_drawn)
+    engine.close()
+    return seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each side (default: 3)")
+    parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--served", action="store_true", help="through TorchServe as well")
+    arguments = parser.parse_args(argv)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    pipeline = build_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    draw_alone(pipeline, Request("warm up", 2, 7.5, 0, None))
+    figures, details = measure_throughput(pipeline, arguments.rounds)
+    figures += measure_overhead(pipeline, 3 * arguments.rounds)
+    figures += measure_overtaking(pipeline, arguments.rounds)
+    if arguments.served:
+        from benchmarks.served import measure_served
+
+        figures += measure_served(arguments.rounds)
+    details["torch_threads"] = torch.get_num_threads()
+    path = write_report("engine", figures, details)
+    print(f"\n{path}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
