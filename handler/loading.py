@@ -215,7 +215,7 @@ def _checked_multiple_px(pipeline: Any) -> int:
     parameters = inspect.signature(check).parameters
     if not {"height", "width"} <= parameters.keys():
         return 1
-    known = {"prompt": "a", "callback_on_step_end_tensor_inputs": []}
+    known = {"prompt": "a", "callback_steps": 1, "callback_on_step_end_tensor_inputs": []}
     fixed = {
         name: known.get(name)
         for name, each in parameters.items()
@@ -229,10 +229,9 @@ def _checked_multiple_px(pipeline: Any) -> int:
             with _quiet_diffusers():
                 check(**fixed, height=side_px, width=side_px)
         except (ValueError, TypeError, AttributeError) as error:
-            if "divisible" not in str(error):
-                return 1
-        else:
-            return 1 << power
+            if "divisible" in str(error):
+                continue
+        return 1 << power
     return 1
 
 
