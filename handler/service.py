@@ -29,6 +29,7 @@ from handler.errors import (
 from handler.forward import is_out_of_memory
 from handler.metrics import Meter
 from handler.outcome import Result, Timings
+from handler.policy import admit
 from handler.preview import Previewer
 from handler.prompts import pipeline_arguments, prompt_warnings
 from handler.replies import Reply, cancel_reply, error_reply, success_reply
@@ -103,7 +104,7 @@ class GenerationService:
             if isinstance(call, CancelCall):
                 self._replies[call_id] = self._cancel_for(call_id, call.request_id)
                 return
-            self._check_room(call)
+            self._check_id(call)
             live = _LiveCall(call_id, call, self._clock())
             self._submit(live)
         except RequestError as error:
@@ -133,7 +134,7 @@ class GenerationService:
         Raises:
             RequestError: the first that failed.
         """
-        tickets = [self._submit_one(request) for request in requests]
+        tickets = self._submit_all(requests)
         while not all(ticket.ended for ticket in tickets):
             for ended in self._engine.step():
                 self._on_ended(ended)
@@ -162,42 +163,63 @@ class GenerationService:
         self._encoders.shutdown()
         self._engine.close()
 
-    def _check_room(self, call: Call) -> None:
+    def _check_id(self, call: Call) -> None:
         if call.request_id is not None and self._find(call.request_id) is not None:
             raise Conflict(
                 f"the id {call.request_id!r} belongs to a request that is still running; "
                 "choose another or wait for its reply",
                 {"request_id": "is taken"},
             )
-        waiting = self._engine.num_waiting
-        if waiting and waiting + len(call.requests) > self._config.max_waiting:
-            raise QueueFull(
-                f"{waiting} requests are waiting already, {self._config.max_waiting} may; "
-                "try again a little later"
-            )
 
     def _submit(self, live: _LiveCall) -> None:
-        if live.call.stream:
-            live.stream = EventStream(self._previewer, live.call.preview_every, self._clock)
-        try:
-            for request in live.call.requests:
-                on_step = None if live.stream is None else live.stream.on_step
-                live.tickets.append(
-                    self._submit_one(request, deadline_s=live.call.deadline_s, on_step=on_step)
-                )
-        except RequestError:
-            for ticket in live.tickets:
-                self._engine.cancel(ticket)
-            raise
+        call, was_idle, num_before = live.call, not self._live, self._num_held_up()
+        if call.stream:
+            live.stream = EventStream(self._previewer, call.preview_every, self._clock)
+        on_step = None if live.stream is None else live.stream.on_step
+        live.tickets = self._submit_all(call.requests, deadline_s=call.deadline_s, on_step=on_step)
         self._live[live.call_id] = live
         self._by_ticket.update(dict.fromkeys(live.tickets, live))
+        # Alone it is taken in however long a line it forms by itself: it would never get in.
+        if was_idle or not num_before < self._num_held_up():
+            return
+        if num_before >= self._config.max_waiting:
+            full = QueueFull(
+                f"{num_before} requests are waiting already, {self._config.max_waiting} may; "
+                "try again a little later"
+            )
+            self._release(live, full)
+            raise full
+
+    def _num_held_up(self) -> int:
+        """Requests that the next tick would leave waiting."""
+        waiting = [ticket for ticket in self._by_ticket if ticket.state is State.WAITING]
+        admission = admit(waiting, self._engine.in_flight, self._engine.limits)
+        return len(waiting) - len(admission.joining)
+
+    def _submit_all(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        deadline_s: float | None = None,
+        on_step: Callable[[StepEnd], None] | None = None,
+    ) -> list[Ticket]:
+        """All of them or, when one is refused, none."""
+        tickets: list[Ticket] = []
+        try:
+            for request in requests:
+                tickets.append(self._submit_one(request, deadline_s=deadline_s, on_step=on_step))
+        except RequestError:
+            for ticket in tickets:
+                self._engine.cancel(ticket)
+            raise
+        return tickets
 
     def _submit_one(
         self,
         request: GenerationRequest,
         *,
-        deadline_s: float | None = None,
-        on_step: Callable[[StepEnd], None] | None = None,
+        deadline_s: float | None,
+        on_step: Callable[[StepEnd], None] | None,
     ) -> Ticket:
         try:
             return self._engine.submit(
@@ -206,8 +228,13 @@ class GenerationService:
                 deadline_s=deadline_s,
                 on_step=on_step,
             )
+        except RequestError:
+            raise
         except ValueError as error:
             raise InvalidRequest(f"the pipeline refuses the request: {error}") from error
+        except Exception as error:  # a scheduler's own code, made from the request's name of it
+            logger.error("a request could not be made ready", exc_info=error)
+            raise EngineFault(f"the pipeline failed: {type(error).__name__}") from error
 
     def _on_ended(self, ticket: Ticket) -> None:
         self.meter.steps_done(ticket.num_steps_done)
@@ -218,19 +245,27 @@ class GenerationService:
             assert ticket.error is not None
             self._fail(live, as_request_error(ticket.error, ticket))
         elif all(t.state is State.DONE for t in live.tickets):
-            results = [
-                self._result(t, r) for t, r in zip(live.tickets, live.call.requests, strict=True)
-            ]
-            for result in results:
-                self.meter.images_drawn(result)
-            live.encoding = self._encoders.submit(
-                success_reply,
-                live.call,
-                results,
-                request_id=live.call_id,
-                model_name=self._model_name,
-                config=self._config,
-            )
+            try:
+                self._encode(live)
+            except Exception as error:  # pictures and tokenizers are the pipeline's own
+                logger.error("what the pipeline returned is of no use", exc_info=error)
+                self._fail(live, EngineFault(f"the pipeline failed: {type(error).__name__}"))
+
+    def _encode(self, live: _LiveCall) -> None:
+        """Hand the pictures of a call, all drawn, to the thread pool."""
+        results = [
+            self._result(t, r) for t, r in zip(live.tickets, live.call.requests, strict=True)
+        ]
+        for result in results:
+            self.meter.images_drawn(result)
+        live.encoding = self._encoders.submit(
+            success_reply,
+            live.call,
+            results,
+            request_id=live.call_id,
+            model_name=self._model_name,
+            config=self._config,
+        )
 
     def _result(self, ticket: Ticket, request: GenerationRequest) -> Result:
         assert ticket.admitted_s is not None

@@ -60,7 +60,8 @@ class EventStream:
         if reply.status != 200:
             self._add("error", {"status": reply.status, **json.loads(reply.body)})
         elif reply.content_type == "application/json":
-            self._add("image", json.loads(reply.body))
+            # One line of ASCII already; the engine would wait while megabytes were parsed again.
+            self._pending.append(b"event: image\ndata: " + reply.body + b"\n\n")
         else:
             image = base64.b64encode(reply.body).decode("ascii")
             seeds = [int(seed) for seed in reply.headers["X-Seed"].split(",")]
