@@ -207,8 +207,9 @@ def _headers(context: Any, index: int) -> dict[str, str]:
 
 
 def _check_workers(model_config: Mapping[str, Any], *, is_continuous: bool) -> None:
-    workers = {model_config.get(key, 1) for key in ("minWorkers", "maxWorkers")}
-    if is_continuous and workers != {1}:
+    # Left out, TorchServe takes one for each core.
+    workers = [model_config.get(key) for key in ("minWorkers", "maxWorkers")]
+    if is_continuous and workers != [1, 1]:
         raise ConfigError(
             "model-config.yaml: continuousBatching needs minWorkers: 1 and maxWorkers: 1, since "
             "requests share forwards inside one worker (TorchServe hangs with two)"
