@@ -67,8 +67,9 @@ class Admission:
 def admit(waiting: Sequence[Candidate], in_flight: Cost, limits: Limits) -> Admission:
     """First come, first served; who fits may pass who does not yet fit, a bounded number of times.
 
-    Once a request has been passed `limits.max_overtakes` times, nobody joins before it. So a
-    request waits for the requests ahead of it and at most that many behind it, whatever comes.
+    Once a request has been passed `limits.max_overtakes` times, nobody joins before it. So it
+    waits at most as many ticks as those ahead of it and those that passed it run, one by one: in
+    every tick that it waits, one of them is in flight.
     """
     joining: list[int] = []
     passed: list[int] = []
@@ -93,8 +94,9 @@ def admit(waiting: Sequence[Candidate], in_flight: Cost, limits: Limits) -> Admi
 def choose(parked: Sequence[AnyCandidate], limits: Limits) -> list[AnyCandidate]:
     """Whose calls this tick serves: all of them, while they are as large as they said.
 
-    When calls turn out larger than was known at admission, those served longest ago go first, and
-    every call is served at the latest after as many ticks as it takes to serve the others once.
+    When calls turn out larger than was known at admission, those served longest ago go first, the
+    first of them always. Who joins counts as served in the tick before, so that a call is left out
+    of at most as many ticks as there were others in flight when it parked.
     """
     if limits.hold(sum((p.cost for p in parked), Cost(0, 0))):
         return list(parked)
