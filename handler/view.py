@@ -15,13 +15,22 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from handler.policy import Cost
 from handler.ticket import StepEnd, Ticket
 
-__all__ = ["call_defaults", "estimate_cost", "make_view"]
+__all__ = ["call_defaults", "estimate_cost", "make_view", "unknown_arguments"]
+
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def call_defaults(pipeline: Any) -> dict[str, Any]:
     """The parameters of the pipeline's ``__call__`` and their defaults."""
     kind: type = type(pipeline)
-    return _defaults(kind)
+    return _call_parameters(kind)[0]
+
+
+def unknown_arguments(pipeline: Any, kwargs: Mapping[str, Any]) -> list[str]:
+    """The names in `kwargs` that the pipeline's ``__call__`` does not have."""
+    kind: type = type(pipeline)
+    defaults, takes_any = _call_parameters(kind)
+    return [] if takes_any else sorted(kwargs.keys() - defaults.keys())
 
 
 def make_view(pipeline: Any, ticket: Ticket) -> tuple[Any, dict[str, Any]]:
@@ -66,9 +75,24 @@ def estimate_cost(pipeline: Any, kwargs: Mapping[str, Any]) -> Cost:
 
 
 @functools.cache
-def _defaults(kind: type) -> dict[str, Any]:
-    parameters = inspect.signature(kind.__call__).parameters
-    return {name: p.default for name, p in parameters.items() if name != "self"}
+def _call_parameters(kind: type) -> tuple[dict[str, Any], bool]:
+    """The parameters of ``kind.__call__`` with their defaults, and whether it takes any other.
+
+    Where it takes ``**kwargs``, those of the class above, to which such wrappers pass them on.
+    """
+    defaults: dict[str, Any] = {}
+    for owner in kind.__mro__:
+        if "__call__" not in vars(owner):
+            continue
+        parameters = inspect.signature(vars(owner)["__call__"]).parameters.values()
+        for parameter in parameters:
+            if parameter.name != "self" and parameter.kind not in _VARIADIC:
+                defaults.setdefault(parameter.name, parameter.default)
+        # In diffusers' own pipelines it only takes arguments of long ago.
+        is_last = owner.__module__.startswith("diffusers.")
+        if is_last or not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return defaults, False
+    return defaults, True
 
 
 def _private_copy(pipeline: Any) -> Any:
@@ -85,7 +109,7 @@ def _private_copy(pipeline: Any) -> Any:
 
 def _batch_size(value: Any) -> int:
     if isinstance(value, torch.Tensor):
-        return int(value.shape[0])
+        return int(value.shape[0]) if value.ndim else 1
     if isinstance(value, Sequence) and not isinstance(value, str):
         return len(value)
     return 1
