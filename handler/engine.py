@@ -15,21 +15,24 @@ happens: no locks, no timers, and the same arrivals give the same ticks.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from greenlet import GreenletExit, getcurrent
+from greenlet import getcurrent
 
 from handler import policy
+from handler.adapters import AdapterSets, scales_adapters
 from handler.errors import Cancelled, DeadlineExceeded, TooLarge
+from handler.exclusive import SharedState
 from handler.forward import BatchedForward, Counters, Failure
 from handler.parking import Parked, RequestGreenlet, find_slots
 from handler.policy import Cost, Limits
 from handler.schedulers import make_scheduler
-from handler.ticket import State, StepEnd, Ticket
-from handler.view import call_defaults, estimate_cost, make_view
+from handler.ticket import State, StepEnd, Ticket, release_frames
+from handler.view import estimate_cost, make_view, unknown_arguments
 
 __all__ = ["BUCKETS", "InFlightEngine"]
 
@@ -75,24 +78,21 @@ class InFlightEngine:
         self.exact = exact
         self.clock = clock
         self.limits = Limits(max_rows, max_pixels, max_overtakes)
-        self._forward = BatchedForward(clock, max_rows, buckets)
-        self._adapters = _Adapters(pipeline)
-        # Perturbed-attention pipelines swap the attention processors of the shared modules, and put
-        # them back only where a call returns.
-        self._one_at_a_time = any(k.__name__ == "PAGMixin" for k in type(pipeline).__mro__)
-        self._processors = [
-            (module, module.attn_processors)
-            for module in pipeline.components.values()
-            if self._one_at_a_time and hasattr(module, "attn_processors")
-        ]
+        # Up to the rows that may be in flight: a larger bucket would not fit either.
+        capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
+        self._forward = BatchedForward(clock, max_rows, capped, self._activate_adapters)
+        self._adapters = AdapterSets(pipeline)
+        self._shared_state = SharedState(pipeline)
         self._waiting: list[Ticket] = []
         self._parked: dict[Ticket, Parked] = {}
         self._ended: list[Ticket] = []
         self._stepping = False
+        self._closed = False
         self._slots = find_slots(pipeline, modules)
         for slot in self._slots:
             if compile_forward is not None and slot.is_denoiser:
                 slot.real = compile_forward(slot.real)
+        for slot in self._slots:
             slot.install()
 
     @property
@@ -131,18 +131,23 @@ class InFlightEngine:
         """Queue one call of the pipeline with exactly these keyword arguments.
 
         `scheduler` is a diffusers class name or a short name (``"euler"``), or a scheduler object
-        that nobody else uses. `deadline_s` is in seconds from now. `adapters` maps the names of
+        to copy. `deadline_s` is in seconds from now. `adapters` maps the names of
         loaded adapters to weights. Give each call its own `generator`.
 
         Raises:
             ValueError: an argument, the scheduler or an adapter that the pipeline does not have.
             TooLarge: it would never fit.
+            RuntimeError: the engine is closed.
         """
-        unknown = sorted(kwargs.keys() - call_defaults(self.pipeline).keys())
-        if unknown:
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        if unknown := unknown_arguments(self.pipeline, kwargs):
             raise ValueError(f"{type(self.pipeline).__name__} takes no argument {unknown}")
-        if isinstance(scheduler, str):
-            scheduler = make_scheduler(self.pipeline, scheduler)
+        scheduler = (
+            make_scheduler(self.pipeline, scheduler)
+            if isinstance(scheduler, str)
+            else copy.deepcopy(scheduler)
+        )
         cost = estimate_cost(self.pipeline, kwargs)
         if not self.limits.hold(cost):
             raise TooLarge(_too_large(cost, self.limits))
@@ -153,7 +158,7 @@ class InFlightEngine:
             scheduler=scheduler,
             deadline=None if deadline_s is None else now_s + deadline_s,
             exact=self.exact if exact is None else exact,
-            adapters=self._adapters.checked(adapters),
+            adapters=self._adapters.checked(adapters, kwargs),
             on_step=on_step,
             submitted_s=now_s,
         )
@@ -162,6 +167,8 @@ class InFlightEngine:
 
     def step(self) -> list[Ticket]:
         """One tick: drop who is out of time, admit, one forward a group. Returns who ended."""
+        if self._stepping:
+            raise RuntimeError("a step cannot be taken from within a step")
         self._stepping = True
         started_s = self.clock()
         try:
@@ -187,11 +194,12 @@ class InFlightEngine:
     def cancel(self, ticket: Ticket, reason: BaseException | None = None) -> bool:
         """End `ticket` with `reason` (by default `Cancelled`); False if it had ended already.
 
-        Its rows are free at once. Called from within a step (an `on_step`), at the next.
+        Its rows are free at once. Called from within a step (an `on_step`), as soon as its turn
+        comes in this step or the next.
         """
         if ticket.ended:
             return False
-        ticket.cancelling = reason or Cancelled("the request was cancelled")
+        ticket.cancelling = ticket.cancelling or reason or Cancelled("the request was cancelled")
         if not self._stepping:
             with torch.no_grad():
                 self._unwind(ticket)
@@ -199,6 +207,9 @@ class InFlightEngine:
 
     def close(self) -> None:
         """Cancel what is left and give the pipeline its methods back."""
+        if self._stepping:
+            raise RuntimeError("an engine cannot be closed from within a step")
+        self._closed = True
         for ticket in [*self._waiting, *self._parked]:
             self.cancel(ticket, Cancelled("the engine was closed"))
         for slot in self._slots:
@@ -217,13 +228,14 @@ class InFlightEngine:
                 self._unwind(ticket)
 
     def _admit(self) -> None:
-        if self._one_at_a_time and self._parked:
+        is_exclusive = self._shared_state.is_exclusive
+        if is_exclusive and self._parked:
             return
         admission = policy.admit(self._waiting, self.in_flight, self.limits)
         for place, times in admission.overtaken.items():
             self._waiting[place].overtaken += times
         joining = [self._waiting[place] for place in admission.joining]
-        for ticket in joining[:1] if self._one_at_a_time else joining:
+        for ticket in joining[:1] if is_exclusive else joining:
             self._waiting.remove(ticket)
             self._start(ticket)
 
@@ -234,24 +246,29 @@ class InFlightEngine:
             ticket.last_tick = self.counters.ticks
         calls = [p for t, p in self._parked.items() if t.last_tick == self.counters.ticks]
         for group in self._forward.group(calls):
-            self._adapters.activate(group.calls[0].ticket.adapters)
             for call, result in zip(group.calls, self._forward.run(group), strict=True):
                 if call.slot.is_denoiser:
                     call.ticket.denoised_s = self.clock()
                 self._resume(call.ticket, result)
 
     def _start(self, ticket: Ticket) -> None:
-        view, kwargs = make_view(self.pipeline, ticket)
-        ticket.run = RequestGreenlet(lambda: view(**kwargs))
-        ticket.run.ticket = ticket
+        def call() -> Any:
+            self._adapters.activate(ticket.adapters, scaled=scales_adapters(ticket.kwargs))
+            view, kwargs = make_view(self.pipeline, ticket)
+            return view(**kwargs)
+
+        ticket.run = RequestGreenlet(ticket, call)
         ticket.state, ticket.admitted_s = State.RUNNING, self.clock()
-        self._adapters.activate(ticket.adapters)
+        # It joins the end of the line: served at the latest when all before it have been.
+        ticket.last_tick = self.counters.ticks
         self._continue(ticket, ticket.run.switch)
 
     def _resume(self, ticket: Ticket, result: Any) -> None:
         run = ticket.run
         assert run is not None
-        if isinstance(result, Failure):
+        if ticket.cancelling is not None:
+            self._unwind(ticket)
+        elif isinstance(result, Failure):
             self._continue(ticket, run.throw, result.error)
         else:
             self._continue(ticket, run.switch, result)
@@ -264,15 +281,21 @@ class InFlightEngine:
         try:
             reached = switch(*value)
         except BaseException as error:
-            self._end(ticket, State.FAILED, error)
+            release_frames(error)
+            self._end(ticket, State.FAILED, ticket.cancelling or error)
             if not isinstance(error, Exception):
                 raise
-            return
-        if ticket.run.dead:
-            self._end(ticket, State.DONE, reached)
-            return
-        self._parked[ticket] = reached
-        self._correct_cost(ticket, reached)
+        else:
+            if not ticket.run.dead:
+                self._parked[ticket] = reached
+                self._correct_cost(ticket, reached)
+            elif ticket.cancelling is not None:
+                self._end(ticket, State.FAILED, ticket.cancelling)
+            else:
+                self._end(ticket, State.DONE, reached)
+        finally:
+            # What a request leaves switched on would follow the thread to the others.
+            torch.set_grad_enabled(False)
 
     def _correct_cost(self, ticket: Ticket, parked: Parked) -> None:
         """Replace the estimated rows by those that the denoiser is really called with."""
@@ -290,61 +313,24 @@ class InFlightEngine:
         """End a request wherever it stands; its greenlet runs its `finally` clauses and is gone."""
         reason, run = ticket.cancelling, ticket.run
         assert reason is not None
-        if run is None:
-            self._waiting.remove(ticket)
-        else:
-            self._parked.pop(ticket, None)
-            run.parent = getcurrent()
-            # A pipeline that parks again on its way out is told once more.
-            while not run.dead:
-                run.throw(GreenletExit)
-        self._end(ticket, State.FAILED, reason)
+        try:
+            if run is None:
+                self._waiting.remove(ticket)
+            else:
+                self._parked.pop(ticket, None)
+                run.exit()
+        finally:
+            self._end(ticket, State.FAILED, reason)
+
+    def _activate_adapters(self, calls: Sequence[Parked]) -> None:
+        scaled = any(scales_adapters(call.ticket.kwargs) for call in calls)
+        self._adapters.activate(calls[0].ticket.adapters, scaled=scaled)
 
     def _end(self, ticket: Ticket, state: State, outcome: Any) -> None:
         if ticket.run is not None:
-            for module, processors in self._processors:
-                module.set_attn_processor(dict(processors))
+            self._shared_state.restore()
         ticket.end(state, outcome, self.clock())
         self._ended.append(ticket)
-
-
-class _Adapters:
-    """The LoRA adapters that are active on the shared modules: one set at a time."""
-
-    def __init__(self, pipeline: Any) -> None:
-        self._pipeline = pipeline
-        self._asked = False
-        self._before: list[str] = []
-        self._active: Mapping[str, float] | None = None
-
-    def checked(self, adapters: Mapping[str, float] | None) -> Mapping[str, float] | None:
-        """`adapters`, if the pipeline has loaded them all."""
-        if adapters is None:
-            return None
-        listed: dict[str, list[str]] = getattr(self._pipeline, "get_list_adapters", dict)()
-        loaded = {name for names in listed.values() for name in names}
-        missing = sorted(adapters.keys() - loaded)
-        if missing:
-            raise ValueError(f"adapters {missing} are not loaded; loaded are {sorted(loaded)}")
-        if not self._asked:
-            self._before, self._asked = self._pipeline.get_active_adapters(), True
-        return dict(adapters)
-
-    def activate(self, adapters: Mapping[str, float] | None) -> None:
-        """Make `adapters` the active set; None is the set that was active at first."""
-        if not self._asked or adapters == self._active:
-            return
-        names = self._before if adapters is None else list(adapters)
-        if names:
-            weights = [1.0] * len(names) if adapters is None else list(adapters.values())
-            self._pipeline.enable_lora()
-            self._pipeline.set_adapters(names, weights)
-        else:
-            self._pipeline.disable_lora()
-        self._active = adapters
-
-    def restore(self) -> None:
-        self.activate(None)
 
 
 def _too_large(cost: Cost, limits: Limits) -> str:

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch
 
-from handler.merging import Fingerprints, is_listed, merge, merge_key, split
+from handler.merging import (
+    Fingerprints,
+    is_listed,
+    merge,
+    merge_key,
+    output_members,
+    split,
+)
 from handler.parking import Parked
 
 __all__ = ["BatchedForward", "Counters", "Failure", "Group", "is_out_of_memory"]
@@ -17,6 +24,8 @@ __all__ = ["BatchedForward", "Counters", "Failure", "Group", "is_out_of_memory"]
 # the output. Kernels round differently at other batch sizes; a module that mixes rows is far off.
 _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
 _ROUNDING_HALF = 5e-2
+
+_MAX_KEYS = 4096
 
 
 @dataclass(slots=True)
@@ -45,11 +54,17 @@ class Failure:
 
 @dataclass(eq=False, slots=True)
 class Group:
-    """Calls that may share a forward; `key` is equal for all of them."""
+    """Calls that may share a forward, and the key that they have in common.
 
-    key: Hashable
-    calls: list[Parked] = field(default_factory=list)
-    rows: list[int] = field(default_factory=list)
+    Without a key it is a single call that runs as it is, with no company and no padding.
+    """
+
+    key: Hashable | None
+    calls: list[Parked]
+
+    @property
+    def rows(self) -> list[int]:
+        return [call.num_rows for call in self.calls]
 
 
 @dataclass(eq=False, slots=True)
@@ -57,11 +72,13 @@ class BatchedForward:
     """Groups parked calls and runs them, one forward a group where that is right.
 
     `buckets` are the row counts that forwards are padded to, ascending; none: no padding.
+    `prepare` is called with the calls of every forward before it; its errors are theirs.
     """
 
     clock: Callable[[], float]
     max_rows: int
     buckets: Sequence[int] = ()
+    prepare: Callable[[Sequence[Parked]], None] = lambda calls: None
     counters: Counters = field(default_factory=Counters)
     _fingerprints: Fingerprints = field(default_factory=Fingerprints)
     _proven: set[Hashable] = field(default_factory=set)
@@ -69,19 +86,19 @@ class BatchedForward:
 
     def group(self, calls: Sequence[Parked]) -> list[Group]:
         """Sort `calls` into groups, in the order of each group's first call."""
-        groups: dict[Hashable, Group] = {}
+        groups: list[Group] = []
+        filling: dict[Hashable, Group] = {}
         for call in calls:
-            rows = call.num_rows
-            key = self._key(call, rows)
-            group = groups.get(key)
-            if group is None or sum(group.rows) + rows > self.max_rows:
-                # A full group keeps its place in the order under a key nobody asks for again.
-                if group is not None:
-                    groups[object()] = group
-                groups[key] = group = Group(key)
-            group.calls.append(call)
-            group.rows.append(rows)
-        return list(groups.values())
+            key = self._key(call)
+            group = filling.get(key) if key is not None else None
+            if group is not None and sum(group.rows) + call.num_rows <= self.max_rows:
+                group.calls.append(call)
+                continue
+            group = Group(key, [call])
+            groups.append(group)
+            if key is not None:
+                filling[key] = group
+        return groups
 
     def run(self, group: Group) -> list[Any]:
         """The result of each call of `group`, a `Failure` where its forward raised.
@@ -89,9 +106,10 @@ class BatchedForward:
         An error of a shared forward is retried in parts, so that only the guilty one sees it:
         in halves when memory ran out, else one by one.
         """
-        if len(group.calls) > 1 and group.key not in self._proven:
-            return self._prove(group)
-        return self._run(group)
+        is_plain = len(group.calls) == 1 and self._padded(group) == sum(group.rows)
+        if is_plain or group.key is None or group.key in self._proven:
+            return self._run(group)
+        return self._prove(group)
 
     def _run(self, group: Group) -> list[Any]:
         failure = None
@@ -100,25 +118,31 @@ class BatchedForward:
         except Exception as error:
             failure = Failure(error)
         # Past the except clause, so that the traceback keeps no tensor of the failed attempt.
-        if len(group.calls) == 1:
-            return [failure]
         out_of_memory = is_out_of_memory(failure.error)
+        parts = self._parts(group, out_of_memory)
+        if not parts:
+            return [failure]
         failure = None
         self.counters.out_of_memory_retries += out_of_memory
-        size = (len(group.calls) + 1) // 2 if out_of_memory else 1
-        parts = [
-            Group(group.key, group.calls[i : i + size], group.rows[i : i + size])
-            for i in range(0, len(group.calls), size)
-        ]
         results = [result for part in parts for result in self._run(part)]
         if not out_of_memory and not any(isinstance(r, Failure) for r in results):
-            self._unmergeable.add(group.key)
+            _remember(self._unmergeable, group.key)
         return results
+
+    def _parts(self, group: Group, out_of_memory: bool) -> list[Group]:
+        """What to try after `group` failed; nothing where it was one call as it is."""
+        size = len(group.calls)
+        if out_of_memory and size > 1:
+            half = (size + 1) // 2
+            return [Group(group.key, group.calls[:half]), Group(group.key, group.calls[half:])]
+        if size > 1 or self._padded(group) > sum(group.rows):
+            return [Group(None, [call]) for call in group.calls]
+        return []
 
     def _forward(self, group: Group) -> list[Any]:
         calls, rows = group.calls, group.rows
-        slot, total = calls[0].slot, sum(rows)
-        padded = total if calls[0].ticket.exact else self._padded(total)
+        slot, total, padded = calls[0].slot, sum(rows), self._padded(group)
+        self.prepare(calls)
         started = self.clock()
         if len(calls) == 1 and padded == total:
             bound = calls[0].bound
@@ -135,37 +159,41 @@ class BatchedForward:
         return results
 
     def _prove(self, group: Group) -> list[Any]:
-        """Run a kind of group for the first time: together, and its first call alone to compare.
+        """Run a kind of group for the first time: together, and its last call alone to compare.
 
-        No table of modules says which of them keep rows apart, so each is asked once.
+        No table of modules says which of them keep rows apart, so each is asked once. The last,
+        because a module that looks at one row for all of them looks at the first.
         """
         together = self._run(group)
         if group.key in self._unmergeable or any(isinstance(r, Failure) for r in together):
             return together
-        alone = self._run(Group(group.key, group.calls[:1], group.rows[:1]))[0]
-        if isinstance(alone, Failure) or _agree(together[0], alone):
-            self._proven.add(group.key)
+        alone = self._run(Group(None, group.calls[-1:]))[0]
+        if isinstance(alone, Failure) or not _is_finite(alone):
             return together
-        self._unmergeable.add(group.key)
-        rest = [
-            self._run(Group(group.key, [call], [rows]))[0]
-            for call, rows in zip(group.calls[1:], group.rows[1:], strict=True)
-        ]
-        return [alone, *rest]
+        if _agree(together[-1], alone):
+            _remember(self._proven, group.key)
+            return together
+        _remember(self._unmergeable, group.key)
+        rest = [self._run(Group(None, [call]))[0] for call in group.calls[:-1]]
+        return [*rest, alone]
 
-    def _key(self, call: Parked, rows: int) -> Hashable:
-        alone = ("alone", id(call))
-        if call.ticket.exact or rows == 0:
-            return alone
+    def _key(self, call: Parked) -> Hashable | None:
+        """What a call has in common with those that may share its forward; None: with none."""
+        if call.ticket.exact or call.num_rows == 0:
+            return None
         adapters = call.ticket.adapters
         key = (
             id(call.slot),
             None if adapters is None else tuple(sorted(adapters.items())),
-            merge_key(call.bound.arguments, rows, self._fingerprints),
+            merge_key(call.bound.arguments, call.num_rows, self._fingerprints),
         )
-        return alone if key in self._unmergeable else key
+        return None if key in self._unmergeable else key
 
-    def _padded(self, rows: int) -> int:
+    def _padded(self, group: Group) -> int:
+        """The rows that the group's forward runs."""
+        rows = sum(group.rows)
+        if group.key is None:
+            return rows
         return next((bucket for bucket in self.buckets if bucket >= rows), rows)
 
 
@@ -178,6 +206,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def _remember(keys: set[Hashable], key: Hashable) -> None:
+    """Add `key`, and forget all others when they are too many: keys hold what requests choose."""
+    if len(keys) >= _MAX_KEYS:
+        keys.clear()
+    keys.add(key)
+
+
+def _is_finite(output: Any) -> bool:
+    if isinstance(output, torch.Tensor):
+        return not output.is_floating_point() or bool(output.isfinite().all())
+    return all(_is_finite(member) for _, member in output_members(output) or ())
+
+
 def _agree(together: Any, alone: Any) -> bool:
     """Whether two outputs of a module are equal up to rounding, wherever they hold tensors."""
     if isinstance(alone, torch.Tensor):
@@ -185,13 +226,16 @@ def _agree(together: Any, alone: Any) -> bool:
             return False
         if not alone.is_floating_point():
             return bool(torch.equal(together, alone))
+        if not alone.numel():
+            return True
         bound = _ROUNDING.get(alone.dtype, _ROUNDING_HALF)
-        scale = alone.abs().amax().float() if alone.numel() else torch.zeros(())
-        difference = (together.float() - alone.float()).abs()
-        off = difference.amax() if difference.numel() else torch.zeros(())
-        return bool(torch.isnan(alone).any() or off <= bound * scale + 1e-6)
-    if isinstance(alone, dict):
-        return all(_agree(together[k], v) for k, v in alone.items())
-    if isinstance(alone, (list, tuple)):
-        return all(_agree(t, a) for t, a in zip(together, alone, strict=True))
-    return True
+        difference = (together.float() - alone.float()).abs().amax()
+        return bool(difference <= bound * alone.abs().amax().float() + 1e-6)
+    if type(together) is not type(alone):
+        return False
+    ours, theirs = output_members(together), output_members(alone)
+    if ours is None or theirs is None:
+        return True
+    return [name for name, _ in ours] == [name for name, _ in theirs] and all(
+        _agree(mine, other) for (_, mine), (_, other) in zip(ours, theirs, strict=True)
+    )

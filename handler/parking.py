@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 
+from handler.adapters import scales_adapters
 from handler.merging import num_rows
 from handler.ticket import Ticket
 
 __all__ = ["Parked", "RequestGreenlet", "Slot", "find_slots"]
+
+_log = logging.getLogger(__name__)
+
+_MAX_EXITS = 100
 
 _DENOISERS = re.compile(r"(unet|transformer|prior|decoder)(_\d+)?$")
 _ENCODERS = re.compile(r"(controlnet|text_encoder|image_encoder|adapter)(_\d+)?$")
@@ -27,9 +34,26 @@ _AUTOENCODERS = ("vae", "movq", "vqvae", "vqgan")
 
 
 class RequestGreenlet(greenlet):
-    """The greenlet in which one request runs the pipeline's ``__call__``."""
+    """The greenlet in which one request runs the pipeline's ``__call__``.
 
-    ticket: Ticket
+    Made in the engine's own context, which every call that parks has to share.
+    """
+
+    def __init__(self, ticket: Ticket, call: Callable[[], Any]) -> None:
+        super().__init__(call)
+        self.ticket = ticket
+        self.context = _thread_context()
+
+    def exit(self) -> None:
+        """Unwind from wherever it stands; what it raises on its way out is nobody's result."""
+        self.parent = getcurrent()
+        # A pipeline that parks again on its way out is told once more, though not for ever.
+        for _ in range(_MAX_EXITS):
+            with suppress(Exception):
+                self.throw(GreenletExit)
+            if self.dead:
+                return
+        _log.error("request %d does not end when told to, and is abandoned", self.ticket.serial)
 
 
 @dataclass(eq=False, slots=True)
@@ -41,8 +65,10 @@ class Slot:
     method: str
     is_denoiser: bool
     real: Callable[..., Any]
+    """What the engine runs: the module's own method, possibly compiled."""
     signature: inspect.Signature
-    inherited: bool
+    attribute: Callable[..., Any] | None
+    """What the module itself had under this name; None where its class has the method."""
 
     def install(self) -> None:
         """Put `park` in front of the real method."""
@@ -56,10 +82,10 @@ class Slot:
 
     def remove(self) -> None:
         """Leave the module as it was before `install`."""
-        if self.inherited:
+        if self.attribute is None:
             self.module.__dict__.pop(self.method, None)
         else:
-            setattr(self.module, self.method, self.real)
+            setattr(self.module, self.method, self.attribute)
 
 
 @dataclass(eq=False, slots=True)
@@ -69,29 +95,27 @@ class Parked:
     slot: Slot
     ticket: Ticket
     bound: inspect.BoundArguments
-
-    @property
-    def num_rows(self) -> int:
-        """Its batch size; 0 for a call without tensors."""
-        return num_rows(self.bound.arguments) or 0
+    num_rows: int
+    """Its batch size; 0 for a call without tensors."""
 
 
 def park(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Wait for the engine's result of this call; calls that cannot wait are run where they stand.
 
     Those are: a call from outside any request; a call under a thread's context that differs from
-    the engine's (gradients on, autocast), since that context would follow the thread and not the
-    request; a text encoder between the scaling and unscaling of its LoRA weights.
+    the engine's (gradients, inference mode, autocast), since that context would follow the thread
+    and not the request; a text encoder between the scaling and unscaling of its LoRA weights.
     """
     current = getcurrent()
-    if not isinstance(current, RequestGreenlet) or _has_context_of_its_own():
+    if not isinstance(current, RequestGreenlet) or _thread_context() != current.context:
         return slot.real(*args, **kwargs)
-    if not slot.is_denoiser and _scales_lora(current.ticket):
+    if not slot.is_denoiser and scales_adapters(current.ticket.kwargs):
         return slot.real(*args, **kwargs)
     engine = current.parent
     assert engine is not None
     bound = slot.signature.bind(*args, **kwargs)
-    return engine.switch(Parked(slot, current.ticket, bound))
+    rows = num_rows(bound.arguments) or 0
+    return engine.switch(Parked(slot, current.ticket, bound, rows))
 
 
 def find_slots(pipeline: Any, names: Iterable[str] | None = None) -> list[Slot]:
@@ -123,7 +147,7 @@ def find_slots(pipeline: Any, names: Iterable[str] | None = None) -> list[Slot]:
             is_denoiser=method == "forward" and _ENCODERS.match(component) is None,
             real=real,
             signature=inspect.signature(real),
-            inherited=method not in module.__dict__,
+            attribute=module.__dict__.get(method),
         )
     return list(slots.values())
 
@@ -142,16 +166,11 @@ def _default_names(modules: dict[str, torch.nn.Module]) -> Iterable[str]:
             yield f"{name}.decode"
 
 
-def _has_context_of_its_own() -> bool:
+def _thread_context() -> tuple[bool, ...]:
+    """What torch keeps per thread and changes how a forward runs."""
     return (
-        torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch.is_autocast_enabled("cuda")
-    )
-
-
-def _scales_lora(ticket: Ticket) -> bool:
-    return any(
-        "scale" in (ticket.kwargs.get(name) or ())
-        for name in ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
     )

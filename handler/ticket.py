@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from greenlet import greenlet
 
 from handler.policy import Cost
 
-__all__ = ["State", "StepEnd", "Ticket"]
+if TYPE_CHECKING:
+    from handler.parking import RequestGreenlet
+
+__all__ = ["State", "StepEnd", "Ticket", "release_frames"]
 
 _serial_numbers = itertools.count()
 
@@ -65,7 +68,7 @@ class Ticket:
     ended_s: float | None = None
 
     # The engine's own, while the ticket is alive.
-    run: greenlet | None = None
+    run: RequestGreenlet | None = None
     cancelling: BaseException | None = None
     _outcome: Any = None
 
@@ -99,3 +102,21 @@ class Ticket:
         self.state, self._outcome, self.ended_s = state, outcome, now_s
         self.kwargs = {}
         self.scheduler = self.on_step = self.run = self.cancelling = None
+
+
+def release_frames(error: BaseException) -> None:
+    """Empty the frames that `error` came through: its traceback keeps the lines, not the tensors.
+
+    Else the latents of a failed request would stay for as long as anybody keeps its error. To be
+    called where `error` is caught: that frame itself is left out.
+    """
+    if error.__traceback__ is not None:
+        error.__traceback__ = error.__traceback__.tb_next
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        link = pending.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            traceback.clear_frames(link.__traceback__)
+            pending += [link.__cause__, link.__context__]
