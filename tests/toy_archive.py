@@ -17,7 +17,14 @@ class Toy:
 CONFIG = "minWorkers: 1\nmaxWorkers: 1\nbatchSize: 1\nmaxBatchDelay: 1\n"
 
 
-def write_toy_archive(folder: Path, name: str = "toy", initialize: str = "pass") -> Path:
+def write_toy_archive(
+    folder: Path,
+    name: str = "toy",
+    *,
+    initialize: str = "pass",
+    handler: str = HANDLER,
+    config: str = CONFIG,
+) -> Path:
     """Write `folder`/`name`.mar, whose handler runs the statement `initialize` at start-up."""
     model = {
         "modelName": name,
@@ -35,6 +42,6 @@ def write_toy_archive(folder: Path, name: str = "toy", initialize: str = "pass")
     archive = folder / f"{name}.mar"
     with zipfile.ZipFile(archive, "w") as mar:
         mar.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
-        mar.writestr("toy_entry.py", HANDLER.format(initialize=initialize))
-        mar.writestr("model-config.yaml", CONFIG)
+        mar.writestr("toy_entry.py", handler.replace("{initialize}", initialize))
+        mar.writestr("model-config.yaml", config)
     return archive

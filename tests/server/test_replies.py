@@ -6,11 +6,13 @@ import base64
 import io
 import json
 import re
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from scripts.server import TorchServer
 from tests.server.client import curl, pixels, post_json
 
 REQUEST = {"prompt": "a yellow star on a blue background", "seed": 11}
@@ -131,8 +133,22 @@ def test_a_prompt_beyond_the_window_is_served_and_says_so(url: str) -> None:
     assert re.search(r"\d+ tokens?", answer.headers["warning"])
 
 
-def test_metrics_are_in_prometheus_form(server, url: str) -> None:  # type: ignore[no-untyped-def]
-    post_json(url, REQUEST)
-    answer = curl(server.metrics_url)
-    assert answer.status == 200
-    assert b"# TYPE ts_inference_requests_total counter" in answer.body
+def test_metrics_count_requests_and_pictures(server: TorchServer, url: str) -> None:
+    names = ('diffusers_requests_total{outcome="ok"', "diffusers_images_total{")
+    before = [metric(server, name) for name in names]
+    post_json(url, {**REQUEST, "num_images": 2, "output_format": "json"})
+    ends_s = time.monotonic() + 20
+    # TorchServe reads them from the worker's output, beside the reply.
+    while [metric(server, name) for name in names] != [before[0] + 1, before[1] + 2]:
+        assert time.monotonic() < ends_s, curl(server.metrics_url).body.decode()
+    text = curl(server.metrics_url).body.decode()
+    assert "# TYPE diffusers_requests_total counter" in text
+    assert "# TYPE diffusers_requests_in_flight gauge" in text
+    assert "# TYPE diffusers_request_seconds histogram" in text
+    assert "# TYPE ts_inference_requests_total counter" in text
+
+
+def metric(server: TorchServer, start: str) -> float:
+    """Return the value of the metric whose line begins with `start`; 0 while it has none."""
+    lines = curl(server.metrics_url).body.decode().splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith(start)), 0.0)
