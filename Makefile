@@ -23,6 +23,8 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 PY        := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 SERVE     := $(PY) -m scripts.serve
+# For targets that only look: they install nothing.
+IS_INSTALLED = [ -x $(PY) ] || { echo "Nothing is installed yet: make demo" >&2; exit 1; }
 
 # The embedded default, rebuilt when anything inside it changes; .embedded marks that it is ours.
 DEFAULT         := stable_diffusion
@@ -42,7 +44,7 @@ help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
 		| while IFS='|' read -r target text; do printf '%-17s %s\n' "$$target" "$$text"; done
 
-demo: $(INSTALLED) $(DEFAULT_ARCHIVE) ## Install, build, start TorchServe and draw demo.png; leaves the server running
+demo: $(INSTALLED) $(DEFAULT_ARCHIVE) ## Install, build, start TorchServe, draw demo.png; the server keeps running [PROMPT=]
 	@$(START) --name $(DEFAULT) --brief
 	@$(PY) -m scripts.demo --run-dir $(RUN_DIR) --out $(DEMO_PICTURE) $(if $(PROMPT),--prompt "$(PROMPT)")
 
@@ -56,7 +58,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
 		print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' \
 		> $(VENV)/requirements.txt
-	@$(PY) -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) \
+	@$(PY) -m pip install --disable-pip-version-check $$([ -t 2 ] || echo --quiet) $(PIP_ARGS) \
 		-c constraints.txt -r $(VENV)/requirements.txt
 	@touch $@
 
@@ -86,10 +88,12 @@ serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT=
 stop: ## Stop the server
 	@[ ! -x $(PY) ] || $(SERVE) stop --run-dir $(RUN_DIR)
 
-status: $(INSTALLED) ## Say what is served and whether it is ready
+status: ## Say what is served and whether it is ready
+	@$(IS_INSTALLED)
 	@$(SERVE) status --run-dir $(RUN_DIR)
 
-logs: $(INSTALLED) ## Follow the server's log
+logs: ## Follow the server's log
+	@$(IS_INSTALLED)
 	@$(SERVE) logs --follow --run-dir $(RUN_DIR)
 
 test: $(INSTALLED) ## Everything that must pass, on the real TorchServe too

@@ -66,6 +66,15 @@ def test_without_a_python_that_is_new_enough(tmp_path: Path) -> None:
     assert not (tmp_path / "venv").exists()
 
 
+def test_looking_installs_nothing(tmp_path: Path) -> None:
+    for target in ("status", "logs"):
+        answer = make(target, f"VENV={tmp_path / 'venv'}")
+        assert answer.returncode != 0
+        assert "Nothing is installed yet: make demo" in answer.stderr
+    assert make("stop", f"VENV={tmp_path / 'venv'}").returncode == 0
+    assert not (tmp_path / "venv").exists()
+
+
 def test_several_archives_ask_for_a_name(tmp_path: Path, places: list[str]) -> None:
     write_toy_archive(tmp_path / "store", "first")
     write_toy_archive(tmp_path / "store", "second")
