@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -153,14 +152,17 @@ def _diffusers_model(
     with _building(dtype):
         model = cls.from_config(config)
     model._fix_state_dict_keys_on_load(state)
-    expected = model.state_dict().keys()
-    ignored = cls._keys_to_ignore_on_load_unexpected or []
-    for key in list(state.keys() - expected):
-        if any(re.search(pattern, key) for pattern in ignored):
-            del state[key]
-    if state.keys() != expected:
-        odd = sorted(state.keys() ^ expected)
-        raise NotMappableError(f"{len(odd)} weights differ in name, such as {odd[0]}")
+    expected = model.state_dict()
+    missing = expected.keys() - state.keys()
+    wrong = {
+        key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape
+    }
+    _refuse_gaps(folder.name, {"missing_keys": missing, "mismatched_keys": wrong})
+    if unexpected := sorted(state.keys() - expected.keys()):
+        logger.warning(
+            "%s: %d weights are not used, such as %s", folder.name, len(unexpected), unexpected[0]
+        )
+        state = {key: state[key] for key in expected}
     keep = cls._keep_in_fp32_modules or []
     for key, tensor in state.items():
         if tensor.is_floating_point():

@@ -193,7 +193,7 @@ class ZipReader:
             raise self._error("it is no zip archive, or it is cut off")
         _, disk, disk_of_directory, here, count, size, offset, comment = _END.unpack_from(tail, at)
         if at + _END.size + comment != len(tail):
-            raise self._error("bytes follow its end record")
+            raise self._error("it is cut off, or bytes follow its end record")
         end = tail_start + at
         if 0xFFFF in (count, here) or 0xFFFFFFFF in (size, offset):
             end, fields = self._directory64(end)
