@@ -4,6 +4,10 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
+# These come from the command line alone: some shells export a NAME or a VERSION of their own.
+$(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
+	FORCE SMOKE,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
+
 VENV      ?= .venv
 RUN_DIR   ?= .run
 STORE     ?= model-store
@@ -26,6 +30,11 @@ SERVE     := $(PY) -m scripts.serve
 # For targets that only look: they install nothing.
 IS_INSTALLED = [ -x $(PY) ] || { echo "Nothing is installed yet: make demo" >&2; exit 1; }
 
+# What an archive is called that has no NAME: as its pipeline.
+ARCHIVE_NAME = $(or $(NAME),$(notdir $(patsubst %/,%,$(or $(PIPELINE),$(MODEL_ID)))),$(DEFAULT))
+# The archive to look at.
+ARCHIVE = $(if $(NAME),$(firstword $(wildcard $(STORE)/$(NAME).mar) $(STORE)/$(NAME)),$(STORE)/$(DEFAULT).mar)
+
 # The embedded default, rebuilt when anything inside it changes; .embedded marks that it is ours.
 DEFAULT         := stable_diffusion
 DEFAULT_ARCHIVE := $(STORE)/$(DEFAULT).mar
@@ -36,7 +45,7 @@ DEFAULT_SOURCES := $(shell find demo/pipeline -type f 2>/dev/null) config/model-
 START = $(SERVE) start --run-dir $(RUN_DIR) --store $(STORE) --port $(PORT) \
 	--grpc-port $(GRPC_PORT) --address $(ADDRESS) --auth $(AUTH)
 
-.PHONY: help demo setup archive serve stop status logs test test-fast lint format bench clean
+.PHONY: help demo setup archive inspect verify serve stop status logs test test-fast lint format bench clean
 
 help: ## List the targets
 	@echo "make demo first; then your own curl."
@@ -62,13 +71,15 @@ $(INSTALLED): constraints.txt pyproject.toml
 		-c constraints.txt -r $(VENV)/requirements.txt
 	@touch $@
 
-archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=folder | MODEL_ID=org/name REVISION=…] [NAME= VERSION= CONFIG= FORCE=1]
-ifneq ($(strip $(PIPELINE)$(MODEL_ID)),)
-	@$(PY) -m scripts.build_archive --out $(STORE) --version $(VERSION) \
-		--name "$(or $(NAME),$(notdir $(patsubst %/,%,$(or $(PIPELINE),$(MODEL_ID)))))" \
-		$(if $(MODEL_ID),--model-id "$(MODEL_ID)" --revision "$(REVISION)",--pipeline "$(PIPELINE)") \
-		$(if $(CONFIG),--config "$(CONFIG)") $(if $(FORCE),--force)
-	@rm -f $(EMBEDDED)
+archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=folder | MODEL_ID=org/name REVISION=] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key ARGS= FORCE=1]
+ifneq ($(strip $(PIPELINE)$(MODEL_ID)$(NAME)$(CONFIG)$(DTYPE)$(FORMAT)$(SIGN)$(ARGS)),)
+	@$(PY) -m scripts.build_archive --out "$(STORE)" --version "$(VERSION)" --name "$(ARCHIVE_NAME)" \
+		$(if $(MODEL_ID),--model-id "$(MODEL_ID)" --revision "$(REVISION)") \
+		$(if $(MODEL_ID),,--pipeline "$(or $(PIPELINE),demo/pipeline)") \
+		$(if $(CONFIG),--config "$(CONFIG)") $(if $(DTYPE),--dtype "$(DTYPE)") \
+		$(if $(FORMAT),--format "$(FORMAT)") $(if $(SIGN),--sign "$(SIGN)") \
+		$(if $(FORCE),--force) $(ARGS)
+	@$(if $(filter $(DEFAULT),$(ARCHIVE_NAME)),rm -f $(EMBEDDED))
 else
 	@$(if $(FORCE),rm -f $(DEFAULT_ARCHIVE))
 	@$(MAKE) --no-print-directory $(DEFAULT_ARCHIVE)
@@ -81,6 +92,12 @@ $(DEFAULT_ARCHIVE): $(DEFAULT_SOURCES) | $(INSTALLED)
 	@$(PY) -m scripts.build_archive --pipeline demo/pipeline --name $(DEFAULT) \
 		--version 1.0 --out $(STORE) --force
 	@touch $@ $(EMBEDDED)
+
+inspect: $(INSTALLED) ## Show what an archive holds [NAME=]
+	@$(PY) -m scripts.inspect_archive "$(ARCHIVE)"
+
+verify: $(INSTALLED) ## Check an archive without serving it [NAME= KEY=public-key SMOKE=1]
+	@$(PY) -m scripts.verify_archive $(if $(KEY),--key "$(KEY)") $(if $(SMOKE),--smoke) "$(ARCHIVE)"
 
 serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]
 	@$(START) $(if $(NAME),--name "$(NAME)")

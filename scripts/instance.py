@@ -13,10 +13,19 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-__all__ = ["LOOPBACK", "Options", "Ports", "ServerError", "archive_identity", "is_loopback"]
+__all__ = [
+    "LOOPBACK",
+    "MANIFEST",
+    "Options",
+    "Ports",
+    "ServerError",
+    "archive_identity",
+    "is_loopback",
+]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
+MANIFEST = "MAR-INF/MANIFEST.json"
 
 
 class ServerError(Exception):
@@ -86,9 +95,10 @@ class Options:
     def fingerprint(self) -> str:
         """Return a digest of all that a running instance depends on, files' contents included.
 
-        The archive counts by size and time: it may have gigabytes.
+        The archive counts by size and time: it may have gigabytes. In a folder the manifest is
+        what every build writes anew.
         """
-        stat = self.archive.stat()
+        stat = (self.archive / MANIFEST if self.archive.is_dir() else self.archive).stat()
         parts = [
             str(self.archive.resolve()),
             [stat.st_size, stat.st_mtime_ns],
@@ -115,14 +125,18 @@ class Options:
 
 
 def archive_identity(archive: Path) -> tuple[str, str]:
-    """Return the model name and version in an archive's manifest.
+    """Return the model name and version in the manifest of an archive: a .mar or a folder.
 
     Raises: ServerError when it is no archive of TorchServe's.
     """
     try:
-        with zipfile.ZipFile(archive) as mar:
-            model = json.loads(mar.read("MAR-INF/MANIFEST.json"))["model"]
-            return str(model["modelName"]), str(model["modelVersion"])
+        if archive.is_dir():
+            manifest = (archive / MANIFEST).read_bytes()
+        else:
+            with zipfile.ZipFile(archive) as mar:
+                manifest = mar.read(MANIFEST)
+        model = json.loads(manifest)["model"]
+        return str(model["modelName"]), str(model["modelVersion"])
     except FileNotFoundError:
         raise ServerError(f"{archive} does not exist; `make archive` builds it") from None
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as problem:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.instance import LOOPBACK, Options, Ports, ServerError
+from scripts.instance import LOOPBACK, MANIFEST, Options, Ports, ServerError
 from scripts.server import TorchServer
 
 __all__ = ["choose_archive", "curl_line", "main"]
@@ -123,19 +123,22 @@ def logs(arguments: argparse.Namespace) -> int:
 
 
 def choose_archive(store: Path, name: str | None) -> Path:
-    """Return the store's archive called `name`, or its only one. Raises: ServerError."""
-    archives = sorted(store.glob("*.mar"))
-    names = ", ".join(archive.stem for archive in archives) or "none"
+    """Return the store's archive called `name` (a .mar or a folder), or its only one.
+
+    Raises: ServerError.
+    """
+    archives = {path.name: path for path in sorted(store.glob("*/")) if (path / MANIFEST).exists()}
+    archives.update((path.stem, path) for path in sorted(store.glob("*.mar")))
+    names = ", ".join(sorted(archives)) or "none"
     if name:
-        chosen = store / f"{name}.mar"
-        if chosen not in archives:
-            raise ServerError(f"{chosen} does not exist; {store} has: {names}")
-        return chosen
+        if name not in archives:
+            raise ServerError(f"{store} has no archive called {name}; it has: {names}")
+        return archives[name]
     if not archives:
         raise ServerError(f"{store} has no archive; `make archive` builds the embedded one")
     if len(archives) > 1:
         raise ServerError(f"{store} has several archives; choose one with NAME=: {names}")
-    return archives[0]
+    return next(iter(archives.values()))
 
 
 def curl_line(server: TorchServer, fields: dict[str, object], output: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts.instance import Options, Ports, ServerError
+from scripts.instance import MANIFEST, Options, Ports, ServerError, archive_identity
 from scripts.serve import choose_archive, main
 from scripts.server import MAX_TEMP_PATH_BYTES, TorchServer
 from tests.toy_archive import write_toy_archive
@@ -52,8 +54,20 @@ def test_the_only_archive_is_chosen_and_several_must_be_named(tmp_path: Path) ->
     with pytest.raises(ServerError, match="choose one with NAME=: first, second"):
         choose_archive(tmp_path, None)
     assert choose_archive(tmp_path, "second") == second
-    with pytest.raises(ServerError, match=r"third\.mar does not exist; .* has: first, second"):
+    with pytest.raises(ServerError, match="no archive called third; it has: first, second"):
         choose_archive(tmp_path, "third")
+
+
+def test_a_folder_is_an_archive_too(tmp_path: Path) -> None:
+    with zipfile.ZipFile(write_toy_archive(tmp_path, "toy")) as mar:
+        mar.extractall(tmp_path / "store" / "folder")
+    (tmp_path / "store" / "no-archive").mkdir()
+    archive = choose_archive(tmp_path / "store", None)
+    assert archive == tmp_path / "store" / "folder"
+    assert archive_identity(archive) == ("toy", "1.0")
+    before = Options(archive, tmp_path).fingerprint()
+    os.utime(archive / MANIFEST, ns=(0, 0))
+    assert Options(archive, tmp_path).fingerprint() != before
 
 
 def test_without_authorization_another_address_is_refused(
