@@ -28,9 +28,10 @@ _log = logging.getLogger(__name__)
 
 _MAX_EXITS = 100
 
-_DENOISERS = re.compile(r"(unet|transformer|prior|decoder)(_\d+)?$")
-_ENCODERS = re.compile(r"(controlnet|text_encoder|image_encoder|adapter)(_\d+)?$")
-_AUTOENCODERS = ("vae", "movq", "vqvae", "vqgan")
+# Combined pipelines put the name of the pipeline inside in front: prior_prior, decoder_vqgan.
+_DENOISERS = re.compile(r"(\w+_)?(unet|transformer|prior|decoder)(_\d+)?$")
+_ENCODERS = re.compile(r"(\w+_)?(controlnet|text_encoder|image_encoder|adapter)(_\d+)?$")
+_AUTOENCODERS = re.compile(r"(\w+_)?(vae|movq|vqvae|vqgan)$")
 
 
 class RequestGreenlet(greenlet):
@@ -159,7 +160,7 @@ def _default_names(modules: dict[str, torch.nn.Module]) -> Iterable[str]:
         # Pipelines cast an autoencoder that wants it to float32 around its decoding; a request
         # that parked in between would leave it in the wrong precision for the others.
         elif (
-            name in _AUTOENCODERS
+            _AUTOENCODERS.match(name) is not None
             and hasattr(module, "decode")
             and not getattr(getattr(module, "config", None), "force_upcast", False)
         ):
