@@ -16,22 +16,17 @@ from typing import Any
 
 import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 
+from tests import transformer_pipelines
 from tests.tiny_models import (
     MAX_TOKENS,
     SIDE_PX,
     UNET,
     clip,
     clip_tokenizer,
-    flow_vae,
-    gemma2,
-    gemma_tokenizer,
     make_every_parameter_count,
-    qwen3,
-    qwen_tokenizer,
-    t5,
-    t5_tokenizer,
     unet,
     vae,
 )
@@ -157,6 +152,39 @@ def _kandinsky_2_2() -> DiffusionPipeline:
     return diffusers.KandinskyV22Pipeline(unet=denoiser, movq=movq, scheduler=scheduler)
 
 
+def _kandinsky_2_2_combined() -> DiffusionPipeline:
+    """Two pipelines in one: it calls the prior's ``__call__``, then the decoder's."""
+    image_encoder = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=32,
+            projection_dim=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=SIDE_PX,
+            patch_size=SIDE_PX // 2,
+        )
+    )
+    prior = diffusers.PriorTransformer(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        embedding_dim=16,
+        num_layers=1,
+        additional_embeddings=4,
+    )
+    return diffusers.KandinskyV22CombinedPipeline(
+        **_kandinsky_2_2().components,
+        prior_prior=prior,
+        prior_image_encoder=image_encoder,
+        prior_text_encoder=clip(projected=True, act="gelu"),
+        prior_tokenizer=clip_tokenizer(),
+        prior_scheduler=diffusers.UnCLIPScheduler(
+            variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=5.0
+        ),
+        prior_image_processor=transformers.CLIPImageProcessorPil(crop_size=SIDE_PX, size=SIDE_PX),
+    )
+
+
 def _stable_cascade_prior() -> DiffusionPipeline:
     prior = diffusers.StableCascadeUNet(
         in_channels=4,
@@ -183,150 +211,14 @@ def _stable_cascade_prior() -> DiffusionPipeline:
     )
 
 
-# Transformers.
-
-
-def _stable_diffusion_3() -> DiffusionPipeline:
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=SIDE_PX // 2,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=16,
-        pooled_projection_dim=32,
-        pos_embed_max_size=SIDE_PX // 2,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-    return diffusers.StableDiffusion3Pipeline(
-        transformer=transformer,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=flow_vae(),
-        text_encoder=clip(projected=True),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=clip(projected=True, act="gelu"),
-        tokenizer_2=clip_tokenizer(),
-        text_encoder_3=t5(),
-        tokenizer_3=t5_tokenizer(),
-    )
-
-
-def _flux() -> DiffusionPipeline:
-    transformer = diffusers.FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        guidance_embeds=True,
-        axes_dims_rope=(2, 2, 4),
-    )
-    return diffusers.FluxPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=flow_vae(),
-        text_encoder=clip(),
-        tokenizer=clip_tokenizer(),
-        text_encoder_2=t5(),
-        tokenizer_2=t5_tokenizer(),
-        transformer=transformer,
-    )
-
-
-def _pixart_sigma() -> DiffusionPipeline:
-    transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        cross_attention_dim=16,
-        caption_channels=32,
-        sample_size=SIDE_PX // 2,
-        use_additional_conditions=False,
-    )
-    return diffusers.PixArtSigmaPipeline(
-        tokenizer=t5_tokenizer(),
-        text_encoder=t5(),
-        vae=vae(),
-        transformer=transformer,
-        scheduler=diffusers.DPMSolverMultistepScheduler(beta_schedule="linear"),
-    )
-
-
-def _sana() -> DiffusionPipeline:
-    deep_vae = diffusers.AutoencoderDC(
-        latent_channels=4,
-        attention_head_dim=4,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"),
-        decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        encoder_layers_per_block=(1, 1),
-        decoder_layers_per_block=(1, 1),
-        encoder_qkv_multiscales=((), (5,)),
-        decoder_qkv_multiscales=((), (5,)),
-        upsample_block_type="interpolate",
-        downsample_block_type="conv",
-    )
-    transformer = diffusers.SanaTransformer2DModel(
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=8,
-        cross_attention_dim=16,
-        caption_channels=16,
-        sample_size=SIDE_PX // 2,
-    )
-    return diffusers.SanaPipeline(
-        tokenizer=gemma_tokenizer(),
-        text_encoder=gemma2(),
-        vae=deep_vae,
-        transformer=transformer,
-        scheduler=diffusers.DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-    )
-
-
-def _z_image() -> DiffusionPipeline:
-    """Its transformer takes *lists* of unbatched tensors: the list is the batch."""
-    transformer = diffusers.ZImageTransformer2DModel(
-        in_channels=4,
-        dim=16,
-        n_layers=1,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=16,
-        axes_dims=[2, 2, 4],
-        axes_lens=[64, 32, 32],
-    )
-    return diffusers.ZImagePipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=flow_vae(),
-        text_encoder=qwen3(),
-        tokenizer=qwen_tokenizer(),
-        transformer=transformer,
-    )
-
-
 FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "stable_diffusion": _stable_diffusion,
     "stable_diffusion_v": _stable_diffusion_v,
     "stable_diffusion_xl": _stable_diffusion_xl,
-    "stable_diffusion_3": _stable_diffusion_3,
-    "flux": _flux,
-    "pixart_sigma": _pixart_sigma,
-    "sana": _sana,
+    "stable_diffusion_3": transformer_pipelines.stable_diffusion_3,
+    "flux": transformer_pipelines.flux,
+    "pixart_sigma": transformer_pipelines.pixart_sigma,
+    "sana": transformer_pipelines.sana,
     "stable_diffusion_controlnet": _controlnet,
     "stable_diffusion_img2img": functools.partial(
         _stable_diffusion, diffusers.StableDiffusionImg2ImgPipeline
@@ -341,8 +233,9 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     ),
     "latent_consistency": _latent_consistency,
     "kandinsky_2_2": _kandinsky_2_2,
+    "kandinsky_2_2_combined": _kandinsky_2_2_combined,
     "stable_cascade_prior": _stable_cascade_prior,
-    "z_image": _z_image,
+    "z_image": transformer_pipelines.z_image,
 }
 
 PROMPTS = ("a red boat", "two cats, one hat", "fog", "a tiny blue house by the sea", "sand")
@@ -385,7 +278,9 @@ def example_kwargs(family: str, index: int) -> dict[str, Any]:
     )
     inputs = torch.Generator().manual_seed(2000 + index)
     image = torch.rand((1, 3, SIDE_PX, SIDE_PX), generator=inputs)
-    if family == "flux" and kind == 2:
+    if family == "kandinsky_2_2_combined":
+        kwargs.update(prior_num_inference_steps=2 + kind % 2)
+    elif family == "flux" and kind == 2:
         kwargs.update(true_cfg_scale=3.0, negative_prompt="dog")  # a second forward a step
     elif family == "z_image" and kwargs["guidance_scale"] == 1.0:
         kwargs.update(guidance_scale=0.0)  # its scale counts from zero
