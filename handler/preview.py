@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import logging
 from typing import Any
 
 import torch
 from PIL import Image
 
 __all__ = ["Previewer"]
+
+logger = logging.getLogger(__name__)
 
 _JPEG_QUALITY = 80
 _SAMPLE_SIDE = 16
@@ -19,11 +22,13 @@ class Previewer:
     """Turns latents (B, C, h, w) into a JPEG of w × h pixels, without the decoder.
 
     The matrix is fitted once a pipeline, by least squares against the pipeline's own decoder, so
-    it suits any autoencoder. Pipelines with packed or 3-D latents get no previews.
+    it suits any autoencoder. Pipelines with packed or 3-D latents get no previews, nor do those
+    whose decoder takes something else: a preview is never worth the picture.
     """
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
+        self._is_fitted = False
         self._fitted: torch.Tensor | None = None
 
     def jpeg(self, latents: torch.Tensor | None) -> bytes | None:
@@ -40,10 +45,15 @@ class Previewer:
         return buffer.getvalue()
 
     def _matrix(self, num_channels: int) -> torch.Tensor | None:
-        """(C + 1, 3): latents and a constant to RGB in [0, 1]."""
-        if self._fitted is None:
-            self._fitted = _fit(self._pipeline.vae, num_channels)
-        return self._fitted if self._fitted.shape[0] == num_channels + 1 else None
+        """(C + 1, 3): latents and a constant to RGB in [0, 1]; None if there is none."""
+        if not self._is_fitted:
+            self._is_fitted = True
+            try:
+                self._fitted = _fit(self._pipeline.vae, num_channels)
+            except Exception as error:  # any family's decoder, called as those of most are
+                logger.warning("this pipeline gives no previews: %s", error)
+        fitted = self._fitted
+        return fitted if fitted is not None and fitted.shape[0] == num_channels + 1 else None
 
 
 def _with_constant(latents: torch.Tensor) -> torch.Tensor:
@@ -69,4 +79,6 @@ def _fit(vae: Any, num_channels: int) -> torch.Tensor:
     fitted: torch.Tensor = torch.linalg.lstsq(
         features, shrunken.movedim(0, -1).reshape(-1, 3)
     ).solution
+    if not fitted.isfinite().all():
+        raise ValueError("the decoder gives no finite numbers")
     return fitted
