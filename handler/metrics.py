@@ -56,6 +56,7 @@ class Meter:
         self._seconds: list[tuple[str, float]] = []
         self._num_images = self._num_steps = 0
         self._last = Counters()
+        self._is_known = False
 
     def call_ended(self, outcome: str, total_s: float | None = None) -> None:
         """A call ended as `outcome`: ``ok`` or an error's code."""
@@ -95,13 +96,19 @@ class Meter:
                 Sample("counter", "diffusers_requests_total", n, (outcome,))
                 for outcome, n in self._outcomes.items()
             ),
-            *(Sample("counter", name, value) for name, value in counts.items() if value),
+            # Zeros once, so that a rare count is there to be watched before it first happens.
+            *(
+                Sample("counter", name, value)
+                for name, value in counts.items()
+                if value or not self._is_known
+            ),
             *(Sample("gauge", name, value) for name, value in gauges.items()),
             *(
                 Sample("histogram", "diffusers_request_seconds", seconds, (stage,))
                 for stage, seconds in self._seconds
             ),
         ]
+        self._is_known = True
         self._outcomes.clear()
         self._seconds.clear()
         self._num_images = self._num_steps = 0
