@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gc
 import io
 import json
@@ -438,8 +439,6 @@ def test_a_streams_events_come_as_they_happen(make: Make) -> None:
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp", "npy", "json", "array"])
 def test_a_stream_ends_with_what_the_plain_reply_holds(make: Make, output_format: str) -> None:
-    import base64
-
     service = make()
     open_call(service, "plain", output_format=output_format)
     open_call(service, "stream", output_format=output_format, stream=True)
@@ -460,17 +459,17 @@ def test_a_stream_ends_with_what_the_plain_reply_holds(make: Make, output_format
 
 
 def request(**changes: Any) -> GenerationRequest:
-    values: dict[str, Any] = dict(
-        prompt="a dog",
-        negative_prompt=None,
-        seed=1,
-        num_inference_steps=3,
-        guidance_scale=7.5,
-        height=32,
-        width=32,
-        num_images=1,
-        scheduler=None,
-    )
+    values: dict[str, Any] = {
+        "prompt": "a dog",
+        "negative_prompt": None,
+        "seed": 1,
+        "num_inference_steps": 3,
+        "guidance_scale": 7.5,
+        "height": 32,
+        "width": 32,
+        "num_images": 1,
+        "scheduler": None,
+    }
     return GenerationRequest(**{**values, **changes})
 
 
