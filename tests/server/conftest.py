@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.server)
 
 
-def build_quick_archive(folder: Path, overrides: Mapping[str, object]) -> Path:
+def build_quick_archive(folder: Path, overrides: Mapping[str, object], archive_format: str) -> Path:
     """Pack the embedded pipeline with the shipped configuration, less what `overrides` changes."""
     config = yaml.safe_load((REPOSITORY / "config" / "model-config.yaml").read_text())
     config["handler"] = {**config["handler"], **QUICK, **overrides}
@@ -39,15 +39,15 @@ def build_quick_archive(folder: Path, overrides: Mapping[str, object]) -> Path:
     arguments = [
         *("--pipeline", str(REPOSITORY / "demo" / "pipeline"), "--name", MODEL),
         *("--version", "1.0", "--out", str(folder)),
-        *("--config", str(folder / "model-config.yaml")),
+        *("--config", str(folder / "model-config.yaml"), "--format", archive_format),
     ]
     assert build_archive(arguments) == 0
-    return folder / f"{MODEL}.mar"
+    return folder / (f"{MODEL}.mar" if archive_format == "mar" else MODEL)
 
 
-def serve(folder: Path, **overrides: object) -> Iterator[TorchServer]:
-    """Serve the embedded pipeline; show the server's log when it does not start."""
-    archive = build_quick_archive(folder, overrides)
+def serve(folder: Path, archive_format: str = "mar", **overrides: object) -> Iterator[TorchServer]:
+    """Serve the embedded pipeline inside `folder`; the handler's settings are `overrides`."""
+    archive = build_quick_archive(folder, overrides, archive_format)
     server = TorchServer(Options(archive, folder / "run", Ports.free()))
     with server.running(timeout_s=120):
         yield server

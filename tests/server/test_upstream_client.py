@@ -16,7 +16,8 @@ from tests.server.conftest import QUICK, serve
 
 @pytest.fixture(scope="module")
 def array_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServer]:
-    yield from serve(tmp_path_factory.mktemp("array"), default_output="array")
+    # From a folder, which TorchServe links: the other form that an archive has.
+    yield from serve(tmp_path_factory.mktemp("array"), "dir", default_output="array")
 
 
 def test_upstream_client(array_server: TorchServer) -> None:
