@@ -11,6 +11,7 @@ leaves the others out of its reply, so that they come again in the next cycle::
 from __future__ import annotations
 
 import logging
+import select
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from handler.metrics import emit
 from handler.replies import Reply
 from handler.request import GenerationRequest, PipelineTraits, check_against_pipeline
 from handler.service import GenerationService, draw_seed
+from handler.silence import SilenceAlarm
 from handler.wire import Call, read_call
 
 __all__ = ["DiffusersHandler"]
@@ -36,6 +38,8 @@ __all__ = ["DiffusersHandler"]
 logger = logging.getLogger(__name__)
 
 _EMIT_EVERY_S = 1.0
+# Between two cycles with live requests there are milliseconds.
+_SILENT_AFTER_S = 5.0
 
 
 class DiffusersHandler(BaseHandler):  # type: ignore[misc]
@@ -48,6 +52,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self.traits = PipelineTraits(schedulers=(), size_multiple_px=8, parameters=frozenset())
         self._service: GenerationService | None = None
         self._engine: InFlightEngine | None = None
+        self._alarm: SilenceAlarm | None = None
         self._is_continuous = False
         self._streaming: set[str] = set()
         self._emitted_s = time.monotonic()
@@ -94,6 +99,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._service = GenerationService(
             self._engine, self.config, self.traits, model_name=context.model_name or "model"
         )
+        if self._is_continuous:
+            self._alarm = SilenceAlarm(self._on_silence, _SILENT_AFTER_S)
 
     def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[str]:
         """The prompts of TorchServe's rows, in their order.
@@ -115,6 +122,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
     def handle(self, data: Sequence[Mapping[str, object]], context: Any) -> list[bytes]:
         """One cycle of TorchServe. What goes wrong with a request becomes that request's reply."""
         service = self._serving()
+        if self._alarm is not None:
+            self._alarm.clear()
         ids: dict[int, str] = dict(context.request_ids)
         for call_id in service.live_ids - set(ids.values()):
             service.drop(call_id)
@@ -125,7 +134,19 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         service.advance(self.config.cycle_ms / 1000 if self._is_continuous else None)
         answers = self._answer(ids, context)
         self._emit_metrics(context)
+        if self._alarm is not None and service.live_ids:
+            self._alarm.set()
         return answers
+
+    def _on_silence(self) -> None:
+        """TorchServe sends nothing although calls are live: it has let go of them all."""
+        assert self._alarm is not None
+        is_sending, _, _ = select.select([self.context.cl_socket], [], [], 0)
+        if is_sending:
+            self._alarm.set()
+            return
+        self.context.request_ids = {}
+        self.handle([], self.context)
 
     def _requests(self, rows: Sequence[Mapping[str, object]]) -> list[GenerationRequest]:
         calls = [read_call(row, {}, self.config, self.traits, draw_seed=draw_seed) for row in rows]

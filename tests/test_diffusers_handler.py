@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -239,6 +240,34 @@ def test_a_client_that_goes_away_is_cancelled_in_the_next_cycle(serve: Serve) ->
     reuse = frontend.post(prompt(request_id="gone"))
     frontend.run()
     assert (other.status, reuse.status) == (200, 200)
+
+
+def test_when_torchserve_falls_silent_nothing_is_held(
+    serve: Serve, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last client has left its stream, so that no cycle comes to say so."""
+    frontend, handler = serve(cycle_ms=0)
+    gone = frontend.post(prompt(num_inference_steps=900), SSE)
+    frontend.cycle()
+    frontend.disconnect(gone)
+    ours, theirs = socket.socketpair()
+    frontend.context.cl_socket = ours
+    assert handler._engine is not None
+    # Something is on its way: not silent after all.
+    theirs.send(b"I")
+    handler._on_silence()
+    assert handler._engine.num_running == 1
+    ours.recv(1)
+    with caplog.at_level(logging.INFO, "ts.metrics.caching_metric"):
+        handler._on_silence()
+    assert handler._engine.num_running == 0
+    assert "diffusers_rows_in_flight.Count:0.0" in caplog.text
+    assert "outcome:disconnected" in caplog.text
+    after = frontend.post(prompt())
+    frontend.run()
+    assert after.status == 200
+    ours.close()
+    theirs.close()
 
 
 def test_an_id_may_come_back_after_its_answer(serve: Serve) -> None:
