@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class InFlightEngine:
         self._waiting: list[Ticket] = []
         self._parked: dict[Ticket, Parked] = {}
         self._ended: list[Ticket] = []
-        self._stepping = False
+        self._is_at_work = False
         self._closed = False
         self._slots = find_slots(pipeline, modules)
         for slot in self._slots:
@@ -167,19 +168,13 @@ class InFlightEngine:
 
     def step(self) -> list[Ticket]:
         """One tick: drop who is out of time, admit, one forward a group. Returns who ended."""
-        if self._stepping:
-            raise RuntimeError("a step cannot be taken from within a step")
-        self._stepping = True
         started_s = self.clock()
         try:
-            # Grad mode belongs to the thread: off here, greenlets may enter and leave `no_grad`
-            # in any order and only ever restore what is off already.
-            with torch.no_grad():
+            with self._at_work():
                 self._expire()
                 self._admit()
                 self._tick()
         finally:
-            self._stepping = False
             self.counters.tick_s += self.clock() - started_s
         ended, self._ended = self._ended, []
         return ended
@@ -194,21 +189,21 @@ class InFlightEngine:
     def cancel(self, ticket: Ticket, reason: BaseException | None = None) -> bool:
         """End `ticket` with `reason` (by default `Cancelled`); False if it had ended already.
 
-        Its rows are free at once. Called from within a step (an `on_step`), as soon as its turn
+        Its rows are free at once. Called from within a request (an `on_step`), as soon as its turn
         comes in this step or the next.
         """
         if ticket.ended:
             return False
         ticket.cancelling = ticket.cancelling or reason or Cancelled("the request was cancelled")
-        if not self._stepping:
-            with torch.no_grad():
+        if not self._is_at_work:
+            with self._at_work():
                 self._unwind(ticket)
         return True
 
     def close(self) -> None:
         """Cancel what is left and give the pipeline its methods back."""
-        if self._stepping:
-            raise RuntimeError("an engine cannot be closed from within a step")
+        if self._is_at_work:
+            raise RuntimeError("the engine cannot be closed from within a request")
         self._closed = True
         for ticket in [*self._waiting, *self._parked]:
             self.cancel(ticket, Cancelled("the engine was closed"))
@@ -216,6 +211,20 @@ class InFlightEngine:
             slot.remove()
         self._adapters.restore()
         self._slots = []
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """While requests' code may run: with grad mode off, and once at a time."""
+        if self._is_at_work:
+            raise RuntimeError("the engine cannot be stepped from within a request")
+        self._is_at_work = True
+        try:
+            # Grad mode belongs to the thread: off here, greenlets may enter and leave `no_grad`
+            # in any order and only ever restore what is off already.
+            with torch.no_grad():
+                yield
+        finally:
+            self._is_at_work = False
 
     def _expire(self) -> None:
         live = [*self._waiting, *self._parked]

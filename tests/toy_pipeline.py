@@ -120,6 +120,23 @@ class ToyPipeline(DiffusionPipeline):
         return noise
 
 
+Denoise = Callable[[], torch.Tensor]
+
+
+def toy_where(hook: Callable[[str, Denoise], torch.Tensor], **modules: Any) -> Any:
+    """A pipeline that calls ``hook(prompt, denoise)`` wherever it would have called `denoise`."""
+
+    class Hooked(ToyPipeline):
+        def __call__(self, prompt: str = "", **kwargs: Any) -> SimpleNamespace:
+            self.prompt = prompt
+            return super().__call__(prompt, **kwargs)
+
+        def denoise(self, *args: torch.Tensor) -> torch.Tensor:
+            return hook(self.prompt, lambda: ToyPipeline.denoise(self, *args))
+
+    return toy(Hooked, **modules)
+
+
 def toy(
     kind: type[ToyPipeline] = ToyPipeline,
     *,
@@ -142,4 +159,4 @@ def toy(
 def toy_kwargs(seed: int = 0, **changes: Any) -> dict[str, Any]:
     """Arguments of one call, with a fresh generator."""
     generator = torch.Generator().manual_seed(seed)
-    return dict(prompt=f"toy {seed}", generator=generator, **changes)
+    return {"prompt": f"toy {seed}", "generator": generator, **changes}
