@@ -157,14 +157,17 @@ def _default_names(modules: dict[str, torch.nn.Module]) -> Iterable[str]:
     for name, module in modules.items():
         if _DENOISERS.match(name) or _ENCODERS.match(name):
             yield name
-        # Pipelines cast an autoencoder that wants it to float32 around its decoding; a request
-        # that parked in between would leave it in the wrong precision for the others.
-        elif (
-            _AUTOENCODERS.match(name) is not None
-            and hasattr(module, "decode")
-            and not getattr(getattr(module, "config", None), "force_upcast", False)
-        ):
+        elif _AUTOENCODERS.match(name) and hasattr(module, "decode") and not _is_upcast(module):
             yield f"{name}.decode"
+
+
+def _is_upcast(autoencoder: Any) -> bool:
+    """Whether pipelines cast `autoencoder` to float32 around its decoding, and back.
+
+    A request that parked in between would leave it in the wrong precision for the others.
+    """
+    wants_it = getattr(getattr(autoencoder, "config", None), "force_upcast", False)
+    return bool(wants_it) and autoencoder.dtype == torch.float16
 
 
 def _thread_context() -> tuple[bool, ...]:
