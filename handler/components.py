@@ -176,8 +176,6 @@ def _diffusers_model(
 def _transformers_model(
     cls: Any, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> Any:
-    from transformers import GenerationConfig
-
     config = cls.config_class.from_pretrained(folder, local_files_only=True)
     if getattr(config, "quantization_config", None):
         raise NotMappableError("it is quantized")
@@ -186,6 +184,8 @@ def _transformers_model(
     )
     _refuse_gaps(folder.name, info)
     if (folder / "generation_config.json").is_file() and model.can_generate():
+        from transformers import GenerationConfig
+
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model.eval()
 

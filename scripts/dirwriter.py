@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from handler.errors import ArchiveError
 from handler.zipread import check_name
-from scripts.zipwriter import Buffer, Written, ZipWriter, copy_hashed
+from scripts.copying import Content, copy_hashed
+from scripts.zipwriter import Written, ZipWriter
 
 __all__ = ["DirWriter"]
 
@@ -26,7 +27,7 @@ class DirWriter:
     def add(
         self,
         name: str,
-        chunks: Iterable[Buffer],
+        content: Content,
         size_bytes: int,
         *,
         align: int = 1,
@@ -34,7 +35,7 @@ class DirWriter:
     ) -> Written:
         """Write one file of exactly `size_bytes`; a file begins aligned by itself."""
         with self._new(name).open("xb") as file:
-            crc32, sha256, written = copy_hashed(chunks, file)
+            crc32, sha256, written = copy_hashed(content, file)
         if written != size_bytes:
             raise ArchiveError(
                 f"{name} changed while it was packed: {size_bytes} → {written} bytes"

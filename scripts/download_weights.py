@@ -17,7 +17,6 @@ from pathlib import Path
 from handler.archive import check_model_index, pickled
 from handler.errors import ArchiveError, ServingError
 from scripts.console import DONE, UsageError, command
-from scripts.packing import file_chunks
 from scripts.pipeline_files import (
     MODEL_INDEX,
     SOURCE_NOTE,
@@ -197,8 +196,9 @@ def _fetch_weights(hub: _Hub, name: str, target: Path) -> None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    for chunk in file_chunks(path, lambda num_bytes: None):
-        digest.update(chunk)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from handler.safetensors_map import Header, read_header
 from scripts.console import Progress
+from scripts.copying import Content, FileContent
 from scripts.pipeline_files import PipelineFile
 from scripts.precision import PRECISIONS, ConvertedFile
-from scripts.zipwriter import Buffer, Container, Written
+from scripts.zipwriter import Container, Written
 
-__all__ = ["Payload", "file_chunks", "most_zip_bytes", "payload", "write_payload"]
+__all__ = ["Payload", "most_zip_bytes", "payload", "write_payload"]
 
 ALIGN_BYTES = 64  # no tensor of a mapped file then straddles a cache line at its begin
-_CHUNK_BYTES = 4 << 20
 _HEADER_ROOM_BYTES = 8192
 
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """A member to be written: `chunks` yields its bytes; `header` is there for weights."""
+    """A member to be written: `content` gives its bytes; `header` is there for weights."""
 
     name: str
     size_bytes: int
-    chunks: Callable[[Progress], Iterator[Buffer]]
+    content: Callable[[Progress], Content]
     header: Header | None = None
-
-
-def file_chunks(path: Path, progress: Progress) -> Iterator[memoryview]:
-    """Yield the bytes of `path` in two buffers by turns: one is read while the other is hashed."""
-    buffers = [memoryview(bytearray(_CHUNK_BYTES)) for _ in range(2)]
-    with path.open("rb", buffering=0) as file:
-        turn = 0
-        while count := file.readinto(buffers[turn]):
-            yield buffers[turn][:count]
-            progress(count)
-            turn = 1 - turn
 
 
 def payload(file: PipelineFile, dtype_name: str | None = None) -> Payload:
@@ -47,10 +35,10 @@ def payload(file: PipelineFile, dtype_name: str | None = None) -> Payload:
     """
     data = file.data
     if data is not None:
-        return Payload(file.name, len(data), lambda progress: iter([data]))
+        return Payload(file.name, len(data), lambda progress: [data])
     if not file.is_weights:
         return Payload(
-            file.name, file.size_bytes, lambda progress: file_chunks(file.path, progress)
+            file.name, file.size_bytes, lambda progress: FileContent(file.path, progress)
         )
     if dtype_name is not None:
         converted = ConvertedFile(file.path, PRECISIONS[dtype_name])
@@ -60,7 +48,7 @@ def payload(file: PipelineFile, dtype_name: str | None = None) -> Payload:
     with file.path.open("rb") as source:
         header = read_header(source, file.size_bytes, str(file.path))
     return Payload(
-        file.name, file.size_bytes, lambda progress: file_chunks(file.path, progress), header
+        file.name, file.size_bytes, lambda progress: FileContent(file.path, progress), header
     )
 
 
@@ -71,12 +59,12 @@ def most_zip_bytes(payloads: Sequence[Payload]) -> int:
 
 def write_payload(container: Container, each: Payload, progress: Progress) -> Written:
     """Write one member; the tensors of safetensors files come to lie aligned."""
-    chunks = each.chunks(progress)
+    content = each.content(progress)
     if each.header is None:
-        return container.add(each.name, chunks, each.size_bytes)
+        return container.add(each.name, content, each.size_bytes)
     return container.add(
         each.name,
-        chunks,
+        content,
         each.size_bytes,
         align=ALIGN_BYTES,
         aligned_at=each.header.data_offset,

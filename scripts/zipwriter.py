@@ -10,21 +10,18 @@ those of its members, so no byte is hashed twice. Source: PKWARE APPNOTE 6.3.10.
 
 from __future__ import annotations
 
-import hashlib
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
 from handler.errors import ArchiveError
 from handler.zipread import check_name
+from scripts.copying import Content, copy_hashed
 
-__all__ = ["Buffer", "Container", "Written", "ZipWriter", "combine_crc32", "copy_hashed"]
-
-Buffer = bytes | bytearray | memoryview
+__all__ = ["Container", "Written", "ZipWriter", "combine_crc32"]
 
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -57,7 +54,7 @@ class Container(Protocol):
     def add(
         self,
         name: str,
-        chunks: Iterable[Buffer],
+        content: Content,
         size_bytes: int,
         *,
         align: int = 1,
@@ -104,7 +101,7 @@ class ZipWriter:
     def add(
         self,
         name: str,
-        chunks: Iterable[Buffer],
+        content: Content,
         size_bytes: int,
         *,
         align: int = 1,
@@ -113,10 +110,10 @@ class ZipWriter:
         """Write one member of exactly `size_bytes`.
 
         Its byte `aligned_at` comes to lie at a multiple of `align`, counted from this zip's begin.
-        Raises: ArchiveError, where `chunks` yields more or less.
+        Raises: ArchiveError, where `content` has more or less.
         """
         header = self._begin(name, size_bytes, align, aligned_at)
-        crc32, sha256, written = copy_hashed(chunks, self.file)
+        crc32, sha256, written = copy_hashed(content, self.file)
         if written != size_bytes:
             raise ArchiveError(
                 f"{name} changed while it was packed: {size_bytes} → {written} bytes"
@@ -191,26 +188,6 @@ class ZipWriter:
     def _write(self, data: bytes) -> None:
         self.file.write(data)
         self.crc32 = zlib.crc32(data, self.crc32)
-
-
-def copy_hashed(chunks: Iterable[Buffer], file: BinaryIO) -> tuple[int, str, int]:
-    """Write `chunks` to `file`; return their CRC-32, their SHA-256 and their length.
-
-    The SHA-256 runs on a thread beside. A chunk's buffer is free again two chunks later.
-    """
-    crc32 = written = 0
-    sha256 = hashlib.sha256()
-    pending: Future[None] | None = None
-    with ThreadPoolExecutor(max_workers=1) as hasher:
-        for chunk in chunks:
-            following = hasher.submit(sha256.update, chunk)
-            file.write(chunk)
-            crc32 = zlib.crc32(chunk, crc32)
-            written += len(chunk)
-            if pending is not None:
-                pending.result()
-            pending = following
-    return crc32, sha256.hexdigest(), written
 
 
 def _flags(name: str) -> int:
