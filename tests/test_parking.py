@@ -52,8 +52,7 @@ SAMPLE = {
     ("family", "names"),
     [
         ("stable_diffusion", ["unet", "text_encoder", "vae.decode"]),
-        # Its pipeline casts the autoencoder around decoding.
-        ("stable_diffusion_xl", ["unet", "text_encoder", "text_encoder_2"]),
+        ("stable_diffusion_xl", ["unet", "text_encoder", "text_encoder_2", "vae.decode"]),
         (
             "stable_diffusion_3",
             ["transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae.decode"],
@@ -66,6 +65,11 @@ SAMPLE = {
 def test_the_modules_are_found_by_their_names(family: str, names: list[str]) -> None:
     found = {slot.name for slot in find_slots(shared(family))}
     assert found == {name if "." in name else f"{name}.forward" for name in names}
+
+
+def test_an_autoencoder_that_is_cast_around_its_decoding_is_not_parked() -> None:
+    pipeline = build("stable_diffusion_xl").to(torch.float16)
+    assert "vae.decode" not in {slot.name for slot in find_slots(pipeline)}
 
 
 def test_the_denoisers_are_told_from_their_helpers() -> None:
