@@ -341,6 +341,23 @@ def test_packing_takes_little_memory(tmp_path: Path) -> None:
         assert int(done.stdout) * 1024 < 200_000_000
 
 
+@pytest.mark.server
+def test_torchserve_links_a_folder_and_serves_it(tmp_path: Path) -> None:
+    settings = ("num_inference_steps=2", "height=64", "width=64", "num_threads=1")
+    flags = [part for setting in settings for part in ("--set", setting)]
+    build(tmp_path, "--format", "dir", *flags)
+    folder = tmp_path / "out" / "tiny"
+    before = _content(folder)
+    server = TorchServer(Options(folder, tmp_path / "run", Ports.free()), ("tiny", "1.0"))
+    with server.running(timeout_s=120):
+        curl = ["curl", "-sf", "-H", "Content-Type: application/json", server.predictions_url]
+        done = subprocess.run([*curl, "-d", '"a tree"'], capture_output=True, check=True)
+        copies = [path for path in (tmp_path / "run").rglob("model.zip") if not path.is_symlink()]
+    assert done.stdout.startswith(b"\x89PNG")
+    assert copies == []
+    assert _content(folder) == before
+
+
 @pytest.mark.slow
 @pytest.mark.server
 def test_torchserve_takes_members_past_four_gigabytes(tmp_path: Path) -> None:
