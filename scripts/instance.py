@@ -120,7 +120,7 @@ class Options:
             "metrics_config": str(self.metrics_config.resolve()),
             **self.properties,
         }
-        lines = "".join(f"{key}={value}\n" for key, value in own.items())
+        lines = "".join(f"{key}={_escape(value)}\n" for key, value in own.items())
         return f"{self.config.read_text()}\n# This instance:\n{lines}"
 
 
@@ -153,6 +153,13 @@ def is_loopback(address: str) -> bool:
         raise ServerError(
             f"address {address!r} is not an IPv4 address such as 127.0.0.1 or 0.0.0.0"
         ) from None
+
+
+def _escape(value: str) -> str:
+    """Write a value as Java reads .properties: ISO-8859-1, the rest as UTF-16 in hexadecimal."""
+    units = value.replace("\\", "\\\\").encode("utf-16-be")
+    codes = [int.from_bytes(units[at : at + 2], "big") for at in range(0, len(units), 2)]
+    return "".join(chr(code) if 0x20 <= code < 0x7F else f"\\u{code:04x}" for code in codes)
 
 
 def _can_bind(port: int) -> bool:

@@ -28,8 +28,14 @@ __all__ = ["TorchServer"]
 POLL_S = 0.1
 # A Unix socket's path may have 107 bytes; the frontend names its own `<TEMP>/.ts.sock.<port>`.
 MAX_TEMP_PATH_BYTES = 107 - len("/.ts.sock.65535")
-# Messages of the frontend that mean "the model will not load": its retries would not help.
-LOAD_FAILURES = ("Load model failed:", "Failed to load model:", "Backend worker startup time out")
+# Messages that mean "the model will not load": the frontend's retries would not help.
+LOAD_FAILURES = (
+    "Load model failed:",
+    "Failed to load model:",
+    "Backend worker process died.",
+    "Backend worker error",
+    "Backend worker startup time out",
+)
 PATH_OPTIONS = ("archive", "config", "log_config", "metrics_config")
 
 

@@ -122,6 +122,13 @@ def test_an_instance_overrides_the_shipped_configuration(tmp_path: Path) -> None
     assert written["job_queue_size"] == "7"
 
 
+def test_a_path_is_written_as_java_reads_it(tmp_path: Path) -> None:
+    metrics = tmp_path / "späce \\ 🌀" / "metrics.yaml"
+    text = Options(tmp_path / "any.mar", tmp_path, metrics_config=metrics).properties_text()
+    assert text.isascii()
+    assert properties(text)["metrics_config"].endswith(r"/sp\u00e4ce \\ \ud83c\udf00/metrics.yaml")
+
+
 def test_fingerprint_changes_with_whatever_a_running_instance_depends_on(tmp_path: Path) -> None:
     config = tmp_path / "config.properties"
     config.write_text("a=1\n")

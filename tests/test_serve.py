@@ -117,8 +117,9 @@ def test_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_start_is_idempotent_and_stop_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    archive = write_toy_archive(tmp_path / "store")
-    run_dir, arguments = tmp_path / "run", start_arguments(tmp_path)
+    folder = tmp_path / "a späce"
+    archive = write_toy_archive(folder / "store")
+    run_dir, arguments = folder / "run", start_arguments(folder)
     with stopped_afterwards(run_dir):
         assert main(arguments) == 0
         assert "curl -sS" in capsys.readouterr().out
@@ -134,7 +135,7 @@ def test_start_is_idempotent_and_stop_leaves_nothing(
         assert again is not None
         assert again.pid == server.pid
 
-        write_toy_archive(tmp_path / "store", "second")
+        write_toy_archive(folder / "store", "second")
         assert main([*arguments, "--name", "second"]) == 1
         assert "toy.mar is being served" in capsys.readouterr().err
 
@@ -154,15 +155,19 @@ def test_start_is_idempotent_and_stop_leaves_nothing(
 
 
 @pytest.mark.server
+@pytest.mark.parametrize(
+    "statement", ["raise ValueError('max_rows is wrong')", "import os; os.kill(os.getpid(), 9)"]
+)
 def test_a_model_that_cannot_be_loaded_is_reported_at_once(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], statement: str
 ) -> None:
-    write_toy_archive(tmp_path / "store", initialize="raise ValueError('max_rows is wrong')")
+    write_toy_archive(tmp_path / "store", initialize=statement)
     with stopped_afterwards(tmp_path / "run"):
         assert main(start_arguments(tmp_path)) == 1
         assert TorchServer.find(tmp_path / "run") is None
     message = capsys.readouterr().err
-    assert "ValueError: max_rows is wrong" in message
+    assert "the model cannot be loaded" in message
+    assert ("ValueError: max_rows is wrong" in message) == statement.startswith("raise")
     assert "File " not in message
 
 
