@@ -133,6 +133,7 @@ bench: $(INSTALLED) ## Measure what the README's figures come from
 
 clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
 	@cd $(RUN_DIR) 2>/dev/null && rm -rf tmp temp logs config.properties server.json || true
+	@rmdir $(RUN_DIR) 2>/dev/null || true
 	@rm -rf $(DEMO_PICTURE) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@[ ! -e $(EMBEDDED) ] || rm -f $(EMBEDDED) $(DEFAULT_ARCHIVE)
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
