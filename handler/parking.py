@@ -126,7 +126,7 @@ def find_slots(pipeline: Any, names: Iterable[str] | None = None) -> list[Slot]:
     (``"vae.decode"``).
 
     Raises:
-        ValueError: a given name is no module of the pipeline.
+        ValueError: a given name is no module of the pipeline, or a module was compiled in place.
     """
     modules = {
         name: component
@@ -140,6 +140,16 @@ def find_slots(pipeline: Any, names: Iterable[str] | None = None) -> list[Slot]:
         if component not in modules or not hasattr(modules[component], method or "forward"):
             raise ValueError(f"cannot park {name!r}; the pipeline's modules are {sorted(modules)}")
         module, method = modules[component], method or "forward"
+        # `torch.compile(module)` wraps a module: it has a forward of its own, that takes anything,
+        # and passes the rest on.
+        original = getattr(module, "_orig_mod", module)
+        if method != "forward":
+            module = original
+        if original._compiled_call_impl is not None:
+            raise ValueError(
+                f"{component} was compiled in place, where the engine would be compiled with it; "
+                "let the engine compile its forward (compile_forward=torch.compile)"
+            )
         real = getattr(module, method)
         slots[id(module), method] = Slot(
             name=f"{component}.{method}",
@@ -147,7 +157,7 @@ def find_slots(pipeline: Any, names: Iterable[str] | None = None) -> list[Slot]:
             method=method,
             is_denoiser=method == "forward" and _ENCODERS.match(component) is None,
             real=real,
-            signature=inspect.signature(real),
+            signature=inspect.signature(getattr(original, method)),
             attribute=module.__dict__.get(method),
         )
     return list(slots.values())

@@ -806,6 +806,19 @@ def test_a_compiled_forward_meets_few_shapes() -> None:
     assert "forward" not in vars(pipeline.unet)
 
 
+def test_a_compiled_component_shares_its_forward() -> None:
+    pipeline = toy()
+    expected = [solo(pipeline, i, num_inference_steps=1 + i) for i in range(3)]
+    torch._dynamo.reset()
+    pipeline.unet = torch.compile(pipeline.unet, backend="eager", dynamic=False)
+    with opened(pipeline, modules=["unet"]) as engine:
+        tickets = [engine.submit(toy_kwargs(i, num_inference_steps=1 + i)) for i in range(3)]
+        engine.run()
+        assert engine.counters.merged_forwards == 2
+    torch._dynamo.reset()
+    assert all_right(tickets, expected)
+
+
 # Closing
 
 

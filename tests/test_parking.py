@@ -95,6 +95,30 @@ def test_a_module_under_two_names_is_parked_once() -> None:
     assert sum(name.startswith("text_encoder") for name in names) == 2
 
 
+@pytest.mark.parametrize("name", ["unet", "vae.decode"])
+def test_a_compiled_module_is_parked_by_the_parameters_of_what_it_wraps(name: str) -> None:
+    pipeline = toy()
+    component, _, _ = name.partition(".")
+    original = pipeline.components[component]
+    compiled = torch.compile(original, backend="eager")
+    setattr(pipeline, component, compiled)
+    (slot,) = find_slots(pipeline, [name])
+    before = [dict(vars(original)), dict(vars(compiled))]
+    assert "args" not in slot.signature.parameters
+    slot.install()
+    assert [dict(vars(original)), dict(vars(compiled))] != before
+    slot.remove()
+    assert [dict(vars(original)), dict(vars(compiled))] == before
+
+
+def test_a_module_compiled_in_place_is_refused() -> None:
+    """Its calls enter the compiler before they reach `park`, which it would go on to compile."""
+    pipeline = toy()
+    pipeline.unet.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"unet was compiled in place.*compile_forward=torch"):
+        find_slots(pipeline)
+
+
 # Replacing
 
 
