@@ -182,7 +182,7 @@ def measure(folder: Path, *, is_small: bool, rounds: int) -> tuple[list[Figure],
     """Run everything in `folder`; return the figures and what they were computed from."""
     pipeline = folder / "pipeline"
     weights = step("make", pipeline, *(["small"] if is_small else []))["bytes"]
-    raw: dict[str, Any] = {"weights_bytes": weights}
+    raw: dict[str, Any] = {"weights_bytes": weights, "load_before": os.getloadavg()[0]}
 
     raw["packing"] = packing = measure_packing(pipeline, folder, rounds)
     ours = folder / "store" / "bench.mar"

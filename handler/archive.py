@@ -17,7 +17,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -216,7 +215,7 @@ def _open_zip(reader: ZipReader, archive: Path, folder: Path) -> OpenedPipeline:
     if packed:
         _check_space(packed, folder, reader.label)
     stored = [each for each in big.values() if each.is_stored]
-    _check_stored(reader, stored)
+    reader.check_stored(stored)
     for name, member in {**small, **packed}.items():
         if not name.endswith(".md"):  # diffusers follows links to other models in a model card
             reader.extract(member, folder / name)
@@ -286,17 +285,6 @@ def _check_space(members: Mapping[str, ZipMember], folder: Path, label: str) -> 
             f"{label}: its weights are deflated and need {wanted} bytes in {folder.parent}, "
             f"where {free} are free"
         )
-
-
-def _check_stored(reader: ZipReader, members: list[ZipMember]) -> None:
-    """Compare the CRC-32 of every stored weights file; the pages read stay cached for loading."""
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda member: _drain(reader, member), members))
-
-
-def _drain(reader: ZipReader, member: ZipMember) -> None:
-    for _ in reader.chunks(member):
-        pass
 
 
 def _check_index_file(folder: Path, label: str) -> None:

@@ -17,11 +17,12 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
+from handler.crc32 import combine_crc32
 from handler.errors import ArchiveError
 from handler.zipread import check_name
 from scripts.copying import Content, copy_hashed
 
-__all__ = ["Container", "Written", "ZipWriter", "combine_crc32"]
+__all__ = ["Container", "Written", "ZipWriter"]
 
 _END = struct.Struct("<4s4H2LH")
 _END64_LOCATOR = struct.Struct("<4sLQL")
@@ -216,37 +217,3 @@ def _central(record: _Record) -> bytes:
         *(record.crc32, size, size, len(raw), len(extra), 0, 0, 0, _MODE, offset),
     )
     return fixed + raw + extra
-
-
-def combine_crc32(first: int, second: int, second_bytes: int) -> int:
-    """Return the CRC-32 of two byte strings in a row, from theirs and the second's length.
-
-    Appending n zero bytes multiplies the first CRC by x^(8n) modulo the CRC's polynomial.
-    Source: M. Adler's crc32_combine in zlib 1.2.13.
-    """
-    power = _x_to(8 * second_bytes)
-    return _multiply(power, first) ^ second
-
-
-_POLYNOMIAL = 0xEDB88320
-_ONE = 1 << 31  # bits are reflected: the highest bit is x^0
-
-
-def _multiply(a: int, b: int) -> int:
-    """Multiply two polynomials over GF(2), modulo the CRC's."""
-    product = 0
-    for shift in range(31, -1, -1):
-        if a >> shift & 1:
-            product ^= b
-        b = b >> 1 ^ _POLYNOMIAL if b & 1 else b >> 1
-    return product
-
-
-def _x_to(exponent: int) -> int:
-    result, square = _ONE, _ONE >> 1
-    while exponent:
-        if exponent & 1:
-            result = _multiply(result, square)
-        square = _multiply(square, square)
-        exponent >>= 1
-    return result

@@ -220,3 +220,24 @@ def test_the_checksum_is_of_the_unpacked_bytes() -> None:
     data = zip_bytes({"a": b"hello"})
     stored = struct.unpack_from("<L", data, data.index(b"PK\1\2") + 16)[0]
     assert stored == zlib.crc32(b"hello")
+
+
+@pytest.mark.parametrize("piece_bytes", [7, 100, 1 << 20])
+def test_stored_members_are_checked_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    monkeypatch.setattr("handler.zipread._PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr("handler.zipread._CACHED_BYTES", 16)
+    for at in (None, 0, 7, 199):
+        data = bytearray(zip_bytes(FILES))
+        if at is not None:
+            data[data.index(FILES["a.txt"]) + at] ^= 4
+        with tempfile.TemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            reader = ZipReader(file)
+            if at is None:
+                reader.check_stored(list(reader.members.values()))
+                continue
+            with pytest.raises(ArchiveError, match=r"a\.txt is damaged"):
+                reader.check_stored(list(reader.members.values()))

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from handler.crc32 import combine_crc32
 from handler.errors import ArchiveError
 from handler.zipread import ZipReader
-from scripts.zipwriter import ZipWriter, combine_crc32
+from scripts.zipwriter import ZipWriter
 
 
 @given(st.binary(max_size=300), st.binary(max_size=300))

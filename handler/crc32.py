@@ -1,0 +1,40 @@
+"""Puts the CRC-32 of a whole together from those of its parts; the mathematics of that alone."""
+
+from __future__ import annotations
+
+from functools import cache
+
+__all__ = ["combine_crc32"]
+
+_POLYNOMIAL = 0xEDB88320
+_ONE = 1 << 31  # bits are reflected: the highest bit is x^0
+
+
+def combine_crc32(first: int, second: int, second_bytes: int) -> int:
+    """Return the CRC-32 of two byte strings in a row, from theirs and the second's length.
+
+    Appending n zero bytes multiplies the first CRC by x^(8n) modulo the CRC's polynomial.
+    Source: M. Adler's crc32_combine in zlib 1.2.13.
+    """
+    return _multiply(_x_to(8 * second_bytes), first) ^ second
+
+
+def _multiply(a: int, b: int) -> int:
+    """Multiply two polynomials over GF(2), modulo the CRC's."""
+    product = 0
+    for shift in range(31, -1, -1):
+        if a >> shift & 1:
+            product ^= b
+        b = b >> 1 ^ _POLYNOMIAL if b & 1 else b >> 1
+    return product
+
+
+@cache
+def _x_to(exponent: int) -> int:
+    result, square = _ONE, _ONE >> 1
+    while exponent:
+        if exponent & 1:
+            result = _multiply(result, square)
+        square = _multiply(square, square)
+        exponent >>= 1
+    return result
