@@ -151,7 +151,7 @@ class InFlightEngine:
         )
         cost = estimate_cost(self.pipeline, kwargs)
         if not self.limits.hold(cost):
-            raise TooLarge(_too_large(cost, self.limits))
+            raise TooLarge(self.limits.refusal(cost))
         now_s = self.clock()
         ticket = Ticket(
             kwargs=dict(kwargs),
@@ -312,7 +312,7 @@ class InFlightEngine:
             return
         rows = parked.num_rows
         if rows > self.limits.max_rows:
-            too_large = TooLarge(_too_large(Cost(rows, ticket.cost.pixels), self.limits))
+            too_large = TooLarge(self.limits.refusal(Cost(rows, ticket.cost.pixels)))
             ticket.cancelling = ticket.cancelling or too_large
             self._unwind(ticket)
         else:
@@ -340,11 +340,3 @@ class InFlightEngine:
             self._shared_state.restore()
         ticket.end(state, outcome, self.clock())
         self._ended.append(ticket)
-
-
-def _too_large(cost: Cost, limits: Limits) -> str:
-    pixels = "any number of" if limits.max_pixels is None else str(limits.max_pixels)
-    return (
-        f"the request needs {cost.rows} rows and {cost.pixels} pixels at once; "
-        f"this server takes up to {limits.max_rows} rows and {pixels} pixels"
-    )

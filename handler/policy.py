@@ -36,6 +36,14 @@ class Limits:
             self.max_pixels is None or cost.pixels <= self.max_pixels
         )
 
+    def refusal(self, cost: Cost) -> str:
+        """What to tell a request that these limits will never hold."""
+        pixels = "any number of" if self.max_pixels is None else str(self.max_pixels)
+        return (
+            f"the request needs {cost.rows} rows and {cost.pixels} pixels at once; "
+            f"this server takes up to {self.max_rows} rows and {pixels} pixels"
+        )
+
 
 class Candidate(Protocol):
     """What the policy looks at in a request."""

@@ -8,9 +8,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from PIL import Image
 
 from handler.policy import Cost
 from handler.ticket import StepEnd, Ticket
@@ -69,7 +71,8 @@ def estimate_cost(pipeline: Any, kwargs: Mapping[str, Any]) -> Cost:
     )
     images = max(1, prompts) * int(number("num_images_per_prompt", 1))
     native = _native_size_px(pipeline)
-    height, width = number("height", native), number("width", native)
+    drawn_on = _image_size_px(given.get("image")) or (native, native)
+    height, width = number("height", drawn_on[0]), number("width", drawn_on[1])
     guided = 2 if number("guidance_scale", 1.0) > 1.0 else 1
     return Cost(rows=images * guided, pixels=int(images * height * width))
 
@@ -113,6 +116,19 @@ def _batch_size(value: Any) -> int:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return len(value)
     return 1
+
+
+def _image_size_px(image: Any) -> tuple[int, int] | None:
+    """Height and width of a picture that a call starts from; of the first of several."""
+    if isinstance(image, (list, tuple)) and image:
+        return _image_size_px(image[0])
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    if isinstance(image, torch.Tensor) and image.ndim >= 2:
+        return int(image.shape[-2]), int(image.shape[-1])
+    if isinstance(image, numpy.ndarray) and image.ndim >= 3:
+        return int(image.shape[-3]), int(image.shape[-2])
+    return None
 
 
 def _native_size_px(pipeline: Any) -> int:

@@ -54,6 +54,12 @@ def test_without_a_limit_any_number_of_pixels_is_held() -> None:
     assert Limits(max_rows=4).hold(Cost(4, 10**12))
 
 
+def test_a_refusal_says_what_is_asked_and_what_is_allowed() -> None:
+    said = "the request needs 5 rows and 9 pixels at once; this server takes up to 4 rows and "
+    assert Limits(max_rows=4).refusal(Cost(5, 9)) == said + "any number of pixels"
+    assert Limits(max_rows=4, max_pixels=8).refusal(Cost(5, 9)) == said + "8 pixels"
+
+
 def test_costs_add_up() -> None:
     assert Cost(1, 20) + Cost(3, 4) == Cost(4, 24)
 

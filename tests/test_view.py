@@ -6,9 +6,11 @@ import copy
 from typing import Any
 
 import diffusers
+import numpy
 import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
+from PIL import Image
 
 from handler.policy import Cost
 from handler.ticket import StepEnd, Ticket
@@ -197,6 +199,29 @@ def test_rows_are_images_doubled_by_guidance(
 ) -> None:
     cost = estimate_cost(shared("stable_diffusion"), {**kwargs, "height": 24, "width": 40})
     assert cost == Cost(rows, images * 24 * 40)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        Image.new("RGB", (40, 24)),
+        torch.zeros(1, 3, 24, 40),
+        numpy.zeros((1, 24, 40, 3)),
+        numpy.zeros((24, 40, 3)),
+        [Image.new("RGB", (40, 24))],
+    ],
+    ids=["PIL", "tensor", "arrays", "array", "list"],
+)
+def test_a_picture_to_start_from_tells_the_size(image: Any) -> None:
+    """Image-to-image takes no height and width; the memory that it takes has to be bounded too."""
+    cost = estimate_cost(shared("stable_diffusion_img2img"), {"image": image})
+    assert cost == Cost(2, 24 * 40)
+
+
+@pytest.mark.parametrize("image", [[], None, 3, numpy.zeros(3)])
+def test_what_is_no_picture_tells_no_size(image: Any) -> None:
+    pipeline = shared("stable_diffusion_img2img")
+    assert estimate_cost(pipeline, {"image": image}) == estimate_cost(pipeline, {})
 
 
 @pytest.mark.parametrize("family", ["stable_diffusion", "pixart_sigma", "stable_cascade_prior"])
