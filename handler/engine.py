@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from greenlet import getcurrent
+from greenlet import GreenletExit, getcurrent
 
 from handler import policy
 from handler.adapters import AdapterSets, scales_adapters
@@ -300,6 +300,8 @@ class InFlightEngine:
                 self._correct_cost(ticket, reached)
             elif ticket.cancelling is not None:
                 self._end(ticket, State.FAILED, ticket.cancelling)
+            elif isinstance(reached, GreenletExit):  # which greenlet returns where it is raised
+                self._end(ticket, State.FAILED, Cancelled("the request ended itself"))
             else:
                 self._end(ticket, State.DONE, reached)
         finally:

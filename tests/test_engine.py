@@ -532,6 +532,16 @@ def test_a_request_may_not_drive_the_engine(name: str) -> None:
         ticket.result()
 
 
+def test_a_request_that_raises_its_own_exit_has_no_picture() -> None:
+    def leave(end: StepEnd) -> None:
+        raise GreenletExit
+
+    with opened(toy()) as engine:
+        ticket = engine.submit(toy_kwargs(), on_step=leave)
+        engine.run()
+    assert str(ticket.error) == "the request ended itself"
+
+
 def swallow(prompt: str, denoise: Denoise) -> torch.Tensor:
     try:
         return denoise()
