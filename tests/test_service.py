@@ -22,6 +22,7 @@ from PIL import Image
 from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
 from handler.errors import EngineFault, InvalidRequest, OutOfMemory, RequestError
+from handler.forward import Counters
 from handler.loading import describe
 from handler.replies import Reply
 from handler.request import GenerationRequest
@@ -212,6 +213,17 @@ def test_one_failing_instance_fails_its_call_and_nobody_elses(make: Make) -> Non
     # The other instances of the failed call do not run on.
     assert not service._engine.num_running
     assert not service._engine.num_waiting
+
+
+def test_instances_that_end_in_one_tick_are_encoded_and_counted_once(make: Make) -> None:
+    service = make(max_rows=16)
+    service.open("kserve", {"body": {"instances": ["a", "b", "c"]}}, {})
+    reply = finish(service)["kserve"]
+    assert len(json.loads(reply.body)["predictions"]) == 3
+    samples = {(s.name, s.dimensions): s for s in service.meter.samples(Counters(), {})}
+    assert samples["diffusers_images_total", ()].value == 3
+    assert samples["diffusers_steps_total", ()].value == 3 * 4
+    assert samples["diffusers_requests_total", ("ok",)].value == 1
 
 
 def test_an_instance_that_never_fits_refuses_the_whole_call(make: Make) -> None:
