@@ -1,6 +1,18 @@
 """Everything that runs inside a TorchServe worker; packed whole into every archive.
 
-Imports point one way: ``diffusers_handler`` → ``service`` → ``engine`` → ``merging``, ``policy``;
-``service`` → ``wire``, ``replies`` → ``request`` → ``errors``; ``loading`` → ``archive``, ``config``.
-Only ``diffusers_handler`` knows TorchServe, only ``loading`` and ``engine`` know diffusers.
+A request's way, and the modules it passes:
+
+=================  ============================================================================
+cycles             `diffusers_handler` (TorchServe's contexts), `torchserve_entry`, `silence`
+requests in        `wire` → `rows`, `kserve`, `accept`, `request` → `fields`
+from row to reply  `service` → `prompts`, `stream`, `preview`, `metrics`
+in flight          `engine` → `view`, `schedulers`, `parking`, `policy`, `ticket`
+one forward        `forward` → `merging`; `adapters`, `exclusive`, `speed`, `prepared`
+replies out        `replies` → `encoding`, `metadata`, `outcome`
+opening            `loading` → `archive`, `components` → `zipread`, `safetensors_map`, `crc32`
+everywhere         `config`, `errors`
+=================  ============================================================================
+
+Only `diffusers_handler` and `metrics` know TorchServe; only `opening` and `in flight` know
+diffusers; `policy`, `request`, `wire`, `config` and `replies` import neither torch nor diffusers.
 """
