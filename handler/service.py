@@ -113,7 +113,8 @@ class GenerationService:
     def advance(self, budget_s: float | None = None) -> None:
         """Tick until a call can be answered or `budget_s` is used; None: until all can be."""
         ends_s = None if budget_s is None else self._clock() + budget_s
-        while self._live:
+        # Also when nothing is live: the engine is still to report what was cancelled since.
+        while self._live or self._engine.has_work:
             if self._engine.has_work:
                 for ticket in self._engine.step():
                     self._on_ended(ticket)
