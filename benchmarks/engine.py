@@ -94,7 +94,7 @@ class TimedEngine(InFlightEngine):
         self.model_s = 0.0
         self.pipelines_s = 0.0
         for slot in self._slots:
-            slot.real = self._timing_model(slot.real)
+            slot.plain, slot.real = (self._timing_model(f) for f in (slot.plain, slot.real))
 
     def _timing_model(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:

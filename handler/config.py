@@ -72,6 +72,27 @@ def _device(value: object) -> object:
     return value
 
 
+def _speed(value: object) -> object:
+    # YAML reads a bare `off` as false.
+    return _one_of("off", "safe", "max")("off" if value is False else value)
+
+
+def _sizes(value: object) -> object:
+    """A list of sizes as a tuple of (height, width)."""
+    entries = value if isinstance(value, (list, tuple)) else ()
+    sizes = tuple(_size(entry) for entry in entries)
+    if not 0 < len(sizes) <= 16 or None in sizes:
+        raise ValueError("a list of 1 to 16 sizes such as 512x768, height x width")
+    return sizes
+
+
+def _size(value: object) -> tuple[int, int] | None:
+    if isinstance(value, tuple):
+        return cast(tuple[int, int], value)  # checked before: this is a `HandlerConfig` copied
+    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", value) if isinstance(value, str) else None
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
 def _optional(check: _Check) -> _Check:
     def check_or_none(value: object) -> object:
         return None if value is None else check(value)
@@ -91,6 +112,8 @@ class HandlerConfig:
     device: str | None = _key(None, _optional(_device))
     dtype: str | None = _key(None, _optional(_one_of("float16", "bfloat16", "float32")))
     num_threads: int | None = _key(None, _optional(_integer(1, 1024)))
+    speed: str = _key("safe", _speed)
+    warm_up_sizes: tuple[tuple[int, int], ...] | None = _key(None, _optional(_sizes))
 
     # What a request gets that does not say otherwise.
     num_inference_steps: int = _key(50, _integer(1, 1000))
@@ -191,6 +214,12 @@ def _cross_problems(config: HandlerConfig) -> Iterator[str]:
             f"height, width: {config.height}x{config.width} has more pixels than max_pixels,"
             f" {config.max_pixels}"
         )
+    yield from _warm_up_problems(config)
+    if config.exact and config.speed == "max":
+        yield (
+            "exact: true computes as the pipeline does when it is called alone, which speed: max"
+            " does not; choose one of them"
+        )
     if len(config.negative_prompt or "") > config.max_prompt_chars:
         yield f"negative_prompt: longer than max_prompt_chars, {config.max_prompt_chars}"
     if 2 * config.max_images > config.max_rows:
@@ -203,6 +232,17 @@ def _cross_problems(config: HandlerConfig) -> Iterator[str]:
             f"max_pixels_in_flight: {config.max_pixels_in_flight} is below max_pixels,"
             f" {config.max_pixels}: the largest picture would never be drawn"
         )
+
+
+def _warm_up_problems(config: HandlerConfig) -> Iterator[str]:
+    for height, width in config.warm_up_sizes or ():
+        sides = (height, width)
+        is_allowed = min(sides) >= config.min_size_px and max(sides) <= config.max_size_px
+        if not is_allowed or height * width > config.max_pixels:
+            yield (
+                f"warm_up_sizes: {height}x{width} is no size that a request may ask for; see"
+                " min_size_px, max_size_px and max_pixels"
+            )
 
 
 def _message(problems: list[str]) -> str:

@@ -24,13 +24,15 @@ from ts.torch_handler.base_handler import BaseHandler
 
 from handler.config import HandlerConfig
 from handler.engine import BUCKETS, InFlightEngine
-from handler.errors import ConfigError, ServingError
+from handler.errors import ConfigError, RequestError, ServingError
 from handler.loading import describe, load_pipeline
 from handler.metrics import emit
+from handler.prompts import pipeline_arguments
 from handler.replies import Reply
 from handler.request import GenerationRequest, PipelineTraits, check_against_pipeline
 from handler.service import GenerationService, draw_seed
 from handler.silence import SilenceAlarm
+from handler.speed import SpeedUp, make_plan
 from handler.wire import Call, read_call
 
 __all__ = ["DiffusersHandler"]
@@ -89,16 +91,19 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self.traits = describe(loaded.pipeline)
         check_against_pipeline(self.config, self.traits)
         self.pipeline, self.device = loaded.pipeline, loaded.device
+        speed_up = SpeedUp(self.pipeline, make_plan(self.config, loaded), self.config.max_rows)
         self._engine = InFlightEngine(
             self.pipeline,
             max_rows=self.config.max_rows,
             max_pixels=self.config.max_pixels_in_flight,
             exact=self.config.exact,
-            buckets=BUCKETS if self.config.pad_to_buckets else (),
+            buckets=speed_up.buckets or (BUCKETS if self.config.pad_to_buckets else ()),
+            compile_forward=speed_up.wrap_forward,
         )
         self._service = GenerationService(
             self._engine, self.config, self.traits, model_name=context.model_name or "model"
         )
+        speed_up.warm_up(self._engine, self._warm_up_calls())
         if self._is_continuous:
             self._alarm = SilenceAlarm(self._on_silence, _SILENT_AFTER_S)
 
@@ -147,6 +152,17 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             return
         self.context.request_ids = {}
         self.handle([], self.context)
+
+    def _warm_up_calls(self) -> list[dict[str, Any]]:
+        """The arguments of a short request of every size that must not be slow at first."""
+        sizes = [{"height": h, "width": w} for h, w in self.config.warm_up_sizes or ()] or [{}]
+        num_steps = min(2, self.config.max_num_inference_steps)
+        fields = {"prompt": "a", "num_inference_steps": num_steps, "seed": 0}
+        try:
+            requests = self._requests([{"body": {**fields, **size}} for size in sizes])
+        except RequestError as error:
+            raise ConfigError(f"model-config.yaml: warm_up_sizes: {error}") from error
+        return [pipeline_arguments(request, self.traits.parameters) for request in requests]
 
     def _requests(self, rows: Sequence[Mapping[str, object]]) -> list[GenerationRequest]:
         calls = [read_call(row, {}, self.config, self.traits, draw_seed=draw_seed) for row in rows]

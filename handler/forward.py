@@ -18,7 +18,7 @@ from handler.merging import (
 )
 from handler.parking import Parked
 
-__all__ = ["BatchedForward", "Counters", "Failure", "Group", "is_out_of_memory"]
+__all__ = ["BatchedForward", "Counters", "Failure", "Group", "agree", "is_out_of_memory"]
 
 # Largest difference between a row computed in a batch and alone, relative to the largest value of
 # the output. Kernels round differently at other batch sizes; a module that mixes rows is far off.
@@ -146,7 +146,9 @@ class BatchedForward:
         started = self.clock()
         if len(calls) == 1 and padded == total:
             bound = calls[0].bound
-            results = [slot.real(*bound.args, **bound.kwargs)]
+            # Faster code is for batches: what runs alone is exact, or there to compare with.
+            run = slot.plain if group.key is None else slot.real
+            results = [run(*bound.args, **bound.kwargs)]
         else:
             merged = merge([c.bound.arguments for c in calls], rows, pad_to=padded)
             bound = type(calls[0].bound)(slot.signature, merged)
@@ -170,7 +172,7 @@ class BatchedForward:
         alone = self._run(Group(None, group.calls[-1:]))[0]
         if isinstance(alone, Failure) or not _is_finite(alone):
             return together
-        if _agree(together[-1], alone):
+        if agree(together[-1], alone, getattr(group.calls[-1].slot.module, "dtype", None)):
             _remember(self._proven, group.key)
             return together
         _remember(self._unmergeable, group.key)
@@ -192,7 +194,8 @@ class BatchedForward:
     def _padded(self, group: Group) -> int:
         """The rows that the group's forward runs."""
         rows = sum(group.rows)
-        if group.key is None:
+        # Only denoisers are compiled or captured; to pad the others would be work for nothing.
+        if group.key is None or not group.calls[0].slot.is_denoiser:
             return rows
         return next((bucket for bucket in self.buckets if bucket >= rows), rows)
 
@@ -219,8 +222,11 @@ def _is_finite(output: Any) -> bool:
     return all(_is_finite(member) for _, member in output_members(output) or ())
 
 
-def _agree(together: Any, alone: Any) -> bool:
-    """Whether two outputs of a module are equal up to rounding, wherever they hold tensors."""
+def agree(together: Any, alone: Any, precision: torch.dtype | None = None) -> bool:
+    """Whether two outputs of a module are equal up to rounding, wherever they hold tensors.
+
+    `precision` is what the module computes in; its outputs may have a finer dtype.
+    """
     if isinstance(alone, torch.Tensor):
         if not isinstance(together, torch.Tensor) or together.shape != alone.shape:
             return False
@@ -228,7 +234,7 @@ def _agree(together: Any, alone: Any) -> bool:
             return bool(torch.equal(together, alone))
         if not alone.numel():
             return True
-        bound = _ROUNDING.get(alone.dtype, _ROUNDING_HALF)
+        bound = max(_ROUNDING.get(d, _ROUNDING_HALF) for d in (alone.dtype, precision) if d)
         difference = (together.float() - alone.float()).abs().amax()
         return bool(difference <= bound * alone.abs().amax().float() + 1e-6)
     if type(together) is not type(alone):
@@ -237,5 +243,5 @@ def _agree(together: Any, alone: Any) -> bool:
     if ours is None or theirs is None:
         return True
     return [name for name, _ in ours] == [name for name, _ in theirs] and all(
-        _agree(mine, other) for (_, mine), (_, other) in zip(ours, theirs, strict=True)
+        agree(mine, other, precision) for (_, mine), (_, other) in zip(ours, theirs, strict=True)
     )

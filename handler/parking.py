@@ -12,7 +12,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -66,10 +66,15 @@ class Slot:
     method: str
     is_denoiser: bool
     real: Callable[..., Any]
-    """What the engine runs: the module's own method, possibly compiled."""
+    """What serves batches: the module's own method, or faster code that may round otherwise."""
     signature: inspect.Signature
     attribute: Callable[..., Any] | None
     """What the module itself had under this name; None where its class has the method."""
+    plain: Callable[..., Any] = field(init=False)
+    """The module's own method, for calls that must not differ from the pipeline called alone."""
+
+    def __post_init__(self) -> None:
+        self.plain = self.real
 
     def install(self) -> None:
         """Put `park` in front of the real method."""
@@ -109,9 +114,9 @@ def park(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """
     current = getcurrent()
     if not isinstance(current, RequestGreenlet) or _thread_context() != current.context:
-        return slot.real(*args, **kwargs)
+        return slot.plain(*args, **kwargs)
     if not slot.is_denoiser and scales_adapters(current.ticket.kwargs):
-        return slot.real(*args, **kwargs)
+        return slot.plain(*args, **kwargs)
     engine = current.parent
     assert engine is not None
     bound = slot.signature.bind(*args, **kwargs)

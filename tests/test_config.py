@@ -72,6 +72,9 @@ def test_every_problem_is_named_at_once() -> None:
         ({"max_images": 9}, "must be 18 or more"),
         ({"max_rows": 6}, "max_rows: 6 is too few for max_images, 4"),
         ({"max_pixels_in_flight": 1000}, "would never be drawn"),
+        ({"warm_up_sizes": ["768x768", "768x2000"]}, "768x2000 is no size that a request may"),
+        ({"warm_up_sizes": ["1536x1536"]}, "see min_size_px, max_size_px and max_pixels"),
+        ({"speed": "max", "exact": True}, "which speed: max does not"),
         ({"negative_prompt": "x" * 11, "max_prompt_chars": 10}, "longer than max_prompt_chars"),
     ],
 )
@@ -88,6 +91,33 @@ def test_a_section_that_is_no_mapping() -> None:
 def test_direct_construction_is_checked_too() -> None:
     with pytest.raises(ConfigError, match="max_rows"):
         HandlerConfig(max_rows=0)
+
+
+@pytest.mark.parametrize(("written", "speed"), [("off", "off"), ("max", "max"), (None, "safe")])
+def test_speeds(written: str | None, speed: str) -> None:
+    """YAML makes false of a bare `off`."""
+    section = {} if written is None else yaml.safe_load(f"speed: {written}")
+    assert HandlerConfig.from_mapping(section).speed == speed
+
+
+@pytest.mark.parametrize("wrong", [True, "fast", 1])
+def test_no_other_speed(wrong: object) -> None:
+    with pytest.raises(ConfigError, match=r"speed: .* must be one of off, safe, max"):
+        HandlerConfig.from_mapping({"speed": wrong})
+
+
+def test_sizes_to_warm_up() -> None:
+    config = HandlerConfig.from_mapping({"warm_up_sizes": ["512x768", "64x64"]})
+    assert config.warm_up_sizes == ((512, 768), (64, 64))
+    assert dataclasses.replace(config, exact=True).warm_up_sizes == config.warm_up_sizes
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], "512x512", [512], ["512"], ["512x512x3"], ["x"], ["8x8"] * 17]
+)
+def test_no_other_sizes_to_warm_up(wrong: object) -> None:
+    with pytest.raises(ConfigError, match=r"warm_up_sizes: .* such as 512x768, height x width"):
+        HandlerConfig.from_mapping({"warm_up_sizes": wrong})
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:3", "mps", "xpu:0"])
