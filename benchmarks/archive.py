@@ -2,6 +2,7 @@
 
     python -m benchmarks.archive           # Stable Diffusion 2.1's shapes, 2.6 GB: ten minutes
     python -m benchmarks.archive --small   # the demo's shapes: whether it runs, not how fast
+    python -m benchmarks.archive --no-upstream    # only ours and cp: two minutes
 
 It makes a pipeline of noise in a temporary folder, which takes 20 GB at its fullest and is removed
 at the end. Packing takes turns with cp -r, each after a sync, so that a machine that changes its
@@ -178,7 +179,9 @@ def with_dtype(folder: Path, dtype: str) -> Path:
     return path
 
 
-def measure(folder: Path, *, is_small: bool, rounds: int) -> tuple[list[Figure], dict[str, Any]]:
+def measure(
+    folder: Path, *, is_small: bool, rounds: int, with_upstream: bool
+) -> tuple[list[Figure], dict[str, Any]]:
     """Run everything in `folder`; return the figures and what they were computed from."""
     pipeline = folder / "pipeline"
     weights = step("make", pipeline, *(["small"] if is_small else []))["bytes"]
@@ -196,64 +199,85 @@ def measure(folder: Path, *, is_small: bool, rounds: int) -> tuple[list[Figure],
     raw["serving_dir"] = measure_serving(folder / "dir" / "bench", folder, "dir")
     shutil.rmtree(folder / "dir")
 
-    upstream_s, upstream = measure_upstream_packing(pipeline, folder)
-    raw["upstream_packing_s"] = upstream_s
-    raw["upstream_opening"] = measure_opening(upstream.archive, folder, "open-upstream", 1)
-    raw["upstream_serving"] = measure_serving(upstream.archive, folder, "upstream")
-    return _figures(weights, packing, second, raw), raw
+    if with_upstream:
+        raw["upstream_packing_s"], upstream = measure_upstream_packing(pipeline, folder)
+        raw["upstream_opening"] = measure_opening(upstream.archive, folder, "open-upstream", 1)
+        raw["upstream_serving"] = measure_serving(upstream.archive, folder, "upstream")
+    raw["load_after"] = os.getloadavg()[0]
+    figures = _figures(weights, packing, second, raw)
+    return [*figures, *(_upstream_figures(weights, packing, raw) if with_upstream else ())], raw
 
 
 def _figures(
     weights: float, packing: dict[str, list[float]], second: dict[str, float], raw: dict[str, Any]
 ) -> list[Figure]:
     pairs = zip(packing["ours_s"], packing["cp_s"], strict=True)
-    upstream_open_s = raw["upstream_opening"][0]["seconds"]
-    upstream_ready_s = raw["upstream_serving"]["worker_ready_s"]
-
-    def one(value: float) -> Spread:
-        return Spread((value,))
-
-    def disk(which: str) -> Spread:
-        return one(raw[which]["disk_bytes"] / weights)
-
     return [
         Figure("pack: ours", Spread(tuple(packing["ours_s"])), "s"),
         Figure("pack: cp -r", Spread(tuple(packing["cp_s"])), "s"),
-        Figure("pack: upstream", one(raw["upstream_packing_s"]), "s"),
         Figure("pack: ours / cp -r", Spread(tuple(a / b for a, b in pairs)), "x", at_most=1.5),
-        Figure(
-            "pack: upstream / ours",
-            Spread(tuple(raw["upstream_packing_s"] / each for each in packing["ours_s"])),
-            "x",
-            at_least=20,
-        ),
         Figure("open: ours", Spread(tuple(raw["opening"])), "s"),
-        Figure("open: upstream", one(upstream_open_s), "s"),
+        Figure("worker READY: ours, float32", _one(raw["serving_float32"]["worker_ready_s"]), "s"),
+        Figure("worker READY: ours, float16", _one(raw["serving_float16"]["worker_ready_s"]), "s"),
         Figure(
-            "open: upstream / ours",
-            Spread(tuple(upstream_open_s / each for each in raw["opening"])),
+            "disk while serving / weights: .mar",
+            _one(raw["serving_float32"]["disk_bytes"] / weights),
             "x",
-            at_least=15,
+            at_most=2.05,
         ),
-        Figure("worker READY: ours, float32", one(raw["serving_float32"]["worker_ready_s"]), "s"),
-        Figure("worker READY: ours, float16", one(raw["serving_float16"]["worker_ready_s"]), "s"),
-        Figure("worker READY: upstream, float32", one(upstream_ready_s), "s"),
         Figure(
-            "worker READY: upstream / ours, both float32",
-            one(upstream_ready_s / raw["serving_float32"]["worker_ready_s"]),
+            "disk while serving / weights: folder",
+            _one(raw["serving_dir"]["disk_bytes"] / weights),
             "x",
-            at_least=3,
+            at_most=1.05,
         ),
-        Figure("disk while serving / weights: .mar", disk("serving_float32"), "x", at_most=2.05),
-        Figure("disk while serving / weights: folder", disk("serving_dir"), "x", at_most=1.05),
-        Figure("disk while serving / weights: upstream", disk("upstream_serving"), "x"),
         Figure(
             "memory: a second worker / weights",
-            one(second["second_adds_bytes"] / weights),
+            _one(second["second_adds_bytes"] / weights),
             "x",
             at_most=0.2,
         ),
     ]
+
+
+def _upstream_figures(
+    weights: float, packing: dict[str, list[float]], raw: dict[str, Any]
+) -> list[Figure]:
+    packing_s = raw["upstream_packing_s"]
+    open_s = raw["upstream_opening"][0]["seconds"]
+    ready_s = raw["upstream_serving"]["worker_ready_s"]
+    return [
+        Figure("pack: upstream", _one(packing_s), "s"),
+        Figure(
+            "pack: upstream / ours",
+            Spread(tuple(packing_s / each for each in packing["ours_s"])),
+            "x",
+            at_least=20,
+        ),
+        Figure("open: upstream", _one(open_s), "s"),
+        Figure(
+            "open: upstream / ours",
+            Spread(tuple(open_s / each for each in raw["opening"])),
+            "x",
+            at_least=15,
+        ),
+        Figure("worker READY: upstream, float32", _one(ready_s), "s"),
+        Figure(
+            "worker READY: upstream / ours, both float32",
+            _one(ready_s / raw["serving_float32"]["worker_ready_s"]),
+            "x",
+            at_least=3,
+        ),
+        Figure(
+            "disk while serving / weights: upstream",
+            _one(raw["upstream_serving"]["disk_bytes"] / weights),
+            "x",
+        ),
+    ]
+
+
+def _one(value: float) -> Spread:
+    return Spread((value,))
 
 
 def main() -> None:
@@ -261,10 +285,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--small", action="store_true", help="a small pipeline, to try it out")
     parser.add_argument("--rounds", type=int, default=3, help="of what is repeated (default: 3)")
+    parser.add_argument("--no-upstream", action="store_true", help="leave the upstream way out")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        figures, raw = measure(Path(folder), is_small=arguments.small, rounds=arguments.rounds)
-    write_report("archive-small" if arguments.small else "archive", figures, {"raw": raw})
+        figures, raw = measure(
+            Path(folder),
+            is_small=arguments.small,
+            rounds=arguments.rounds,
+            with_upstream=not arguments.no_upstream,
+        )
+    name = "archive" + "-small" * arguments.small + "-ours" * arguments.no_upstream
+    write_report(name, figures, {"raw": raw})
 
 
 if __name__ == "__main__":

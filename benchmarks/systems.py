@@ -64,6 +64,7 @@ def one_at_a_time(
         "batchSize": 1,
         "maxBatchDelay": 1,
         "responseTimeout": 600,
+        "startupTimeout": 600,  # unzipping gigabytes on a busy machine outlasts the default
         "handler": dict(settings),
     }
     target = folder / name
