@@ -130,6 +130,7 @@ format: $(INSTALLED) ## Format the code and fix what can be fixed safely
 
 bench: $(INSTALLED) ## Measure what the README's figures come from
 	@$(PY) -m benchmarks.engine
+	@$(PY) -m benchmarks.load
 
 clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
 	@cd $(RUN_DIR) 2>/dev/null && rm -rf tmp temp logs config.properties server.json || true

@@ -91,11 +91,20 @@ def table(figures: Sequence[Figure]) -> str:
     return "\n".join(lines)
 
 
-def write_report(name: str, figures: Sequence[Figure], details: dict[str, object]) -> Path:
-    """Print the table and write ``results/<name>.json``; returns its path."""
+def write_report(
+    name: str,
+    figures: Sequence[Figure],
+    details: dict[str, object],
+    *,
+    file_name: str | None = None,
+) -> Path:
+    """Print the table and write ``results/<file_name>.json``, by default `name`; returns its path.
+
+    `name` is the benchmark's module.
+    """
     print(table(figures))
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{file_name or name}.json"
     report = {
         "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "machine": describe_machine(),

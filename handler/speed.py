@@ -93,8 +93,10 @@ def make_plan(
     obstacle = _obstacle(loaded.pipeline)
     if obstacle is not None:
         logger.warning("speed: max compiles nothing here: %s", obstacle)
-    # A precision that the operator chose stays.
-    halves = on_cpu and has_bfloat16 and config.dtype is None
+    # A precision that the operator chose stays. Without a text encoder the denoiser's precision
+    # becomes that of the latents, which the VAE would not take.
+    has_encoder = any(name.startswith("text_encoder") for name in _modules(loaded.pipeline))
+    halves = on_cpu and has_bfloat16 and config.dtype is None and has_encoder
     return Plan(
         channels_last=True,
         slice_decoding=on_cuda,

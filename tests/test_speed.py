@@ -64,6 +64,10 @@ def test_the_precision_that_was_chosen_stays() -> None:
     assert plan_of("max", half=False).precision is None
 
 
+def test_without_a_text_encoder_latents_would_take_the_denoisers_precision() -> None:
+    assert plan_of("max", pipeline=build("kandinsky_2_2")).precision is None
+
+
 def test_pipelines_that_change_their_modules_are_not_compiled(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
