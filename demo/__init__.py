@@ -1,1 +1,1 @@
-"""The embedded default: a tiny Stable Diffusion pipeline that draws pixel art of coloured shapes."""
+"""The embedded default: a tiny Stable Diffusion pipeline for pixel art of coloured shapes."""

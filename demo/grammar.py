@@ -1,4 +1,4 @@
-"""Say in English what a picture shows: the prompts that the demo pipeline is trained and judged on."""
+"""Say in English what a picture shows: the prompts of training and judging."""
 
 import random
 from dataclasses import dataclass, replace
@@ -28,9 +28,13 @@ POSITIONS = {
     "bottom left": (_LOW, _HIGH),
     "bottom right": (_HIGH, _HIGH),
 }
+ANYWHERE = (_ANY, _ANY)
 SIZES = {"small": SMALL_RADII_PX, "large": LARGE_RADII_PX}
 
-SIZE_WORDS = {"small": ("small", "small", "little", "tiny"), "large": ("large", "large", "big", "huge")}
+SIZE_WORDS = {
+    "small": ("small", "small", "little", "tiny"),
+    "large": ("large", "large", "big", "huge"),
+}
 COLOR_WORDS = {"gray": ("gray", "grey"), "purple": ("purple", "purple", "violet")}
 SHAPE_WORDS = {
     "circle": ("circle", "circle", "circle", "disc", "dot"),
@@ -49,14 +53,18 @@ PREFIXES = (
 )
 SUFFIXES = ("pixel art", "flat colors", "simple", "minimal", "sprite", "icon", "high quality")
 # Words that mean nothing here, so that the model learns that such words do no harm.
-FILLERS = (
-    *("beautiful nice lovely cute pretty bright shiny simple plain solid flat clean perfect single").split(),
-    *("very just only really quite cat dog astronaut horse riding castle photo portrait painting").split(),
-    *("detailed sharp style artistic masterpiece best quality digital modern retro game world").split(),
-    *("happy great new old good this that is it my your some here and for in by from like").split(),
-)
+_FILLER_TEXT = """
+beautiful nice lovely cute pretty bright shiny simple plain solid flat clean perfect single
+very just only really quite cat dog astronaut horse riding castle photo portrait painting
+detailed sharp style artistic masterpiece best quality digital modern retro game world
+happy great new old good this that is it my your some here and for in by from like
+"""
 # Kept as whole tokens for later training; today they count as fillers.
-RESERVED = "house tree fish smiley face sun flower two three next above below beside between".split()
+_RESERVED_TEXT = """
+house tree fish smiley face sun flower two three next above below beside between
+"""
+FILLERS = tuple(_FILLER_TEXT.split())
+RESERVED = tuple(_RESERVED_TEXT.split())
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,10 +101,8 @@ def place(rng: random.Random, wish: Wish) -> tuple[float, float, float]:
     """Choose a radius and a centre, in pixels, that fulfil `wish`."""
     radius = rng.choice(RADII_PX if wish.size is None else SIZES[wish.size])
     room = SIZE_PX / 2 - radius - MARGIN_PX
-    spans = (_ANY, _ANY) if wish.position is None else POSITIONS[wish.position]
-    x, y = (
-        round((SIZE_PX / 2 + rng.uniform(*span) * room) / GRID_PX) * GRID_PX for span in spans
-    )
+    spans = ANYWHERE if wish.position is None else POSITIONS[wish.position]
+    x, y = (round((SIZE_PX / 2 + rng.uniform(*span) * room) / GRID_PX) * GRID_PX for span in spans)
     return radius, x, y
 
 
@@ -107,18 +113,27 @@ def fulfil(rng: random.Random, wish: Wish, triple: tuple[str, str, str]) -> Spri
     return Sprite(shape, color, background, radius, x, y)
 
 
-def sample_pair(rng: random.Random, triples: list[tuple[str, str, str]]) -> tuple[str, Sprite]:
-    """One training example: a prompt, and a picture that it describes."""
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One training example: a prompt, what it says, and a picture that it describes."""
+
+    prompt: str
+    wish: Wish
+    sprite: Sprite
+
+
+def sample(rng: random.Random, triples: list[tuple[str, str, str]]) -> Example:
+    """Draw an example of one of the combinations `triples`."""
     triple = rng.choice(triples)
     color, shape, background = triple
     wish = Wish(
         shape=shape if rng.random() < 0.97 else None,
-        color=color if rng.random() < 0.93 else None,
-        background=background if rng.random() < 0.87 else None,
+        color=color if rng.random() < 0.95 else None,
+        background=background if rng.random() < 0.9 else None,
         size=rng.choice(tuple(SIZES)) if rng.random() < 0.5 else None,
         position=rng.choice(tuple(POSITIONS)) if rng.random() < 0.55 else None,
     )
-    return phrase(rng, wish), fulfil(rng, wish, triple)
+    return Example(phrase(rng, wish), wish, fulfil(rng, wish, triple))
 
 
 def full_wish(rng: random.Random, triple: tuple[str, str, str]) -> Wish:
@@ -163,9 +178,7 @@ def vocabulary() -> list[str]:
     return sorted({word for text in texts for word in text.split() if word.isalpha()})
 
 
-def _either(
-    rng: random.Random, words: dict[str, tuple[str, ...]], name: str | None
-) -> str | None:
+def _either(rng: random.Random, words: dict[str, tuple[str, ...]], name: str | None) -> str | None:
     return None if name is None else rng.choice(words.get(name, (name,)))
 
 

@@ -31,12 +31,12 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "black": (10, 10, 15),
 }
 
-# Shapes are placed on a half-pixel grid: few distinct pictures, so a small model can draw them crisply.
-GRID_PX = 0.5
+# Three sizes and whole-pixel places make few distinct sprites, which a small model draws crisply.
+GRID_PX = 1.0
 MARGIN_PX = 0.5
-SMALL_RADII_PX = (4.5, 5.0)
-LARGE_RADII_PX = (7.5, 8.0, 8.5)
-RADII_PX = (4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5, 8.0, 8.5)
+SMALL_RADII_PX = (5.0,)
+LARGE_RADII_PX = (8.0,)
+RADII_PX = (5.0, 6.5, 8.0)
 
 
 @dataclass(frozen=True, slots=True)

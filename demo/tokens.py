@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
@@ -19,7 +20,7 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     spelled = [[*word[:-1], word[-1] + END_OF_WORD] for word in words]
     merges = []
     while True:
-        pairs = Counter(pair for word in spelled for pair in zip(word, word[1:], strict=False))
+        pairs = Counter(pair for word in spelled for pair in pairwise(word))
         if not pairs:
             return merges
         best = max(pairs, key=lambda pair: (pairs[pair], pair))

@@ -1,0 +1,160 @@
+"""What training is made of: exact targets, Muon, the reading lesson, resuming."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from demo import train as training
+from demo.build import build_pipeline, build_scheduler
+from demo.exact import posterior_mean, templates
+from demo.grammar import Wish, combinations, fulfil, place, vocabulary
+from demo.muon import Muon, orthogonalize
+from demo.sprites import coverage, render
+from demo.teach import teach
+from demo.tokens import build_tokenizer
+from demo.train import Settings, Trainer, learning_rate_share
+
+WISH = Wish("star", "red", "blue", "small", "top")
+
+
+def settings(out: Path, **changes: object) -> Settings:
+    made = {
+        "out": out,
+        "num_steps": 100,
+        "num_decay_steps": 20,
+        "batch_size": 4,
+        "num_workers": 1,
+        "lr": 1e-3,
+        "ema_decay": 0.9,
+        "seed": 3,
+        "num_checkpoint_steps": 10,
+    }
+    return Settings(**{**made, **changes})  # type: ignore[arg-type]
+
+
+def test_without_signal_the_exact_mean_is_the_mean_of_what_is_drawn() -> None:
+    rng = random.Random(0)
+    drawn = [render(fulfil(rng, WISH, ("red", "star", "blue"))) for _ in range(4_000)]
+    mean = torch.from_numpy(np.mean(drawn, axis=0)).permute(2, 0, 1)
+    exact = posterior_mean(WISH, torch.zeros(3, 24, 24), torch.tensor(0.0))
+    assert (exact - mean).abs().max() < 0.08
+    other = posterior_mean(
+        Wish("star", "red", "blue", "small", "left"), torch.zeros(3, 24, 24), torch.tensor(0.0)
+    )
+    assert (other - mean).abs().max() > 0.3
+
+
+def test_with_little_noise_the_exact_mean_is_the_picture() -> None:
+    rng = random.Random(1)
+    noise_of = torch.Generator().manual_seed(0)
+    alpha = torch.tensor(0.9)
+    for triple in rng.sample(combinations(held_out=False), 10):
+        color, shape, background = triple
+        wish = Wish(shape, color, background)
+        truth = torch.from_numpy(render(fulfil(rng, wish, triple))).permute(2, 0, 1)
+        noise = torch.randn(truth.shape, generator=noise_of)
+        noisy = alpha.sqrt() * truth + (1 - alpha).sqrt() * noise
+        assert (posterior_mean(wish, noisy, alpha) - truth).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("size", [None, "small", "large"])
+@pytest.mark.parametrize("position", [None, "left", "bottom right", "center"])
+def test_the_templates_are_all_that_can_be_drawn(size: str | None, position: str | None) -> None:
+    wish = Wish("heart", "red", "blue", size, position)
+    masks, log_prior, _ = templates("heart", size, position)
+    assert log_prior.exp().sum() == pytest.approx(1, abs=1e-4)
+    known = {mask.tobytes() for mask in masks.numpy()}
+    rng = random.Random(4)
+    for _ in range(50):
+        assert coverage("heart", *place(rng, wish)).ravel().tobytes() in known
+
+
+def test_orthogonalizing_makes_singular_values_alike() -> None:
+    matrices = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
+    for given in (matrices, matrices.mT):
+        values = torch.linalg.svdvals(orthogonalize(given).float())
+        assert values.min() > 0.5
+        assert values.max() < 1.4
+
+
+def test_shared_out_muon_takes_the_same_step() -> None:
+    generator = torch.Generator().manual_seed(0)
+    starts = [torch.randn(shape, generator=generator) for shape in ((8, 4, 3, 3),) * 3 + ((20, 8),)]
+    grads = [torch.randn(start.shape, generator=generator) for start in starts]
+
+    def fresh() -> list[torch.nn.Parameter]:
+        params = [torch.nn.Parameter(start.clone()) for start in starts]
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad.clone()
+        return params
+
+    alone, shared, other = fresh(), fresh(), fresh()
+    Muon(alone, lr=0.1).step()
+    sent: list[torch.Tensor] = []
+    Muon(other, lr=0.1, rank=1, num_workers=2, total=lambda t: sent.append(t.clone())).step()
+    Muon(shared, lr=0.1, rank=0, num_workers=2, total=lambda t: t.add_(sent[0])).step()
+    for one, two, start in zip(alone, shared, starts, strict=True):
+        assert torch.allclose(one, two, atol=1e-6)
+        assert not torch.allclose(one, start, atol=1e-3)
+
+
+def test_the_learning_rate_rises_stays_and_falls(tmp_path: Path) -> None:
+    run = settings(tmp_path, num_steps=1_000, num_decay_steps=200)
+    shares = [learning_rate_share(step, run) for step in range(1_000)]
+    assert shares[0] < 0.02
+    assert shares[training.NUM_WARMUP_STEPS : 800] == [1.0] * (800 - training.NUM_WARMUP_STEPS)
+    assert shares[900] == pytest.approx(0.5)
+    assert 0 < shares[-1] < 0.01
+
+
+def test_the_reading_lesson_teaches() -> None:
+    """A few steps read better than none do; the whole lesson is what ships."""
+    tokenizer = build_tokenizer(vocabulary())
+    torch.manual_seed(0)
+    encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    before = teach(encoder, tokenizer, 0, num_steps=1, batch_size=32)
+    after = teach(encoder, tokenizer, 1, num_steps=60, batch_size=32, lr=1e-2)
+    assert after > before + 0.15
+
+
+def test_a_stopped_run_goes_on_unchanged(tmp_path: Path) -> None:
+    runs = []
+    pipeline = build_pipeline(3)
+    for name in ("whole", "stopped"):
+        out = tmp_path / name
+        out.mkdir()
+        save_file(pipeline.text_encoder.state_dict(), out / training.TEXT_ENCODER_FILE)
+        trainer = Trainer(0, settings(out))
+        losses = [trainer.step(step) for step in range(2)]
+        if name == "stopped":
+            trainer.save(2)
+            trainer = Trainer(0, settings(out))
+            assert trainer.restore() == 2
+            saved = load_file(out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+            assert {tensor.dtype for tensor in saved.values()} == {torch.float16}
+        losses.append(trainer.step(2))
+        runs.append((losses, trainer.average.state_dict()))
+    assert runs[0][0] == runs[1][0]
+    for name, value in runs[0][1].items():
+        assert torch.equal(value, runs[1][1][name]), name
+
+
+def test_the_scheduler_ends_in_pure_noise() -> None:
+    """What the templates' prior is for: at the last time nothing of the picture is left."""
+    assert build_scheduler().alphas_cumprod[-1] == 0
