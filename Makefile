@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 # These come from the command line alone: some shells export a NAME or a VERSION of their own.
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
-	FORCE SMOKE,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
+	FORCE SMOKE RUN_DIR STORE VENV DEMO_PICTURE,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
 
 VENV      ?= .venv
 RUN_DIR   ?= .run
@@ -133,8 +133,10 @@ bench: $(INSTALLED) ## Measure what the README's figures come from
 	@$(PY) -m benchmarks.load
 
 clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
-	@cd $(RUN_DIR) 2>/dev/null && rm -rf tmp temp logs config.properties server.json || true
-	@rmdir $(RUN_DIR) 2>/dev/null || true
-	@rm -rf $(DEMO_PICTURE) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@if grep -qs '^# This instance:' "$(RUN_DIR)/config.properties"; then \
+		cd "$(RUN_DIR)" && rm -rf tmp temp logs config.properties server.json; fi
+	@[ ! -d "$(RUN_DIR)" ] || rmdir -- "$(RUN_DIR)" 2>/dev/null || true
+	@rm -f -- "$(DEMO_PICTURE)"
+	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@[ ! -e $(EMBEDDED) ] || rm -f $(EMBEDDED) $(DEFAULT_ARCHIVE)
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -33,6 +33,7 @@ from handler.request import GenerationRequest, PipelineTraits, check_against_pip
 from handler.service import GenerationService, draw_seed
 from handler.silence import SilenceAlarm
 from handler.speed import SpeedUp, make_plan
+from handler.stream import INTERRUPTED
 from handler.wire import Call, read_call
 
 __all__ = ["DiffusersHandler"]
@@ -57,6 +58,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._alarm: SilenceAlarm | None = None
         self._is_continuous = False
         self._streaming: set[str] = set()
+        # Streams that were given up in the last silence: TorchServe sends no more than their ids.
+        self._lost: set[str] = set()
         self._emitted_s = time.monotonic()
 
     def initialize(self, context: Any) -> None:
@@ -134,7 +137,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             service.drop(call_id)
             self._streaming.discard(call_id)
         for index, call_id in ids.items():
-            if call_id not in service.live_ids:
+            if call_id not in service.live_ids and call_id not in self._lost:
                 service.open(call_id, data[index], _headers(context, index))
         service.advance(self.config.cycle_ms / 1000 if self._is_continuous else None)
         answers = self._answer(ids, context)
@@ -150,6 +153,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         if is_sending:
             self._alarm.set()
             return
+        self._lost = set(self._streaming)
         self.context.request_ids = {}
         self.handle([], self.context)
 
@@ -176,7 +180,10 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         criteria = [_plain] * len(ids)
         for index, call_id in ids.items():
             reply, stream = replies.get(call_id), service.stream_of(call_id)
-            if reply is not None:
+            if call_id in self._lost:
+                self._lost.remove(call_id)
+                answers[index], criteria[index] = INTERRUPTED, _last
+            elif reply is not None:
                 answers[index] = _write(context, index, call_id, reply)
                 if call_id in self._streaming:
                     self._streaming.remove(call_id)

@@ -17,9 +17,15 @@ from handler.preview import Previewer
 from handler.replies import Reply
 from handler.ticket import StepEnd
 
-__all__ = ["EventStream"]
+__all__ = ["INTERRUPTED", "EventStream"]
 
 _EVENT_STREAM = "text/event-stream"
+
+INTERRUPTED = (
+    b'event: error\ndata: {"status":503,"error":{"code":"interrupted","message":'
+    b'"the server stood still for too long; send the request again","fields":{}}}\n\n'
+)
+"""The last event of a stream that the handler gave up although its client was still there."""
 
 
 class EventStream:

@@ -270,6 +270,25 @@ def test_when_torchserve_falls_silent_nothing_is_held(
     theirs.close()
 
 
+def test_a_stream_that_was_given_up_in_a_pause_is_told_so_and_ends(serve: Serve) -> None:
+    """TorchServe stood still without letting go: its clients are still there afterwards."""
+    frontend, handler = serve(cycle_ms=0)
+    stream = frontend.post(prompt(num_inference_steps=900), SSE)
+    plain = frontend.post(prompt(num_inference_steps=4))
+    frontend.cycle()
+    ours, theirs = socket.socketpair()
+    frontend.context.cl_socket = ours
+    handler._on_silence()
+    frontend.run()
+    ours.close()
+    theirs.close()
+    kind, data = stream.events()[-1]
+    assert (kind, data["status"]) == ("error", 503)
+    # TorchServe sends the whole of a plain request in every cycle, so it just begins anew.
+    assert plain.status == 200
+    assert handler._lost == set()
+
+
 def test_an_id_may_come_back_after_its_answer(serve: Serve) -> None:
     frontend, _ = serve()
     first = frontend.post(prompt(), call_id="same")
