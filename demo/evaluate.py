@@ -121,12 +121,13 @@ def shares(drawings: Sequence[Drawing]) -> dict[str, float]:
     num = max(len(drawings), 1)
     result = {term: sum(getattr(d.score, term) for d in drawings) / num for term in TERMS}
     result["all"] = sum(d.score.is_right for d in drawings) / num
+    result["all, clean"] = sum(d.score.is_right and d.score.clean for d in drawings) / num
     return result
 
 
 def table(results: Sequence[dict[str, object]]) -> str:
     """The results as a Markdown table, in percent."""
-    columns = (*TERMS, "all")
+    columns = (*TERMS, "all", "all, clean")
     lines = [
         "| setting | combinations | pictures | " + " | ".join(columns) + " |",
         "|---" * (3 + len(columns)) + "|",

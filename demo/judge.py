@@ -20,8 +20,10 @@ GRID_PX = 0.5
 RADII_PX = tuple(4.5 + 0.5 * step for step in range(9))
 # A colour further than this from every palette colour (RMS over RGB, of 255) has no name.
 MAX_COLOR_DISTANCE = 40.0
-# The share of the shape's own area that may be wrong.
-MAX_MISFIT = 0.22
+# Misfit is the distance to the nearest template over the template's own norm. Beyond the first
+# limit there is no shape; within the second it is clean, which 1 random blob in 8 is by chance.
+MAX_MISFIT = 0.45
+MAX_CLEAN_MISFIT = 0.22
 MAX_SMALL_RADIUS_PX = 5.6
 MIN_LARGE_RADIUS_PX = 6.6
 # How far off the middle counts as a side: half of the least that training shows.
@@ -50,9 +52,11 @@ class Score:
     background: bool
     size: bool
     position: bool
+    clean: bool
 
     @property
     def is_right(self) -> bool:
+        """Every term is right; how cleanly it is drawn is another question."""
         return self.shape and self.color and self.background and self.size and self.position
 
 
@@ -86,6 +90,7 @@ def score(wish: Wish, verdict: Verdict) -> Score:
         background=wish.background in (None, verdict.background),
         size=_is_size(wish.size, verdict.radius_px),
         position=_is_position(wish.position, verdict.x_px, verdict.y_px),
+        clean=verdict.misfit <= MAX_CLEAN_MISFIT,
     )
 
 
