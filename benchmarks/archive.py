@@ -6,7 +6,8 @@
 
 It makes a pipeline of noise in a temporary folder, which takes 20 GB at its fullest and is removed
 at the end. Packing takes turns with cp -r, each after a sync, so that a machine that changes its
-speed changes both.
+speed changes both. Servers run with ``speed: off``: what is measured is opening, and by default the
+handler also draws a picture before it is READY, which the upstream example does not.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import yaml
@@ -33,6 +34,7 @@ from scripts.instance import Options, Ports
 from scripts.server import TorchServer
 
 _CONFIG = Path("config/model-config.yaml")
+_T = TypeVar("_T")
 
 
 def step(name: str, folder: Path, *extra: str) -> dict[str, float]:
@@ -73,6 +75,12 @@ def pack(pipeline: Path, out: Path, *extra: str) -> None:
         check=True,
         stderr=subprocess.DEVNULL,
     )
+
+
+def tell(found: _T) -> _T:
+    """Show a result at once: the next steps take minutes, and may fail."""
+    print(json.dumps(found), file=sys.stderr, flush=True)
+    return found
 
 
 def measure_packing(pipeline: Path, folder: Path, rounds: int) -> dict[str, list[float]]:
@@ -171,9 +179,9 @@ def measure_second_worker(archive: Path, folder: Path) -> dict[str, float]:
 
 
 def with_dtype(folder: Path, dtype: str) -> Path:
-    """The shipped configuration with a precision: the upstream example's own is float32 here."""
+    """The shipped configuration with a precision, and with nothing done beyond opening."""
     config = yaml.safe_load(_CONFIG.read_text())
-    config["handler"]["dtype"] = dtype
+    config["handler"].update(dtype=dtype, speed="off")
     path = folder / f"{dtype}.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -187,22 +195,29 @@ def measure(
     weights = step("make", pipeline, *(["small"] if is_small else []))["bytes"]
     raw: dict[str, Any] = {"weights_bytes": weights, "load_before": os.getloadavg()[0]}
 
-    raw["packing"] = packing = measure_packing(pipeline, folder, rounds)
-    ours = folder / "store" / "bench.mar"
-    raw["opening"] = [each["seconds"] for each in measure_opening(ours, folder, "open", rounds)]
-    raw["second_worker"] = second = measure_second_worker(ours, folder)
-    raw["serving_float32"] = measure_serving(ours, folder, "float32")
-    pack(pipeline, folder / "half", "--config", str(with_dtype(folder, "float16")))
-    raw["serving_float16"] = measure_serving(folder / "half" / "bench.mar", folder, "float16")
-    shutil.rmtree(folder / "half")
-    pack(pipeline, folder / "dir", "--format", "dir")
-    raw["serving_dir"] = measure_serving(folder / "dir" / "bench", folder, "dir")
-    shutil.rmtree(folder / "dir")
-
+    raw["packing"] = packing = tell(measure_packing(pipeline, folder, rounds))
+    store = folder / "store"
+    ours = store / "bench.mar"
+    raw["opening"] = tell(
+        [each["seconds"] for each in measure_opening(ours, folder, "open", rounds)]
+    )
+    raw["second_worker"] = second = tell(measure_second_worker(ours, folder))
+    for name, dtype, extra in (
+        ("serving_float32", "float32", ()),
+        ("serving_float16", "float16", ()),
+        ("serving_dir", "float16", ("--format", "dir")),
+    ):
+        shutil.rmtree(store)
+        pack(pipeline, store, "--config", str(with_dtype(folder, dtype)), *extra)
+        archive = store / "bench" if extra else ours
+        raw[name] = tell(measure_serving(archive, folder, name))
+    shutil.rmtree(store)
     if with_upstream:
         raw["upstream_packing_s"], upstream = measure_upstream_packing(pipeline, folder)
-        raw["upstream_opening"] = measure_opening(upstream.archive, folder, "open-upstream", 1)
-        raw["upstream_serving"] = measure_serving(upstream.archive, folder, "upstream")
+        tell(raw["upstream_packing_s"])
+        opened = measure_opening(upstream.archive, folder, "open-upstream", 1)
+        raw["upstream_opening"] = tell(opened)
+        raw["upstream_serving"] = tell(measure_serving(upstream.archive, folder, "upstream"))
     raw["load_after"] = os.getloadavg()[0]
     figures = _figures(weights, packing, second, raw)
     return [*figures, *(_upstream_figures(weights, packing, raw) if with_upstream else ())], raw

@@ -118,7 +118,8 @@ def hold(model_dir: Path) -> dict[str, float]:
     for module in pipeline.components.values():
         if isinstance(module, torch.nn.Module):
             for parameter in module.parameters():
-                parameter.data.view(torch.uint8).sum() if parameter.ndim else None
+                # A byte of every page; a sum over all would leave memory of its own behind.
+                parameter.data.flatten().view(torch.uint8)[::4096].amax()
     print(json.dumps({"ready": 1}), flush=True)
     sys.stdin.readline()
     return {}
