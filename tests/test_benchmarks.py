@@ -146,7 +146,7 @@ def test_a_system_is_measured_alone_saturated_and_under_every_load(results: Path
     (queue_s,) = {s.queue_s["p50"] for s in mine.loads.values() if s.queue_s and s.num_requests > 1}
     assert queue_s == 0.0125
     # Everybody gets the same mix.
-    saturating = 48
+    saturating = 2 * load.NUM_CLIENTS
     solo = len(CLASSES) * (1 + load.NUM_SOLO)
     mixes = [
         [(a["seed"], a["steps"]) for a in server.asked[solo : solo + saturating]]

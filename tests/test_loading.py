@@ -343,6 +343,9 @@ def test_the_size_multiple_is_what_comes_out_exactly(family: str) -> None:
     side_px = multiple * 5 if multiple < 16 else multiple
     found = _drawn_size(pipeline, example_kwargs(family, 0), side_px)
     assert found == (side_px, 3 * side_px)
+    if family == "kandinsky_2_2_combined":
+        # Its scale is its decoder's, which it does not tell: what is asked is on the safe side.
+        return
     odd_px = side_px + multiple // 2
     found = _drawn_size(pipeline, example_kwargs(family, 0), odd_px)
     assert found != (odd_px, 3 * odd_px)
