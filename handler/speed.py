@@ -87,7 +87,9 @@ def make_plan(
         return Plan()
     on_cpu, on_cuda = (loaded.device.type == kind for kind in ("cpu", "cuda"))
     if config.speed == "safe":
-        return Plan(channels_last=True, slice_decoding=on_cuda, warm_up=True)
+        # On a CPU nothing is made ready by drawing, and a large picture takes minutes.
+        asked = config.warm_up_sizes is not None
+        return Plan(channels_last=True, slice_decoding=on_cuda, warm_up=on_cuda or asked)
     if has_bfloat16 is None:
         has_bfloat16 = cpu_has_bfloat16()
     obstacle = _obstacle(loaded.pipeline)

@@ -40,7 +40,7 @@ def plan_of(
 
 def test_what_the_speeds_mean() -> None:
     assert plan_of("off") == plan_of("off", CUDA) == Plan()
-    assert plan_of("safe") == Plan(channels_last=True, warm_up=True)
+    assert plan_of("safe") == Plan(channels_last=True)
     assert plan_of("safe", CUDA) == Plan(channels_last=True, slice_decoding=True, warm_up=True)
     assert plan_of("max") == Plan(
         channels_last=True, precision=torch.bfloat16, compile=True, warm_up=True
