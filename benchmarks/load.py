@@ -39,12 +39,12 @@ from benchmarks.traffic import (
 )
 
 PIPELINE = Path("demo/pipeline")
-IN_FLIGHT, UNBATCHED = "in flight", "in flight, one at a time"
-UPSTREAM = ("upstream, 1 worker", "upstream, 2 workers")
+IN_FLIGHT, UNBATCHED = "in flight", "ours unbatched"
+UPSTREAM = ("upstream 1 worker", "upstream 2 workers")
 TARGET_FRACTION = 0.7
 MAX_OWN_LOAD = 1.3
 NUM_CLIENTS = 16
-NUM_SOLO = 4
+NUM_SOLO = 3
 
 
 @dataclass(slots=True)
@@ -128,7 +128,7 @@ async def measure(
             # The first one warmed it up.
             measured.solo_s[wish.kind] = sorted(o.seconds for o in done[1:])[NUM_SOLO // 2]
             measured.solo_bytes[wish.kind] = done[-1].num_bytes
-        wishes = mixed_wishes(3 * NUM_CLIENTS, seed=1)
+        wishes = mixed_wishes(2 * NUM_CLIENTS, seed=1)
         _, took_s = await saturate(client, url, ask, wishes, NUM_CLIENTS)
         measured.capacity_per_s = len(wishes) / took_s
         reference_per_s = in_flight_per_s or measured.capacity_per_s
