@@ -8,24 +8,12 @@ from typing import Any
 
 import torch
 
-from handler.merging import (
-    Fingerprints,
-    is_listed,
-    merge,
-    merge_key,
-    output_members,
-    split,
-)
+from handler.fingerprints import Fingerprints
+from handler.merging import is_listed, merge, merge_key, split
 from handler.parking import Parked
+from handler.proof import Places, Proofs, agree, is_finite, witnesses
 
-__all__ = ["BatchedForward", "Counters", "Failure", "Group", "agree", "is_out_of_memory"]
-
-# Largest difference between a row computed in a batch and alone, relative to the largest value of
-# the output. Kernels round differently at other batch sizes; a module that mixes rows is far off.
-_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
-_ROUNDING_HALF = 5e-2
-
-_MAX_KEYS = 4096
+__all__ = ["BatchedForward", "Counters", "Failure", "Group", "is_out_of_memory"]
 
 
 @dataclass(slots=True)
@@ -81,8 +69,7 @@ class BatchedForward:
     prepare: Callable[[Sequence[Parked]], None] = lambda calls: None
     counters: Counters = field(default_factory=Counters)
     _fingerprints: Fingerprints = field(default_factory=Fingerprints)
-    _proven: set[Hashable] = field(default_factory=set)
-    _unmergeable: set[Hashable] = field(default_factory=set)
+    _proofs: Proofs = field(default_factory=Proofs)
 
     def group(self, calls: Sequence[Parked]) -> list[Group]:
         """Sort `calls` into groups, in the order of each group's first call."""
@@ -107,9 +94,11 @@ class BatchedForward:
         in halves when memory ran out, else one by one.
         """
         is_plain = len(group.calls) == 1 and self._padded(group) == sum(group.rows)
-        if is_plain or group.key is None or group.key in self._proven:
+        if is_plain or group.key is None:
             return self._run(group)
-        return self._prove(group)
+        arguments = [call.bound.arguments for call in group.calls]
+        differences = self._proofs.differences(group.key, arguments, group.rows)
+        return self._run(group) if differences is None else self._prove(group, differences)
 
     def _run(self, group: Group) -> list[Any]:
         failure = None
@@ -124,9 +113,9 @@ class BatchedForward:
             return [failure]
         failure = None
         self.counters.out_of_memory_retries += out_of_memory
-        results = [result for part in parts for result in self._run(part)]
+        results = [result for part in parts for result in self.run(part)]
         if not out_of_memory and not any(isinstance(r, Failure) for r in results):
-            _remember(self._unmergeable, group.key)
+            self._proofs.refuted(group.key)
         return results
 
     def _parts(self, group: Group, out_of_memory: bool) -> list[Group]:
@@ -160,24 +149,32 @@ class BatchedForward:
         self.counters.merged_forwards += len(calls) > 1
         return results
 
-    def _prove(self, group: Group) -> list[Any]:
-        """Run a kind of group for the first time: together, and its last call alone to compare.
+    def _prove(self, group: Group, differences: Sequence[Places]) -> list[Any]:
+        """Run a group that is of a kind, or differs in a way, not seen before.
 
-        No table of modules says which of them keep rows apart, so each is asked once. The last,
-        because a module that looks at one row for all of them looks at the first.
+        Together, and the calls in which the new differences show also alone, to compare.
         """
+        key, calls, retries = group.key, group.calls, self.counters.out_of_memory_retries
         together = self._run(group)
-        if group.key in self._unmergeable or any(isinstance(r, Failure) for r in together):
+        # What ran in halves was proven half by half.
+        if key in self._proofs.unmergeable or self.counters.out_of_memory_retries > retries:
             return together
-        alone = self._run(Group(None, group.calls[-1:]))[0]
-        if isinstance(alone, Failure) or not _is_finite(alone):
+        if any(isinstance(result, Failure) for result in together):
             return together
-        if agree(together[-1], alone, getattr(group.calls[-1].slot.module, "dtype", None)):
-            _remember(self._proven, group.key)
-            return together
-        _remember(self._unmergeable, group.key)
-        rest = [self._run(Group(None, [call]))[0] for call in group.calls[:-1]]
-        return [*rest, alone]
+        alone: dict[int, Any] = {}
+        for i in witnesses(differences):
+            alone[i] = self._alone(calls[i])
+            if isinstance(alone[i], Failure) or not is_finite(alone[i]):
+                return together
+            if not agree(together[i], alone[i], getattr(calls[i].slot.module, "dtype", None)):
+                self._proofs.refuted(key)
+                return [alone[j] if j in alone else self._alone(c) for j, c in enumerate(calls)]
+        seen = frozenset[Hashable]().union(*differences)
+        self._proofs.proven(key, calls[0].bound.arguments, calls[0].num_rows, seen)
+        return together
+
+    def _alone(self, call: Parked) -> Any:
+        return self._run(Group(None, [call]))[0]
 
     def _key(self, call: Parked) -> Hashable | None:
         """What a call has in common with those that may share its forward; None: with none."""
@@ -189,7 +186,7 @@ class BatchedForward:
             None if adapters is None else tuple(sorted(adapters.items())),
             merge_key(call.bound.arguments, call.num_rows, self._fingerprints),
         )
-        return None if key in self._unmergeable else key
+        return None if key in self._proofs.unmergeable else key
 
     def _padded(self, group: Group) -> int:
         """The rows that the group's forward runs."""
@@ -206,42 +203,4 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     return isinstance(error, RuntimeError) and any(
         text in str(error) for text in ("out of memory", "can't allocate memory")
-    )
-
-
-def _remember(keys: set[Hashable], key: Hashable) -> None:
-    """Add `key`, and forget all others when they are too many: keys hold what requests choose."""
-    if len(keys) >= _MAX_KEYS:
-        keys.clear()
-    keys.add(key)
-
-
-def _is_finite(output: Any) -> bool:
-    if isinstance(output, torch.Tensor):
-        return not output.is_floating_point() or bool(output.isfinite().all())
-    return all(_is_finite(member) for _, member in output_members(output) or ())
-
-
-def agree(together: Any, alone: Any, precision: torch.dtype | None = None) -> bool:
-    """Whether two outputs of a module are equal up to rounding, wherever they hold tensors.
-
-    `precision` is what the module computes in; its outputs may have a finer dtype.
-    """
-    if isinstance(alone, torch.Tensor):
-        if not isinstance(together, torch.Tensor) or together.shape != alone.shape:
-            return False
-        if not alone.is_floating_point():
-            return bool(torch.equal(together, alone))
-        if not alone.numel():
-            return True
-        bound = max(_ROUNDING.get(d, _ROUNDING_HALF) for d in (alone.dtype, precision) if d)
-        difference = (together.float() - alone.float()).abs().amax()
-        return bool(difference <= bound * alone.abs().amax().float() + 1e-6)
-    if type(together) is not type(alone):
-        return False
-    ours, theirs = output_members(together), output_members(alone)
-    if ours is None or theirs is None:
-        return True
-    return [name for name, _ in ours] == [name for name, _ in theirs] and all(
-        agree(mine, other, precision) for (_, mine), (_, other) in zip(ours, theirs, strict=True)
     )

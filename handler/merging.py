@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
-import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from enum import Enum
 from itertools import chain, islice
@@ -31,8 +29,10 @@ from typing import Any
 
 import torch
 
+from handler.fingerprints import Fingerprints
+
 __all__ = [
-    "Fingerprints",
+    "edges",
     "is_listed",
     "merge",
     "merge_key",
@@ -55,29 +55,6 @@ SHARED_PARAMETERS = frozenset(
 _SELDOM_ROWS = STEP_PARAMETERS | SHARED_PARAMETERS
 
 _EXACT_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
-
-
-class Fingerprints:
-    """The contents of shared tensors as hashable values, each tensor read once while it lives.
-
-    Reading a CUDA tensor waits for the device, hence the memory: a pipeline passes the very same
-    tensor in every step.
-    """
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, Hashable]] = {}
-
-    def of(self, tensor: torch.Tensor) -> Hashable:
-        if tensor.is_inference():  # counts no versions, so nothing tells whether it has changed
-            return _contents(tensor)
-        known = self._known.get(id(tensor))
-        if known is not None and known[0]() is tensor and known[1] == tensor._version:
-            return known[2]
-        contents = _contents(tensor)
-        key = id(tensor)
-        reference = weakref.ref(tensor, lambda _: self._known.pop(key, None))
-        self._known[key] = (reference, tensor._version, contents)
-        return contents
 
 
 def num_rows(arguments: Arguments) -> int | None:
@@ -191,6 +168,29 @@ def split(
     return pieces(output)
 
 
+def edges(arguments: Arguments, rows: int) -> dict[Hashable, torch.Tensor]:
+    """The first and the last row of all that `merge` concatenates, by where they stand."""
+    listed = is_listed(arguments)
+    found: dict[Hashable, torch.Tensor] = {}
+
+    def visit(path: tuple[Hashable, ...], name: str, value: Any) -> None:
+        if listed and _is_list_of_tensors(value) and len(value) == rows:
+            found[*path, 0], found[*path, -1] = value[0], value[-1]
+        elif isinstance(value, torch.Tensor):
+            part = _part(name, value, rows)
+            if part == "step":
+                value = value.reshape(-1)
+            if part != "shared" and value.layout is torch.strided:
+                found[*path, 0], found[*path, -1] = value[0], value[-1]
+        elif not isinstance(value, _EXACT_VALUES):
+            for key, member in _members(value) or ():
+                visit((*path, key), _name(name, key), member)
+
+    for name, value in arguments.items():
+        visit((name,), name, value)
+    return found
+
+
 def _name(outer: str, key: Hashable) -> str:
     """The parameter that a container's member belongs to: its key, or the container's own name."""
     return key if isinstance(key, str) else outer
@@ -282,14 +282,6 @@ def _rebuild(container: Any, values: Sequence[Any]) -> Any:
     rebuilt = copy.copy(container)
     vars(rebuilt).update(zip(vars(container), values, strict=True))
     return rebuilt
-
-
-def _contents(tensor: torch.Tensor) -> Hashable:
-    """What `tensor` holds, or which one it is where that cannot be read (sparse, meta)."""
-    if tensor.layout is not torch.strided or tensor.is_meta:
-        return ("the very same", id(tensor))
-    flat = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().view(-1)
-    return hashlib.blake2b(flat.view(torch.uint8).numpy().data, digest_size=16).digest()
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -777,7 +777,7 @@ def test_a_denoiser_sees_bucket_sizes_within_the_limit() -> None:
     with opened(pipeline, buckets=(8, 1, 4, 64), max_rows=11) as engine:
         # From here on, past the first forwards, which also run alone to compare.
         for i in range(2):
-            engine.submit(toy_kwargs(i))
+            engine.submit(toy_kwargs(i, num_inference_steps=1 + i))
         engine.run()
         pipeline.unet.enter.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
         tickets = [engine.submit(toy_kwargs(i, num_inference_steps=1 + i)) for i in range(5)]

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
+from handler.fingerprints import Fingerprints
 from handler.merging import (
-    Fingerprints,
     is_listed,
     merge,
     merge_key,
