@@ -95,6 +95,8 @@ class TimedEngine(InFlightEngine):
         self.pipelines_s = 0.0
         for slot in self._slots:
             slot.plain, slot.real = (self._timing_model(f) for f in (slot.plain, slot.real))
+        runs: Any = self._runs
+        runs._continue = self._timing_pipelines(runs._continue)
 
     def _timing_model(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -104,13 +106,16 @@ class TimedEngine(InFlightEngine):
 
         return forward
 
-    def _continue(self, ticket: Ticket, switch: Callable[..., Any], *value: Any) -> None:
-        def timed_switch(*args: Any) -> Any:
-            seconds, reached = timed(lambda: switch(*args))
-            self.pipelines_s += seconds
-            return reached
+    def _timing_pipelines(self, let_run: Callable[..., None]) -> Callable[..., None]:
+        def _continue(ticket: Ticket, switch: Callable[..., Any], *value: Any) -> None:
+            def timed_switch(*args: Any) -> Any:
+                seconds, reached = timed(lambda: switch(*args))
+                self.pipelines_s += seconds
+                return reached
 
-        super()._continue(ticket, timed_switch, *value)
+            let_run(ticket, timed_switch, *value)
+
+        return _continue
 
 
 def measure_throughput(pipeline: Any, rounds: int) -> tuple[list[Figure], dict[str, object]]:

@@ -6,8 +6,9 @@ A request's way, and the modules it passes:
 cycles             `diffusers_handler` (TorchServe's contexts), `torchserve_entry`, `silence`
 requests in        `wire` → `rows`, `kserve`, `accept`, `request` → `fields`
 from row to reply  `service` → `prompts`, `stream`, `preview`, `metrics`
-in flight          `engine` → `view`, `schedulers`, `parking`, `policy`, `ticket`
-one forward        `forward` → `merging`; `adapters`, `exclusive`, `speed`, `prepared`
+in flight          `engine` → `intake` → `view`, `schedulers`, `pace`; `policy`, `ticket`
+one request        `runs` → `parking`, `view`, `adapters`, `exclusive`
+one forward        `forward` → `merging`, `fingerprints`, `proof`; `speed`, `prepared`
 replies out        `replies` → `encoding`, `metadata`, `outcome`
 opening            `loading` → `archive`, `components` → `zipread`, `safetensors_map`, `crc32`
 everywhere         `config`, `errors`

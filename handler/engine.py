@@ -15,25 +15,23 @@ happens: no locks, no timers, and the same arrivals give the same ticks.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from greenlet import GreenletExit, getcurrent
 
 from handler import policy
 from handler.adapters import AdapterSets, scales_adapters
-from handler.errors import Cancelled, DeadlineExceeded, TooLarge
-from handler.exclusive import SharedState
-from handler.forward import BatchedForward, Counters, Failure
-from handler.parking import Parked, RequestGreenlet, find_slots
+from handler.errors import Cancelled, DeadlineExceeded
+from handler.forward import BatchedForward, Counters
+from handler.intake import make_ticket
+from handler.pace import Pace
+from handler.parking import Parked, find_slots
 from handler.policy import Cost, Limits
-from handler.schedulers import make_scheduler
-from handler.ticket import State, StepEnd, Ticket, release_frames
-from handler.view import estimate_cost, make_view, unknown_arguments
+from handler.runs import Runs
+from handler.ticket import State, StepEnd, Ticket
 
 __all__ = ["BUCKETS", "InFlightEngine"]
 
@@ -54,7 +52,8 @@ class InFlightEngine:
         clock: seconds; deadlines and times are read from it and nothing else.
 
     Raises:
-        ValueError: the pipeline moves its modules between devices, or a name in `modules` is wrong.
+        ValueError: another engine serves the pipeline, the pipeline moves its modules between
+            devices, or a name in `modules` is wrong.
     """
 
     def __init__(
@@ -70,11 +69,6 @@ class InFlightEngine:
         compile_forward: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        if getattr(pipeline, "_all_hooks", None):
-            raise ValueError(
-                "this pipeline offloads its modules to the CPU between calls, which requests in "
-                "flight cannot share; load it without enable_model_cpu_offload"
-            )
         self.pipeline = pipeline
         self.exact = exact
         self.clock = clock
@@ -83,12 +77,11 @@ class InFlightEngine:
         capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
         self._forward = BatchedForward(clock, max_rows, capped, self._activate_adapters)
         self._adapters = AdapterSets(pipeline)
-        self._shared_state = SharedState(pipeline)
+        self._runs = Runs(pipeline, self.limits, self._adapters, clock)
         self._waiting: list[Ticket] = []
-        self._parked: dict[Ticket, Parked] = {}
-        self._ended: list[Ticket] = []
         self._is_at_work = False
         self._closed = False
+        self._pace = Pace()
         self._slots = find_slots(pipeline, modules)
         for slot in self._slots:
             if compile_forward is not None and slot.is_denoiser:
@@ -104,7 +97,7 @@ class InFlightEngine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to report."""
-        return bool(self._waiting or self._parked or self._ended)
+        return bool(self._waiting or self._runs.parked or self._runs.ended)
 
     @property
     def num_waiting(self) -> int:
@@ -112,12 +105,12 @@ class InFlightEngine:
 
     @property
     def num_running(self) -> int:
-        return len(self._parked)
+        return len(self._runs.parked)
 
     @property
     def in_flight(self) -> Cost:
         """What the running requests occupy together."""
-        return sum((ticket.cost for ticket in self._parked), Cost(0, 0))
+        return sum((ticket.cost for ticket in self._runs.parked), Cost(0, 0))
 
     def submit(
         self,
@@ -138,45 +131,43 @@ class InFlightEngine:
         Raises:
             ValueError: an argument, the scheduler or an adapter that the pipeline does not have.
             TooLarge: it would never fit.
+            DeadlineExceeded: its steps would surely last longer, at the present pace.
             RuntimeError: the engine is closed.
         """
         if self._closed:
             raise RuntimeError("the engine is closed")
-        if unknown := unknown_arguments(self.pipeline, kwargs):
-            raise ValueError(f"{type(self.pipeline).__name__} takes no argument {unknown}")
-        scheduler = (
-            make_scheduler(self.pipeline, scheduler)
-            if isinstance(scheduler, str)
-            else copy.deepcopy(scheduler)
-        )
-        cost = estimate_cost(self.pipeline, kwargs)
-        if not self.limits.hold(cost):
-            raise TooLarge(self.limits.refusal(cost))
-        now_s = self.clock()
-        ticket = Ticket(
-            kwargs=dict(kwargs),
-            cost=cost,
+        ticket = make_ticket(
+            self.pipeline,
+            kwargs,
             scheduler=scheduler,
-            deadline=None if deadline_s is None else now_s + deadline_s,
+            deadline_s=deadline_s,
             exact=self.exact if exact is None else exact,
-            adapters=self._adapters.checked(adapters, kwargs),
+            adapters=adapters,
             on_step=on_step,
-            submitted_s=now_s,
+            limits=self.limits,
+            adapter_sets=self._adapters,
+            pace=self._pace,
+            now_s=self.clock(),
         )
         self._waiting.append(ticket)
         return ticket
 
     def step(self) -> list[Ticket]:
         """One tick: drop who is out of time, admit, one forward a group. Returns who ended."""
-        started_s = self.clock()
+        started_s, served = self.clock(), list[Cost]()
         try:
             with self._at_work():
                 self._expire()
                 self._admit()
-                self._tick()
+                served = self._tick()
         finally:
-            self.counters.tick_s += self.clock() - started_s
-        ended, self._ended = self._ended, []
+            seconds = self.clock() - started_s
+            self.counters.tick_s += seconds
+        if served:
+            self._pace.note(seconds, served)
+        if not self._runs.parked:
+            self._pace.forget()
+        ended, self._runs.ended = self._runs.ended, []
         return ended
 
     def run(self) -> list[Ticket]:
@@ -197,7 +188,7 @@ class InFlightEngine:
         ticket.cancelling = ticket.cancelling or reason or Cancelled("the request was cancelled")
         if not self._is_at_work:
             with self._at_work():
-                self._unwind(ticket)
+                self._end(ticket)
         return True
 
     def close(self) -> None:
@@ -205,7 +196,7 @@ class InFlightEngine:
         if self._is_at_work:
             raise RuntimeError("the engine cannot be closed from within a request")
         self._closed = True
-        for ticket in [*self._waiting, *self._parked]:
+        for ticket in [*self._waiting, *self._runs.parked]:
             self.cancel(ticket, Cancelled("the engine was closed"))
         for slot in self._slots:
             slot.remove()
@@ -227,18 +218,18 @@ class InFlightEngine:
             self._is_at_work = False
 
     def _expire(self) -> None:
-        live = [*self._waiting, *self._parked]
+        live = [*self._waiting, *self._runs.parked]
         for ticket in policy.expired(live, self.clock()):
             ticket.cancelling = ticket.cancelling or DeadlineExceeded(
                 f"the deadline passed after {ticket.num_steps_done} steps"
             )
         for ticket in live:
             if ticket.cancelling is not None:
-                self._unwind(ticket)
+                self._end(ticket)
 
     def _admit(self) -> None:
-        is_exclusive = self._shared_state.is_exclusive
-        if is_exclusive and self._parked:
+        is_exclusive = self._runs.is_exclusive
+        if is_exclusive and self._runs.parked:
             return
         admission = policy.admit(self._waiting, self.in_flight, self.limits)
         for place, times in admission.overtaken.items():
@@ -246,99 +237,33 @@ class InFlightEngine:
         joining = [self._waiting[place] for place in admission.joining]
         for ticket in joining[:1] if is_exclusive else joining:
             self._waiting.remove(ticket)
-            self._start(ticket)
-
-    def _tick(self) -> None:
-        """Give every parked call that may run one forward, and let its request run on."""
-        self.counters.ticks += 1
-        for ticket in policy.choose(list(self._parked), self.limits):
+            # It joins the end of the line: served at the latest when all before it have been.
             ticket.last_tick = self.counters.ticks
-        calls = [p for t, p in self._parked.items() if t.last_tick == self.counters.ticks]
+            self._runs.start(ticket)
+
+    def _tick(self) -> list[Cost]:
+        """Give every parked call that may run one forward, and let its request run on.
+
+        Returns the costs of those that the denoiser served.
+        """
+        self.counters.ticks += 1
+        for ticket in policy.choose(list(self._runs.parked), self.limits):
+            ticket.last_tick = self.counters.ticks
+        calls = [p for t, p in self._runs.parked.items() if t.last_tick == self.counters.ticks]
+        served = [call.ticket.cost for call in calls if call.slot.is_denoiser]
         for group in self._forward.group(calls):
             for call, result in zip(group.calls, self._forward.run(group), strict=True):
                 if call.slot.is_denoiser:
                     call.ticket.denoised_s = self.clock()
-                self._resume(call.ticket, result)
+                self._runs.resume(call.ticket, result)
+        return served
 
-    def _start(self, ticket: Ticket) -> None:
-        def call() -> Any:
-            self._adapters.activate(ticket.adapters, scaled=scales_adapters(ticket.kwargs))
-            view, kwargs = make_view(self.pipeline, ticket)
-            return view(**kwargs)
-
-        ticket.run = RequestGreenlet(ticket, call)
-        ticket.state, ticket.admitted_s = State.RUNNING, self.clock()
-        # It joins the end of the line: served at the latest when all before it have been.
-        ticket.last_tick = self.counters.ticks
-        self._continue(ticket, ticket.run.switch)
-
-    def _resume(self, ticket: Ticket, result: Any) -> None:
-        run = ticket.run
-        assert run is not None
-        if ticket.cancelling is not None:
-            self._unwind(ticket)
-        elif isinstance(result, Failure):
-            self._continue(ticket, run.throw, result.error)
-        else:
-            self._continue(ticket, run.switch, result)
-
-    def _continue(self, ticket: Ticket, switch: Callable[..., Any], *value: Any) -> None:
-        """Let the request run to its next parked call or to its end."""
-        assert ticket.run is not None
-        ticket.run.parent = getcurrent()
-        self._parked.pop(ticket, None)
-        try:
-            reached = switch(*value)
-        except BaseException as error:
-            release_frames(error)
-            self._end(ticket, State.FAILED, ticket.cancelling or error)
-            if not isinstance(error, Exception):
-                raise
-        else:
-            if not ticket.run.dead:
-                self._parked[ticket] = reached
-                self._correct_cost(ticket, reached)
-            elif ticket.cancelling is not None:
-                self._end(ticket, State.FAILED, ticket.cancelling)
-            elif isinstance(reached, GreenletExit):  # which greenlet returns where it is raised
-                self._end(ticket, State.FAILED, Cancelled("the request ended itself"))
-            else:
-                self._end(ticket, State.DONE, reached)
-        finally:
-            # What a request leaves switched on would follow the thread to the others.
-            torch.set_grad_enabled(False)
-
-    def _correct_cost(self, ticket: Ticket, parked: Parked) -> None:
-        """Replace the estimated rows by those that the denoiser is really called with."""
-        if not parked.slot.is_denoiser:
-            return
-        rows = parked.num_rows
-        if rows > self.limits.max_rows:
-            too_large = TooLarge(self.limits.refusal(Cost(rows, ticket.cost.pixels)))
-            ticket.cancelling = ticket.cancelling or too_large
-            self._unwind(ticket)
-        else:
-            ticket.cost = Cost(rows, ticket.cost.pixels)
-
-    def _unwind(self, ticket: Ticket) -> None:
-        """End a request wherever it stands; its greenlet runs its `finally` clauses and is gone."""
-        reason, run = ticket.cancelling, ticket.run
-        assert reason is not None
-        try:
-            if run is None:
-                self._waiting.remove(ticket)
-            else:
-                self._parked.pop(ticket, None)
-                run.exit()
-        finally:
-            self._end(ticket, State.FAILED, reason)
+    def _end(self, ticket: Ticket) -> None:
+        """End a ticket that is cancelled, wherever it is."""
+        if ticket.state is State.WAITING:
+            self._waiting.remove(ticket)
+        self._runs.unwind(ticket)
 
     def _activate_adapters(self, calls: Sequence[Parked]) -> None:
         scaled = any(scales_adapters(call.ticket.kwargs) for call in calls)
         self._adapters.activate(calls[0].ticket.adapters, scaled=scaled)
-
-    def _end(self, ticket: Ticket, state: State, outcome: Any) -> None:
-        if ticket.run is not None:
-            self._shared_state.restore()
-        ticket.end(state, outcome, self.clock())
-        self._ended.append(ticket)

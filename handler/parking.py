@@ -28,6 +28,9 @@ _log = logging.getLogger(__name__)
 
 _MAX_EXITS = 100
 
+# Marks the methods that an engine has put in front of the real ones.
+_PARKS = "_parks_requests"
+
 # Combined pipelines put the name of the pipeline inside in front: prior_prior, decoder_vqgan.
 _DENOISERS = re.compile(r"(\w+_)?(unet|transformer|prior|decoder)(_\d+)?$")
 _ENCODERS = re.compile(r"(\w+_)?(controlnet|text_encoder|image_encoder|adapter)(_\d+)?$")
@@ -84,6 +87,7 @@ class Slot:
         def parked(*args: Any, **kwargs: Any) -> Any:
             return park(self, args, kwargs)
 
+        setattr(parked, _PARKS, True)
         setattr(self.module, self.method, parked)
 
     def remove(self) -> None:
@@ -131,8 +135,14 @@ def find_slots(pipeline: Any, names: Iterable[str] | None = None) -> list[Slot]:
     (``"vae.decode"``).
 
     Raises:
-        ValueError: a given name is no module of the pipeline, or a module was compiled in place.
+        ValueError: a given name is no module of the pipeline; a module was compiled in place, is
+            moved between devices or serves another engine.
     """
+    if getattr(pipeline, "_all_hooks", None):
+        raise ValueError(
+            "this pipeline offloads its modules to the CPU between calls, which requests in "
+            "flight cannot share; load it without enable_model_cpu_offload"
+        )
     modules = {
         name: component
         for name, component in pipeline.components.items()
@@ -156,6 +166,10 @@ def find_slots(pipeline: Any, names: Iterable[str] | None = None) -> list[Slot]:
                 "let the engine compile its forward (compile_forward=torch.compile)"
             )
         real = getattr(module, method)
+        if hasattr(real, _PARKS) or hasattr(getattr(original, method), _PARKS):
+            raise ValueError(
+                f"{name} serves another engine already; close() that one, or submit to it"
+            )
         slots[id(module), method] = Slot(
             name=f"{component}.{method}",
             module=module,

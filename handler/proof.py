@@ -7,7 +7,7 @@ equal, nothing tells whether a module read them all or the first.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch

@@ -7,14 +7,12 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from greenlet import greenlet
 
 from handler.policy import Cost
-
-if TYPE_CHECKING:
-    from handler.parking import RequestGreenlet
 
 __all__ = ["State", "StepEnd", "Ticket", "release_frames"]
 
@@ -68,7 +66,7 @@ class Ticket:
     ended_s: float | None = None
 
     # The engine's own, while the ticket is alive.
-    run: RequestGreenlet | None = None
+    run: greenlet | None = None
     cancelling: BaseException | None = None
     _outcome: Any = None
 

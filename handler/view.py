@@ -17,8 +17,10 @@ from PIL import Image
 from handler.policy import Cost
 from handler.ticket import StepEnd, Ticket
 
-__all__ = ["call_defaults", "estimate_cost", "make_view", "unknown_arguments"]
+__all__ = ["call_defaults", "estimate_cost", "least_steps", "make_view", "unknown_arguments"]
 
+# Arguments that leave steps out, or say in another way how many there are.
+_SHORTENING = ("denoising_end", "denoising_start", "sigmas", "strength", "timesteps")
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -45,11 +47,14 @@ def make_view(pipeline: Any, ticket: Ticket) -> tuple[Any, dict[str, Any]]:
     if ticket.scheduler is not None:
         view.scheduler = ticket.scheduler
     kwargs = dict(ticket.kwargs)
-    theirs = kwargs.get("callback_on_step_end")
-    # Callback objects declare the tensors they want; such a request reports no steps.
-    declares = isinstance(theirs, (PipelineCallback, MultiPipelineCallbacks))
-    if "callback_on_step_end" in call_defaults(pipeline) and not declares:
-        kwargs["callback_on_step_end"] = _report_steps(ticket, theirs)
+    parameters = call_defaults(pipeline)
+    if "callback_on_step_end" in parameters:
+        theirs = kwargs.get("callback_on_step_end")
+        # Callback objects declare the tensors they want; such a request reports no steps.
+        if not isinstance(theirs, (PipelineCallback, MultiPipelineCallbacks)):
+            kwargs["callback_on_step_end"] = _report_steps(ticket, theirs)
+    elif "callback" in parameters:
+        kwargs["callback"] = _report_steps_of(view, ticket, kwargs.get("callback"))
     return view, kwargs
 
 
@@ -58,12 +63,19 @@ def estimate_cost(pipeline: Any, kwargs: Mapping[str, Any]) -> Cost:
 
     Read from the names that diffusers uses throughout; the engine corrects the rows when the
     denoiser is first called. Guidance above 1 counts double, also where a model takes it embedded.
+
+    Raises:
+        ValueError: no picture is so small, or so few.
     """
     given = {**call_defaults(pipeline), **{k: v for k, v in kwargs.items() if v is not None}}
 
     def number(name: str, default: float) -> float:
         value = given.get(name)
-        return value if isinstance(value, (int, float)) else default
+        if not isinstance(value, (int, float)):
+            return default
+        if value < 1 and name != "guidance_scale":
+            raise ValueError(f"{name} is {value}; it is at least 1")
+        return value
 
     prompts = max(
         (_batch_size(given.get(name)) for name in ("prompt", "prompt_embeds", "image_embeds")),
@@ -75,6 +87,14 @@ def estimate_cost(pipeline: Any, kwargs: Mapping[str, Any]) -> Cost:
     height, width = number("height", drawn_on[0]), number("width", drawn_on[1])
     guided = 2 if number("guidance_scale", 1.0) > 1.0 else 1
     return Cost(rows=images * guided, pixels=int(images * height * width))
+
+
+def least_steps(pipeline: Any, kwargs: Mapping[str, Any]) -> int:
+    """How often a call with `kwargs` calls the denoiser at the least; 0: there is no telling."""
+    given = {**call_defaults(pipeline), **{k: v for k, v in kwargs.items() if v is not None}}
+    num_steps = given.get("num_inference_steps")
+    is_shortened = any(given.get(name) is not None for name in _SHORTENING)
+    return num_steps if isinstance(num_steps, int) and not is_shortened else 0
 
 
 @functools.cache
@@ -145,10 +165,28 @@ def _native_size_px(pipeline: Any) -> int:
 def _report_steps(ticket: Ticket, theirs: Callable[..., Any] | None) -> Callable[..., Any]:
     def on_step_end(view: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         returned = theirs(view, step, timestep, tensors) if theirs is not None else tensors
-        ticket.num_steps_done = step + 1
-        ticket.num_steps = getattr(view, "num_timesteps", None)
-        if ticket.on_step is not None:
-            ticket.on_step(StepEnd(step + 1, ticket.num_steps, tensors.get("latents")))
+        _end_step(ticket, step, getattr(view, "num_timesteps", None), tensors.get("latents"))
         return returned
 
     return on_step_end
+
+
+def _report_steps_of(view: Any, ticket: Ticket, theirs: Callable[..., Any] | None) -> Any:
+    """The same for pipelines that have the older callback, which is not told whose step it is."""
+
+    def callback(step: int, timestep: Any, latents: torch.Tensor) -> None:
+        if theirs is not None:
+            theirs(step, timestep, latents)
+        timesteps = getattr(view.scheduler, "timesteps", None)
+        order = getattr(view.scheduler, "order", 1)
+        _end_step(ticket, step, None if timesteps is None else len(timesteps) // order, latents)
+
+    return callback
+
+
+def _end_step(
+    ticket: Ticket, step: int, num_steps: int | None, latents: torch.Tensor | None
+) -> None:
+    ticket.num_steps_done, ticket.num_steps = step + 1, num_steps
+    if ticket.on_step is not None:
+        ticket.on_step(StepEnd(step + 1, num_steps, latents))

@@ -152,6 +152,9 @@ def test_a_late_arrival_finishes_first_when_it_is_shorter() -> None:
         ({}, {"scheduler": "nonsense"}, ValueError, "scheduler 'nonsense' does not fit"),
         ({}, {"scheduler": "flow_euler"}, ValueError, "'flow_euler' does not fit"),
         ({}, {"adapters": {"a": 1.0}}, ValueError, r"adapters \['a'\] are not loaded"),
+        ({"num_images_per_prompt": -1}, {}, ValueError, "num_images_per_prompt is -1; it is at"),
+        ({"num_images_per_prompt": 0}, {}, ValueError, "num_images_per_prompt is 0; it is at"),
+        ({"height": -8}, {}, ValueError, "height is -8; it is at least 1"),
         ({"num_images_per_prompt": 3}, {}, TooLarge, "needs 6 rows and 12288 pixels"),
         ({"height": 800}, {}, TooLarge, "up to 4 rows and 20000 pixels"),
     ],
@@ -170,6 +173,34 @@ def test_a_pipeline_that_offloads_its_modules_is_refused() -> None:
     pipeline._all_hooks = [object()]
     with pytest.raises(ValueError, match="offloads its modules"):
         InFlightEngine(pipeline)
+
+
+@pytest.mark.parametrize("modules", [None, ["unet"]])
+def test_a_second_engine_on_the_same_modules_is_refused(modules: list[str] | None) -> None:
+    """Also on another pipeline that shares them; the first serves on and gives all back."""
+    pipeline = toy()
+    expected = [solo(pipeline, i) for i in range(2)]
+    other = ToyPipeline(**pipeline.components)
+    with opened(pipeline) as engine:
+        for taken in (pipeline, other):
+            with pytest.raises(ValueError, match=r"serves another engine already; close\(\) that"):
+                InFlightEngine(taken, modules=modules)
+        tickets = [engine.submit(toy_kwargs(i)) for i in range(2)]
+        engine.run()
+        assert engine.counters.merged_forwards > 0
+    assert all_right(tickets, expected)
+    for module in (pipeline.unet, pipeline.text_encoder, pipeline.vae):
+        assert not {"forward", "decode"} & vars(module).keys()
+    with opened(other):
+        pass
+
+
+def test_engines_may_share_a_pipeline_module_by_module() -> None:
+    pipeline = toy()
+    with opened(pipeline, modules=["unet"]), opened(pipeline, modules=["vae.decode"]) as engine:
+        ticket = engine.submit(toy_kwargs())
+        engine.run()
+    assert is_right(ticket, solo(pipeline))
 
 
 @pytest.mark.parametrize(
@@ -614,6 +645,40 @@ def test_a_deadline_that_has_passed_already_never_starts() -> None:
         assert engine.step() == [ticket]
         assert engine.counters.forwards == 0
     assert isinstance(ticket.error, DeadlineExceeded)
+
+
+class Slow(ToyUNet):
+    """A denoiser whose every forward takes a second of `clock`."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.clock.now_s += 1.0
+        return super().forward(*args, **kwargs)
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_with_the_figures() -> None:
+    clock = Clock()
+    with opened(toy(unet=Slow(clock)), clock=clock) as engine:
+        early = engine.submit(toy_kwargs(0, num_inference_steps=50), deadline_s=2.0)
+        engine.run()
+        assert isinstance(early.error, DeadlineExceeded), "nothing was known of the pace"
+        long = engine.submit(toy_kwargs(0, num_inference_steps=40))
+        step_until(engine, lambda: long.num_steps_done == 17)
+        says = "deadline of 9.9 s cannot be met: at the present pace 10 steps need at least 10 s"
+        with pytest.raises(DeadlineExceeded, match=says):
+            engine.submit(toy_kwargs(1, num_inference_steps=10), deadline_s=9.9)
+        fine = [
+            engine.submit(toy_kwargs(2, num_inference_steps=10), deadline_s=60.0),
+            engine.submit(toy_kwargs(2, num_inference_steps=9), deadline_s=9.9),
+            engine.submit(toy_kwargs(2, num_inference_steps=10)),
+        ]
+        engine.run()
+        assert fine[0].state is fine[2].state is State.DONE
+        engine.submit(toy_kwargs(1, num_inference_steps=10), deadline_s=9.9)
+        assert engine.num_waiting == 1, "what comes after a rest may be faster"
 
 
 def test_who_ends_in_time_keeps_the_picture() -> None:

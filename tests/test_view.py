@@ -13,8 +13,15 @@ from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
 from handler.policy import Cost
+from handler.schedulers import make_scheduler
 from handler.ticket import StepEnd, Ticket
-from handler.view import call_defaults, estimate_cost, make_view, unknown_arguments
+from handler.view import (
+    call_defaults,
+    estimate_cost,
+    least_steps,
+    make_view,
+    unknown_arguments,
+)
 from tests.pipelines import build, example_kwargs, image_of, shared
 from tests.toy_pipeline import ToyPipeline, toy, toy_kwargs
 
@@ -165,6 +172,47 @@ def test_a_callback_object_is_handed_on_untouched() -> None:
     view, kwargs = make_view(shared("stable_diffusion"), asked)
     assert kwargs["callback_on_step_end"] is callback
     assert torch.equal(image_of(view(**kwargs)), expected)
+
+
+@pytest.mark.parametrize("scheduler", [None, "HeunDiscreteScheduler"])
+def test_the_older_callback_reports_steps_too(scheduler: str | None) -> None:
+    """PixArt-Sigma has no other; its own, when one is given, is called as before."""
+    pipeline, seen, theirs = shared("pixart_sigma"), list[StepEnd](), list[int]()
+    arguments = {**example_kwargs("pixart_sigma", 0), "num_inference_steps": 3}
+    asked = ticket(
+        {**arguments, "callback": lambda step, t, latents: theirs.append(step)},
+        on_step=seen.append,
+        scheduler=scheduler and make_scheduler(pipeline, scheduler),
+    )
+    view, kwargs = make_view(pipeline, asked)
+    view(**kwargs)
+    assert theirs == [0, 1, 2]
+    assert [end.step for end in seen] == [1, 2, 3]
+    assert all(end.latents is not None and end.latents.ndim == 4 for end in seen)
+    assert asked.num_steps_done == 3
+    assert asked.num_steps in ((3,) if scheduler is None else (2, 3))
+
+
+def test_the_older_callback_keeps_its_own_rate() -> None:
+    asked = ticket({**example_kwargs("pixart_sigma", 0), "num_inference_steps": 4})
+    asked.kwargs["callback_steps"] = 2
+    view, kwargs = make_view(shared("pixart_sigma"), asked)
+    view(**kwargs)
+    assert asked.num_steps_done == 3
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "steps"),
+    [
+        ({"num_inference_steps": 7}, 7),
+        ({}, 50),
+        ({"num_inference_steps": 7, "timesteps": [900, 1]}, 0),
+        ({"num_inference_steps": 7, "sigmas": [1.0, 0.1]}, 0),
+    ],
+)
+def test_the_least_steps_are_those_that_nothing_shortens(kwargs: Any, steps: int) -> None:
+    assert least_steps(shared("stable_diffusion"), kwargs) == steps
+    assert least_steps(shared("stable_diffusion_img2img"), kwargs) == 0, "it has a strength"
 
 
 def test_a_call_without_a_callback_gets_none() -> None:
