@@ -9,7 +9,7 @@ from row to reply  `service` → `prompts`, `stream`, `preview`, `metrics`
 in flight          `engine` → `intake` → `view`, `schedulers`, `pace`; `policy`, `ticket`
 one request        `runs` → `parking`, `view`, `adapters`, `exclusive`
 one forward        `forward` → `merging`, `fingerprints`, `proof`; `speed`, `prepared`
-replies out        `replies` → `encoding`, `metadata`, `outcome`
+replies out        `results`, `replies` → `encoding`, `metadata`, `outcome`
 opening            `loading` → `archive`, `components` → `zipread`, `safetensors_map`, `crc32`
 everywhere         `config`, `errors`
 =================  ============================================================================

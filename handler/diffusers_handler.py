@@ -161,6 +161,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         """The arguments of a short request of every size that must not be slow at first."""
         sizes = [{"height": h, "width": w} for h, w in self.config.warm_up_sizes or ()] or [{}]
         num_steps = min(2, self.config.max_num_inference_steps)
+        num_steps = max(num_steps, self.traits.least_steps_with(self.config.scheduler))
         fields = {"prompt": "a", "num_inference_steps": num_steps, "seed": 0}
         try:
             requests = self._requests([{"body": {**fields, **size}} for size in sizes])
@@ -240,7 +241,7 @@ def _write(context: Any, index: int, call_id: str, reply: Reply) -> bytes:
     context.set_response_content_type(index, reply.content_type)
     for name, value in reply.headers.items():
         context.set_response_header(index, name, value)
-    logger.info("%s %d %s %d bytes", call_id, reply.status, reply.content_type, len(reply.body))
+    logger.debug("%s %d %s %d bytes", call_id, reply.status, reply.content_type, len(reply.body))
     return reply.body
 
 

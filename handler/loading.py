@@ -23,7 +23,7 @@ from handler.archive import LORA_FOLDER, MODEL_INDEX, Extent, OpenedPipeline, op
 from handler.errors import ArchiveError, ConfigError
 from handler.request import PipelineTraits
 from handler.safetensors_map import map_tensors
-from handler.schedulers import compatible_schedulers
+from handler.schedulers import compatible_schedulers, least_steps
 
 if TYPE_CHECKING:
     from handler.config import HandlerConfig
@@ -185,6 +185,7 @@ def describe(pipeline: Any) -> PipelineTraits:
         schedulers=compatible_schedulers(pipeline),
         size_multiple_px=_size_multiple_px(pipeline),
         parameters=frozenset(inspect.signature(type(pipeline).__call__).parameters) - {"self"},
+        least_steps=least_steps(pipeline),
     )
 
 

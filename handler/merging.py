@@ -175,13 +175,13 @@ def edges(arguments: Arguments, rows: int) -> dict[Hashable, torch.Tensor]:
 
     def visit(path: tuple[Hashable, ...], name: str, value: Any) -> None:
         if listed and _is_list_of_tensors(value) and len(value) == rows:
-            found[(*path, 0)], found[(*path, -1)] = value[0], value[-1]
+            found.update({(*path, 0): value[0], (*path, -1): value[-1]})
         elif isinstance(value, torch.Tensor):
             part = _part(name, value, rows)
             if part == "step":
                 value = value.reshape(-1)
             if part != "shared" and value.layout is torch.strided:
-                found[(*path, 0)], found[(*path, -1)] = value[0], value[-1]
+                found.update({(*path, 0): value[0], (*path, -1): value[-1]})
         elif not isinstance(value, _EXACT_VALUES):
             for key, member in _members(value) or ():
                 visit((*path, key), _name(name, key), member)

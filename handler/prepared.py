@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from handler.forward import agree, is_out_of_memory
+from handler.forward import is_out_of_memory
 from handler.merging import STEP_PARAMETERS, merge, num_rows
+from handler.proof import agree
 
 __all__ = ["PreparedForward", "Recorder", "record_cuda_graph"]
 

@@ -7,7 +7,7 @@ at once out. It knows nothing of HTTP, TorchServe or torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from handler.config import HandlerConfig
@@ -107,6 +107,13 @@ class PipelineTraits:
     """Heights and widths are multiples of this."""
     parameters: frozenset[str]
     """Names of its ``__call__``'s arguments."""
+    least_steps: Mapping[str, int] = field(default_factory=dict)
+    """Steps that a scheduler needs, by class name, for those that need more than one."""
+
+    def least_steps_with(self, scheduler: str | None) -> int:
+        """The steps that a scheduler needs at least, by either name; None is the pipeline's own."""
+        name = scheduler or next(iter(self.schedulers), "")
+        return self.least_steps.get(scheduler_class(name, self) or "", 1)
 
 
 def scheduler_class(name: str, traits: PipelineTraits) -> str | None:
@@ -117,8 +124,12 @@ def scheduler_class(name: str, traits: PipelineTraits) -> str | None:
 
 
 def _scheduler_choices(traits: PipelineTraits) -> list[str]:
-    short_of = {class_name: short for short, class_name in SCHEDULER_SHORT_NAMES.items()}
-    return [short_of.get(class_name, class_name) for class_name in traits.schedulers]
+    return [_short_name(class_name) for class_name in traits.schedulers]
+
+
+def _short_name(class_name: str) -> str:
+    short_of = {known: short for short, known in SCHEDULER_SHORT_NAMES.items()}
+    return short_of.get(class_name, class_name)
 
 
 def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> None:
@@ -131,6 +142,12 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
     if config.scheduler is not None and scheduler_class(config.scheduler, traits) is None:
         choices = ", ".join(_scheduler_choices(traits))
         problems.append(f"scheduler: {show(config.scheduler)} is not one of {choices}")
+    least = traits.least_steps_with(config.scheduler)
+    if config.num_inference_steps < least:
+        problems.append(
+            f"num_inference_steps: {config.num_inference_steps} is too few for the default"
+            f" scheduler; it needs at least {least}"
+        )
     if config.negative_prompt and "negative_prompt" not in traits.parameters:
         problems.append("negative_prompt: this pipeline takes none")
     if problems:
@@ -177,6 +194,8 @@ def parse_fields(
     )
     height, width = _read_size(reader, config, traits)
     scheduler = _read_scheduler(reader, config, traits)
+    num_inference_steps = num_inference_steps or config.num_inference_steps
+    _check_steps(reader, num_inference_steps, scheduler, config, traits)
     _refuse_what_the_pipeline_lacks(reader, fields, num_images, traits)
     reader.refuse_rest(FIELD_NAMES | CALL_FIELDS)
     if reader.problems:
@@ -188,7 +207,7 @@ def parse_fields(
         prompt=prompt,
         negative_prompt=negative_prompt,
         seed=draw_seed() if seed is None else seed,
-        num_inference_steps=num_inference_steps or config.num_inference_steps,
+        num_inference_steps=num_inference_steps,
         guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
         height=height,
         width=width,
@@ -238,6 +257,22 @@ def _read_scheduler(
             f"{show(name)} does not go with this pipeline; {hint}allowed: {', '.join(choices)}",
         )
     return class_name
+
+
+def _check_steps(
+    reader: FieldReader,
+    num_steps: int,
+    scheduler: str | None,
+    config: HandlerConfig,
+    traits: PipelineTraits,
+) -> None:
+    least = traits.least_steps_with(scheduler)
+    if num_steps < least and not {"num_inference_steps", "scheduler"} & reader.problems.keys():
+        reader.report(
+            "num_inference_steps",
+            f"{num_steps} is too few for {_short_name(scheduler or traits.schedulers[0])};"
+            f" allowed: {least} to {config.max_num_inference_steps}",
+        )
 
 
 def _refuse_what_the_pipeline_lacks(

@@ -8,7 +8,7 @@ import diffusers
 
 from handler.request import SCHEDULER_SHORT_NAMES
 
-__all__ = ["compatible_schedulers", "make_scheduler"]
+__all__ = ["compatible_schedulers", "least_steps", "make_scheduler"]
 
 
 def compatible_schedulers(pipeline: Any) -> tuple[str, ...]:
@@ -22,6 +22,17 @@ def compatible_schedulers(pipeline: Any) -> tuple[str, ...]:
     own = type(scheduler).__name__
     usable = {kind.__name__ for kind in scheduler.compatibles if ".dummy_" not in kind.__module__}
     return (own, *sorted(usable - {own}))
+
+
+def least_steps(pipeline: Any) -> dict[str, int]:
+    """Class names of the schedulers that need more than one step with this pipeline, and how many.
+
+    PNDM's Runge-Kutta steps at the start take three, unless the configuration skips them.
+    """
+    scheduler = getattr(pipeline, "scheduler", None)
+    skips = scheduler is None or scheduler.config.get("skip_prk_steps", False)
+    names = compatible_schedulers(pipeline)
+    return {"PNDMScheduler": 4} if "PNDMScheduler" in names and not skips else {}
 
 
 def make_scheduler(pipeline: Any, name: str) -> Any:

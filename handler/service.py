@@ -22,18 +22,17 @@ from handler.errors import (
     EngineFault,
     InvalidRequest,
     NotFound,
-    OutOfMemory,
     QueueFull,
     RequestError,
 )
-from handler.forward import is_out_of_memory
 from handler.metrics import Meter
-from handler.outcome import Result, Timings
+from handler.outcome import Result
 from handler.policy import admit
 from handler.preview import Previewer
-from handler.prompts import pipeline_arguments, prompt_warnings
+from handler.prompts import pipeline_arguments
 from handler.replies import Reply, cancel_reply, error_reply, success_reply
 from handler.request import GenerationRequest, PipelineTraits
+from handler.results import as_request_error, result_of
 from handler.stream import EventStream
 from handler.ticket import State, StepEnd, Ticket
 from handler.wire import Call, CancelCall, read_call
@@ -142,7 +141,8 @@ class GenerationService:
         for ticket in tickets:
             if ticket.error is not None:
                 raise as_request_error(ticket.error, ticket)
-        return [self._result(t, r) for t, r in zip(tickets, requests, strict=True)]
+        pipeline = self._engine.pipeline
+        return [result_of(t, r, pipeline) for t, r in zip(tickets, requests, strict=True)]
 
     def stream_of(self, call_id: str) -> EventStream | None:
         """The events of a call that wants them; None for a plain call."""
@@ -256,7 +256,8 @@ class GenerationService:
     def _encode(self, live: _LiveCall) -> None:
         """Hand the pictures of a call, all drawn, to the thread pool."""
         results = [
-            self._result(t, r) for t, r in zip(live.tickets, live.call.requests, strict=True)
+            result_of(t, r, self._engine.pipeline)
+            for t, r in zip(live.tickets, live.call.requests, strict=True)
         ]
         for result in results:
             self.meter.images_drawn(result)
@@ -267,21 +268,6 @@ class GenerationService:
             request_id=live.call_id,
             model_name=self._model_name,
             config=self._config,
-        )
-
-    def _result(self, ticket: Ticket, request: GenerationRequest) -> Result:
-        assert ticket.admitted_s is not None
-        assert ticket.ended_s is not None
-        denoised_s = ticket.denoised_s or ticket.ended_s
-        return Result(
-            request=request,
-            images=tuple(ticket.result().images),
-            timings=Timings(
-                queue_s=ticket.admitted_s - ticket.submitted_s,
-                denoise_s=denoised_s - ticket.admitted_s,
-                decode_s=ticket.ended_s - denoised_s,
-            ),
-            warnings=prompt_warnings(self._engine.pipeline, request),
         )
 
     def _collect_encoded(self) -> None:
@@ -333,17 +319,3 @@ class GenerationService:
         for ticket in live.tickets:
             self._by_ticket.pop(ticket, None)
             self._engine.cancel(ticket, reason)
-
-
-def as_request_error(error: BaseException, ticket: Ticket) -> RequestError:
-    """What a client is told of `error`, which ended its ticket."""
-    if isinstance(error, RequestError):
-        return error
-    if is_out_of_memory(error):
-        return OutOfMemory(
-            "the picture does not fit into the device's memory, even alone; ask for a smaller one"
-        )
-    if isinstance(error, ValueError) and not ticket.num_steps_done:
-        return InvalidRequest(f"the pipeline refuses the request: {error}")
-    logger.error("the pipeline failed", exc_info=error)
-    return EngineFault(f"the pipeline failed: {type(error).__name__}")

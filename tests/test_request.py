@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import pytest
@@ -141,6 +142,30 @@ def test_every_problem_at_once() -> None:
         " allowed: pndm, ddim, euler_a, OddScheduler",
         "widht": "unknown field; did you mean width?",
     }
+
+
+PNDM_WITH_PRK = dataclasses.replace(TRAITS, least_steps={"PNDMScheduler": 4})
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", "PNDMScheduler", None])
+def test_too_few_steps_for_a_scheduler(scheduler: str | None) -> None:
+    """The pipeline's own is PNDM, too."""
+    fields = {"prompt": "a"} if scheduler is None else {"prompt": "a", "scheduler": scheduler}
+    expected = {"num_inference_steps": "3 is too few for pndm; allowed: 4 to 150"}
+    assert problems({**fields, "steps": 3}, traits=PNDM_WITH_PRK) == expected
+    assert parse({**fields, "steps": 4}, traits=PNDM_WITH_PRK).num_inference_steps == 4
+    other = {"prompt": "a", "scheduler": "ddim", "steps": 1}
+    assert parse(other, traits=PNDM_WITH_PRK).num_inference_steps == 1
+    expected = {"num_inference_steps": "0 is out of range; allowed: 1 to 150"}
+    assert problems({**fields, "steps": 0}, traits=PNDM_WITH_PRK) == expected
+
+
+@pytest.mark.parametrize("scheduler", ["pndm", None])
+def test_configured_steps_too_few_for_the_scheduler_stop_the_start(scheduler: str | None) -> None:
+    config = HandlerConfig(num_inference_steps=3, scheduler=scheduler)
+    with pytest.raises(ConfigError, match="num_inference_steps: 3 is too few for the default"):
+        check_against_pipeline(config, PNDM_WITH_PRK)
+    check_against_pipeline(config, TRAITS)
 
 
 def test_a_missing_prompt() -> None:

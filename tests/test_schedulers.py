@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from handler.request import SCHEDULER_SHORT_NAMES
-from handler.schedulers import compatible_schedulers, make_scheduler
+from handler.schedulers import compatible_schedulers, least_steps, make_scheduler
 from tests.pipelines import FAMILIES, build, example_kwargs, image_of, shared
 
 SD_SCHEDULERS = compatible_schedulers(shared("stable_diffusion"))
@@ -36,6 +36,17 @@ def test_a_pipeline_without_a_scheduler_has_none() -> None:
 
     assert compatible_schedulers(Nothing()) == ()
     assert compatible_schedulers(object()) == ()
+
+
+def test_pndm_needs_no_more_steps_where_it_skips_its_first_ones() -> None:
+    pipeline = build("stable_diffusion")
+    assert least_steps(pipeline) == {"PNDMScheduler": 4}
+    pipeline.scheduler.register_to_config(skip_prk_steps=True)
+    assert least_steps(pipeline) == {}
+    pipeline.scheduler = make_scheduler(pipeline, "pndm")
+    kwargs: dict[str, Any] = example_kwargs("stable_diffusion", 0) | {"num_inference_steps": 1}
+    assert torch.isfinite(image_of(pipeline(**kwargs))).all()
+    assert least_steps(shared("flux")) == least_steps(object()) == {}
 
 
 def test_flow_and_noise_schedulers_do_not_mix() -> None:
@@ -70,11 +81,14 @@ def test_each_is_fresh_and_has_the_pipelines_configuration() -> None:
 
 
 @pytest.mark.parametrize("name", SD_SCHEDULERS)
-def test_every_compatible_one_draws(name: str) -> None:
+def test_every_compatible_one_draws_in_its_least_steps(name: str) -> None:
     pipeline = build("stable_diffusion")
+    steps = least_steps(pipeline).get(name, 1)
     pipeline.scheduler = make_scheduler(pipeline, name)
-    # PNDM takes four steps at least where the configuration does not skip its first ones.
-    kwargs: dict[str, Any] = example_kwargs("stable_diffusion", 0) | {"num_inference_steps": 4}
+    kwargs: dict[str, Any] = example_kwargs("stable_diffusion", 0) | {"num_inference_steps": steps}
+    if steps > 1:
+        with pytest.raises(ValueError, match="broadcast"):
+            pipeline(**kwargs | {"num_inference_steps": steps - 1})
     image = image_of(pipeline(**kwargs))
     assert torch.isfinite(image).all()
     assert image.std() > 0

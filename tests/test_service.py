@@ -26,7 +26,8 @@ from handler.forward import Counters
 from handler.loading import describe
 from handler.replies import Reply
 from handler.request import GenerationRequest
-from handler.service import GenerationService, as_request_error, draw_seed
+from handler.results import as_request_error
+from handler.service import GenerationService, draw_seed
 from handler.ticket import Ticket
 from tests.pipelines import build
 

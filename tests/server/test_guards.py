@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -71,8 +72,10 @@ def test_replies_can_be_deferred(tmp_path: Path) -> None:
 def test_two_workers_of_one_model_hang(tmp_path: Path) -> None:
     """Guard: continuous batching needs exactly one worker, which the handler insists on."""
     with deferring_server(tmp_path, num_workers=2) as server:
+        give_up_s = time.monotonic() + 120
         while [worker["status"] for worker in server.workers()] != ["READY", "READY"]:
-            pass
+            assert time.monotonic() < give_up_s, server.workers()
+            time.sleep(0.1)
         command = ["curl", "-s", "--max-time", "5", "-H", "Content-Type: text/plain", "-d", "50"]
         hung = subprocess.run([*command, server.predictions_url], check=False)
         assert hung.returncode == 28, "curl's exit code for a time-out"
