@@ -28,6 +28,8 @@ from handler.schedulers import make_scheduler
 from handler.ticket import Ticket
 
 NUM_REQUESTS = 16
+ROW_COUNTS = (1, 2, 4, 8, 16)
+LATENT_SIDES = (24, 48, 96)
 SCHEDULERS = (None, "euler_a", "dpm++", "unipc")
 
 
@@ -212,6 +214,41 @@ def _seconds_to_short(
     return seconds
 
 
+def measure_rows(
+    pipeline: Any, rounds: int, sides: Sequence[int] = LATENT_SIDES
+) -> tuple[list[Figure], dict[str, object]]:
+    """What a row of the UNet costs in company, from small latents to such as fill the machine."""
+    per_row_s: dict[int, dict[int, list[float]]] = {
+        side: {rows: [] for rows in ROW_COUNTS} for side in sides
+    }
+    for _ in range(rounds):
+        for side, of_side in per_row_s.items():
+            for rows, seconds in of_side.items():
+                best_s = min(_forward_s(pipeline.unet, rows, side) for _ in range(3))
+                seconds.append(best_s / rows)
+    scale = pipeline.vae_scale_factor
+    figures = [
+        Figure(
+            f"UNet, {side * scale} px: a row among 2 / among {ROW_COUNTS[-1]}, seconds",
+            Spread(tuple(a / b for a, b in zip(of[2], of[ROW_COUNTS[-1]], strict=True))),
+            "x",
+        )
+        for side, of in per_row_s.items()
+    ]
+    table = {
+        f"{side * scale} px": {str(n): round(1000 * min(s), 3) for n, s in of.items()}
+        for side, of in per_row_s.items()
+    }
+    return figures, {"unet_ms_a_row_by_rows": table}
+
+
+@torch.no_grad()
+def _forward_s(unet: Any, rows: int, side: int) -> float:
+    sample = torch.zeros(rows, unet.config.in_channels, side, side)
+    text = torch.zeros(rows, 77, unet.config.cross_attention_dim)
+    return timed(lambda: unet(sample, torch.zeros(rows), encoder_hidden_states=text))[0]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each side (default: 3)")
@@ -226,6 +263,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     figures, details = measure_throughput(pipeline, arguments.rounds)
     figures += measure_overhead(pipeline, 3 * arguments.rounds)
     figures += measure_overtaking(pipeline, arguments.rounds)
+    of_rows, rows_table = measure_rows(pipeline, arguments.rounds)
+    figures += of_rows
+    details |= rows_table
     if arguments.served:
         from benchmarks.served import measure_served
 

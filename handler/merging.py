@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from enum import Enum
 from itertools import chain, islice
 from typing import Any
@@ -168,23 +168,30 @@ def split(
     return pieces(output)
 
 
-def edges(arguments: Arguments, rows: int) -> dict[Hashable, torch.Tensor]:
-    """The first and the last row of all that `merge` concatenates, by where they stand."""
+def edges(
+    arguments: Arguments, rows: int, wanted: Container[Hashable] | None = None
+) -> dict[Hashable, torch.Tensor]:
+    """The first and the last row of all that `merge` concatenates, by where they stand.
+
+    With `wanted`, of those places only.
+    """
     listed = is_listed(arguments)
     found: dict[Hashable, torch.Tensor] = {}
 
     def visit(path: tuple[Hashable, ...], name: str, value: Any) -> None:
-        if listed and _is_list_of_tensors(value) and len(value) == rows:
-            found.update({(*path, 0): value[0], (*path, -1): value[-1]})
-        elif isinstance(value, torch.Tensor):
+        if isinstance(value, torch.Tensor):
             part = _part(name, value, rows)
-            if part == "step":
-                value = value.reshape(-1)
-            if part != "shared" and value.layout is torch.strided:
-                found.update({(*path, 0): value[0], (*path, -1): value[-1]})
-        elif not isinstance(value, _EXACT_VALUES):
-            for key, member in _members(value) or ():
-                visit((*path, key), _name(name, key), member)
+            if part == "shared" or value.layout is not torch.strided:
+                return
+            value = value.reshape(-1) if part == "step" else value
+        elif not (listed and _is_list_of_tensors(value) and len(value) == rows):
+            if not isinstance(value, _EXACT_VALUES):
+                for key, member in _members(value) or ():
+                    visit((*path, key), _name(name, key), member)
+            return
+        for place in ((*path, 0), (*path, -1)):
+            if wanted is None or place in wanted:
+                found[place] = value[place[-1]]
 
     for name, value in arguments.items():
         visit((name,), name, value)

@@ -44,9 +44,9 @@ class Proofs:
         unseen = self._unseen.get(key)
         if unseen is not None and (not unseen or len(calls) == 1):
             return None
-        ends = [edges(call, n) for call, n in zip(calls, rows, strict=True)]
+        ends = [edges(call, n, unseen) for call, n in zip(calls, rows, strict=True)]
         different: list[set[Hashable]] = [set() for _ in calls]
-        for place in ends[0].keys() if unseen is None else unseen:
+        for place in ends[0]:
             for found, differs in zip(different, _differ([e[place] for e in ends]), strict=True):
                 if differs:
                     found.add(place)

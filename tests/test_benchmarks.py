@@ -13,9 +13,10 @@ import httpx2
 import pytest
 import torch
 
-from benchmarks import gpu, load, report, traffic
+from benchmarks import engine, gpu, load, report, traffic
 from benchmarks.shapes import MODELS, count_flops
 from benchmarks.traffic import CLASSES, Outcome, Wish, mixed_wishes, summarise
+from tests.pipelines import build
 from tests.test_prepared import Compiler
 
 CPU = torch.device("cpu")
@@ -263,3 +264,13 @@ def test_published_shapes_have_their_published_operations() -> None:
     row, decoding = count_flops(MODELS["sd21"])
     assert row == pytest.approx(2.149e12, rel=1e-3)
     assert decoding == pytest.approx(5.754e12, rel=1e-3)
+
+
+def test_what_a_row_costs_is_measured_for_every_size() -> None:
+    figures, details = engine.measure_rows(build("stable_diffusion"), 2, sides=(8, 16))
+    table = details["unet_ms_a_row_by_rows"]
+    assert isinstance(table, dict)
+    assert [list(of_size) for of_size in table.values()] == [["1", "2", "4", "8", "16"]] * 2
+    for figure, of_size in zip(figures, table.values(), strict=True):
+        assert len(figure.value.values) == 2
+        assert all(ms > 0 for ms in of_size.values())

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from handler.fingerprints import Fingerprints
 from handler.merging import (
+    edges,
     is_listed,
     merge,
     merge_key,
@@ -270,6 +271,38 @@ def test_a_tensor_is_read_once_and_forgotten_with_its_death() -> None:
     del tensor
     gc.collect()
     assert not fingerprints._known
+
+
+# Edges
+
+
+def test_edges_are_the_first_and_last_rows_of_what_is_concatenated() -> None:
+    sample = torch.arange(6.0).reshape(3, 2)
+    arguments = {
+        "sample": sample,
+        "timestep": torch.tensor(7),
+        "txt_ids": torch.zeros(3, 3),
+        "scale": torch.tensor(0.5),
+        "name": "plain",
+        "kwargs": {"ids": [sample + 10, None]},
+    }
+    found = {place: row.tolist() for place, row in edges(arguments, 3).items()}
+    assert found == {
+        ("sample", 0): [0, 1],
+        ("sample", -1): [4, 5],
+        ("timestep", 0): 7,
+        ("timestep", -1): 7,
+        ("kwargs", "ids", 0, 0): [10, 11],
+        ("kwargs", "ids", 0, -1): [14, 15],
+    }
+
+
+def test_edges_of_listed_rows_are_its_first_and_last_tensors() -> None:
+    rows = [torch.zeros(2), torch.ones(3), torch.full((1,), 2.0)]
+    found = edges({"x": rows, "t": torch.tensor([1, 2, 3])}, 3)
+    assert found["x", 0] is rows[0]
+    assert found["x", -1] is rows[2]
+    assert (found["t", 0], found["t", -1]) == (1, 3)
 
 
 # Merging

@@ -24,6 +24,7 @@ from handler.engine import InFlightEngine
 from handler.errors import EngineFault, InvalidRequest, OutOfMemory, RequestError
 from handler.forward import Counters
 from handler.loading import describe
+from handler.policy import Cost
 from handler.replies import Reply
 from handler.request import GenerationRequest
 from handler.results import as_request_error
@@ -401,6 +402,23 @@ def test_a_call_larger_than_the_waiting_room_is_taken_in_alone(make: Make) -> No
 
 
 # Deadlines.
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once(make: Make) -> None:
+    service = make()
+    for _ in range(16):
+        service._engine._pace.note(1.0, [Cost(2, 32 * 32)])
+    open_call(service, "late", num_inference_steps=9, deadline_s=5)
+    open_call(service, "fine", num_inference_steps=4, deadline_s=5)
+    reply = service.take_replies()["late"]
+    assert reply.status == 504
+    assert error_of(reply) == {
+        "code": "deadline_exceeded",
+        "message": "the deadline of 5 s cannot be met: at the present pace 9 steps need at least"
+        " 9 s",
+        "fields": {},
+    }
+    assert finish(service)["fine"].status == 200
 
 
 def test_a_deadline_ends_a_running_call_and_frees_its_rows(make: Make, clock: Clock) -> None:
