@@ -15,6 +15,7 @@ from handler.archive import LORA_FOLDER, MODEL_ZIP
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError
 from scripts.console import Progress, UsageError, beside, progress
+from scripts.copying import Copier
 from scripts.dirwriter import DirWriter
 from scripts.manifest import (
     MANIFEST_NAME,
@@ -87,10 +88,11 @@ def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
     total = sum(each.size_bytes for each in (*contents.loras, *contents.model))
     with beside(out, force=force) as part, progress("packing", total) as report:
         if plan.is_folder:
-            _write(DirWriter(part), plan, contents, report)
+            with Copier() as copier:
+                _write(DirWriter(part, copier), plan, contents, report)
         else:
-            with part.open("x+b") as file:
-                writer = ZipWriter(file)
+            with part.open("x+b") as file, Copier() as copier:
+                writer = ZipWriter(file, copier)
                 _write(writer, plan, contents, report)
                 writer.close()
         if plan.sign_key is None:
@@ -131,20 +133,24 @@ def _size(path: Path) -> int:
 
 
 def _write(target: Container, plan: ArchivePlan, contents: _Contents, report: Progress) -> None:
-    members = [target.add_bytes(name, data) for name, data in contents.leading.items()]
-    members += [write_payload(target, each, report) for each in contents.loras]
+    for name, data in contents.leading.items():
+        target.add(name, [data], len(data))
+    for each in contents.loras:
+        write_payload(target, each, report)
     with target.nested(MODEL_ZIP, most_zip_bytes(contents.model)) as inner:
-        model_members = [write_payload(inner, each, report) for each in contents.model]
+        for each in contents.model:
+            write_payload(inner, each, report)
     manifest = build_manifest(
         index=contents.index,
         headers={each.name: each.header for each in contents.model if each.header is not None},
         source=find_source(plan.pipeline),
         licence=find_licence(plan.pipeline),
         extras=_extras(plan),
-        members=members,
-        model_members=model_members,
+        members=target.finish(),
+        model_members=inner.finish(),
     )
-    target.add_bytes(MANIFEST_NAME, dump(manifest))
+    data = dump(manifest)
+    target.add(MANIFEST_NAME, [data], len(data))
 
 
 def _extras(plan: ArchivePlan) -> dict[str, object]:

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,14 +57,23 @@ def _complain(program: str, error: object, code: int) -> int:
 
 @contextmanager
 def progress(label: str, total_bytes: int) -> Iterator[Progress]:
-    """Show a bar with throughput where stderr is a terminal, and nothing elsewhere."""
+    """Show a bar with throughput where stderr is a terminal, and nothing elsewhere.
+
+    Threads may report at once.
+    """
     if not sys.stderr.isatty():
         yield lambda num_bytes: None
         return
     from tqdm import tqdm
 
     with tqdm(desc=label, total=total_bytes, unit="B", unit_scale=True, unit_divisor=1000) as bar:
-        yield bar.update
+        lock = threading.Lock()
+
+        def report(num_bytes: int) -> None:
+            with lock:
+                bar.update(num_bytes)
+
+        yield report
 
 
 @contextmanager

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from handler.errors import ArchiveError
 from handler.zipread import check_name
-from scripts.copying import Content, copy_hashed
+from scripts.copying import Content, Copier, Place, copy_hashed
 from scripts.zipwriter import Written, ZipWriter
 
 __all__ = ["DirWriter"]
@@ -17,9 +16,14 @@ __all__ = ["DirWriter"]
 
 @dataclass(frozen=True, slots=True)
 class DirWriter:
-    """Writes members as files below `folder`, which is made."""
+    """Writes members as files below `folder`, which is made. A nested zip is large, files are not.
+
+    `copier` is for the members of nested zips.
+    """
 
     folder: Path
+    copier: Copier | None = None
+    _written: list[Written] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.folder.mkdir()
@@ -32,27 +36,23 @@ class DirWriter:
         *,
         align: int = 1,
         aligned_at: int = 0,
-    ) -> Written:
+    ) -> None:
         """Write one file of exactly `size_bytes`; a file begins aligned by itself."""
         with self._new(name).open("xb") as file:
-            crc32, sha256, written = copy_hashed(content, file)
-        if written != size_bytes:
-            raise ArchiveError(
-                f"{name} changed while it was packed: {size_bytes} → {written} bytes"
-            )
-        return Written(name, size_bytes, crc32, sha256)
-
-    def add_bytes(self, name: str, data: bytes) -> Written:
-        """Write one small file."""
-        return self.add(name, [data], len(data))
+            sums = copy_hashed(content, Place(name, file.fileno(), 0, size_bytes))
+        self._written.append(Written(name, size_bytes, sums.crc32, sums.sha256))
 
     @contextmanager
     def nested(self, name: str, most_bytes: int) -> Iterator[ZipWriter]:
         """Give a writer for the zip `name`."""
         with self._new(name).open("x+b") as file:
-            writer = ZipWriter(file)
+            writer = ZipWriter(file, self.copier)
             yield writer
             writer.close()
+
+    def finish(self) -> list[Written]:
+        """Tell of the files, nested zips left out."""
+        return self._written
 
     def _new(self, name: str) -> Path:
         check_name(name)

@@ -10,7 +10,7 @@ from scripts.console import Progress
 from scripts.copying import Content, FileContent
 from scripts.pipeline_files import PipelineFile
 from scripts.precision import PRECISIONS, ConvertedFile
-from scripts.zipwriter import Container, Written
+from scripts.zipwriter import Container
 
 __all__ = ["Payload", "most_zip_bytes", "payload", "write_payload"]
 
@@ -57,12 +57,13 @@ def most_zip_bytes(payloads: Sequence[Payload]) -> int:
     return sum(each.size_bytes for each in payloads) + _HEADER_ROOM_BYTES * (len(payloads) + 1)
 
 
-def write_payload(container: Container, each: Payload, progress: Progress) -> Written:
+def write_payload(container: Container, each: Payload, progress: Progress) -> None:
     """Write one member; the tensors of safetensors files come to lie aligned."""
     content = each.content(progress)
     if each.header is None:
-        return container.add(each.name, content, each.size_bytes)
-    return container.add(
+        container.add(each.name, content, each.size_bytes)
+        return
+    container.add(
         each.name,
         content,
         each.size_bytes,

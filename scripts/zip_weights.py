@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from scripts.console import DONE, beside, command, progress
+from scripts.copying import Copier
 from scripts.packing import payload, write_payload
 from scripts.pipeline_files import list_pipeline
 from scripts.zipwriter import ZipWriter
@@ -31,8 +32,8 @@ def zip_pipeline(folder: Path, out: Path, *, force: bool = False) -> int:
     files = list_pipeline(folder)
     total = sum(file.size_bytes for file in files)
     with beside(out, force=force) as part, progress("zipping", total) as report:
-        with part.open("x+b") as file:
-            writer = ZipWriter(file)
+        with part.open("x+b") as file, Copier() as copier:
+            writer = ZipWriter(file, copier)
             for each in files:
                 write_payload(writer, payload(each), report)
             writer.close()

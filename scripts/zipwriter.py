@@ -1,8 +1,9 @@
 """Writes zips in one pass; changes with the container format.
 
-Every member is stored. Sizes are known before, checksums only after its bytes went by, so headers
-are patched afterwards: there are no data descriptors, which Java refuses for stored members. The
-bytes depend on names and contents alone: no times, no owners, no modes of the source.
+Every member is stored. Sizes are known before, so every member has its place at once, and they may
+be copied together; checksums are known only after the bytes went by, so headers are written last:
+there are no data descriptors, which Java refuses for stored members. The bytes depend on names and
+contents alone: no times, no owners, no modes of the source.
 
 A nested zip is written straight into its place in the outer one. Its CRC-32 is put together from
 those of its members, so no byte is hashed twice. Source: PKWARE APPNOTE 6.3.10.
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
@@ -20,7 +21,7 @@ from typing import BinaryIO, Protocol
 from handler.crc32 import combine_crc32
 from handler.errors import ArchiveError
 from handler.zipread import check_name
-from scripts.copying import Content, copy_hashed
+from scripts.copying import Content, Copier, Place, Sums, copy_hashed
 
 __all__ = ["Container", "Written", "ZipWriter"]
 
@@ -41,12 +42,12 @@ _ALIGNMENT_EXTRA_BYTES = 6
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """One finished member; `sha256` is None for a nested zip, whose members carry their own."""
+    """One finished member."""
 
     name: str
     size_bytes: int
     crc32: int
-    sha256: str | None
+    sha256: str
 
 
 class Container(Protocol):
@@ -60,44 +61,62 @@ class Container(Protocol):
         *,
         align: int = 1,
         aligned_at: int = 0,
-    ) -> Written:
-        """Write one member of exactly `size_bytes`."""
-        ...
-
-    def add_bytes(self, name: str, data: bytes) -> Written:
-        """Write one small member."""
+    ) -> None:
+        """Write one member of exactly `size_bytes`, which may go on until `finish`."""
         ...
 
     def nested(self, name: str, most_bytes: int) -> AbstractContextManager[ZipWriter]:
         """Give a writer for a zip that becomes the member `name`."""
         ...
 
+    def finish(self) -> list[Written]:
+        """Wait for what was added; tell of it, nested zips left out."""
+        ...
+
 
 @dataclass(slots=True)
 class _Record:
+    """A member on its way: `header` is without checksum and sizes until it is finished."""
+
     name: str
     offset: int
+    header: bytearray
     size_bytes: int
-    crc32: int
+    sums: Callable[[], Sums] | None = None
+    crc32: int | None = None
+
+    def finish(self, crc32: int) -> None:
+        """Put checksum and sizes into the header."""
+        self.crc32 = crc32
+        extra_at = _LOCAL.size + len(self.name.encode())
+        size_bytes = self.size_bytes
+        if self.header[extra_at : extra_at + 2] == b"\1\0":
+            struct.pack_into("<L2L", self.header, 14, crc32, _WIDE, _WIDE)
+            struct.pack_into("<2Q", self.header, extra_at + 4, size_bytes, size_bytes)
+        else:
+            struct.pack_into("<3L", self.header, 14, crc32, size_bytes, size_bytes)
 
 
 @dataclass(slots=True)
 class ZipWriter:
-    """Writes members to `file`, which can seek, from its present position on."""
+    """Writes members to `file`, which can seek, from its present position on.
+
+    With a `copier` members are copied while others are added; without, each at once.
+    """
 
     file: BinaryIO
+    copier: Copier | None = None
     crc32: int = 0
+    size_bytes: int = 0
+    """Bytes taken so far, those that are still being copied too."""
     _start: int = field(init=False)
     _records: list[_Record] = field(default_factory=list)
+    _num_finished: int = 0
+    _written: list[Written] = field(default_factory=list)
     _names: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._start = self.file.tell()
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes written so far."""
-        return self.file.tell() - self._start
 
     def add(
         self,
@@ -107,39 +126,59 @@ class ZipWriter:
         *,
         align: int = 1,
         aligned_at: int = 0,
-    ) -> Written:
+    ) -> None:
         """Write one member of exactly `size_bytes`.
 
         Its byte `aligned_at` comes to lie at a multiple of `align`, counted from this zip's begin.
-        Raises: ArchiveError, where `content` has more or less.
+        Raises: ArchiveError, here or from `finish`, where `content` has more or less.
         """
-        header = self._begin(name, size_bytes, align, aligned_at)
-        crc32, sha256, written = copy_hashed(content, self.file)
-        if written != size_bytes:
-            raise ArchiveError(
-                f"{name} changed while it was packed: {size_bytes} → {written} bytes"
-            )
-        self._finish(name, header, size_bytes, crc32)
-        return Written(name, size_bytes, crc32, sha256)
+        record = self._begin(name, size_bytes, align, aligned_at)
+        place = Place(name, self.file.fileno(), self._start + self.size_bytes, size_bytes)
+        if self.copier is None:
+            sums = copy_hashed(content, place)
+            record.sums = lambda: sums
+        else:
+            record.sums = self.copier.submit(content, place)
+        self.size_bytes += size_bytes
 
-    def add_bytes(self, name: str, data: bytes) -> Written:
+    def add_bytes(self, name: str, data: bytes) -> None:
         """Write one small member."""
-        return self.add(name, [data], len(data))
+        self.add(name, [data], len(data))
 
     @contextmanager
     def nested(self, name: str, most_bytes: int) -> Iterator[ZipWriter]:
         """Give a writer for a zip that becomes the member `name`, of at most `most_bytes`."""
-        header = self._begin(name, most_bytes, 64, 0)
-        inner = ZipWriter(self.file)
+        record = self._begin(name, most_bytes, 64, 0)
+        self.file.seek(self._start + self.size_bytes)
+        inner = ZipWriter(self.file, self.copier)
         yield inner
         inner.close()
-        size_bytes = inner.size_bytes
-        if size_bytes > most_bytes:
-            raise ArchiveError(f"{name} grew to {size_bytes} bytes; {most_bytes} were foreseen")
-        self._finish(name, header, size_bytes, inner.crc32)
+        if inner.size_bytes > most_bytes:
+            raise ArchiveError(
+                f"{name} grew to {inner.size_bytes} bytes; {most_bytes} were foreseen"
+            )
+        record.size_bytes = inner.size_bytes
+        record.finish(inner.crc32)
+        self.size_bytes += inner.size_bytes
+
+    def finish(self) -> list[Written]:
+        """Wait for what was added and write the headers; tell of all members but nested zips."""
+        for record in self._records[self._num_finished :]:
+            if record.sums is not None:
+                sums = record.sums()
+                record.finish(sums.crc32)
+                self._written.append(
+                    Written(record.name, record.size_bytes, sums.crc32, sums.sha256)
+                )
+            assert record.crc32 is not None, "its nested zip is still open"
+            self._write(record.header, record.offset)
+            self.crc32 = combine_crc32(self.crc32, record.crc32, record.size_bytes)
+            self._num_finished += 1
+        return self._written
 
     def close(self) -> None:
-        """Write the central directory. The file stays open."""
+        """Finish, and write the central directory. The file stays open."""
+        self.finish()
         offset = self.size_bytes
         directory = b"".join(_central(record) for record in self._records)
         count, size = len(self._records), len(directory)
@@ -150,43 +189,30 @@ class ZipWriter:
             end += _END64_LOCATOR.pack(b"PK\6\7", 0, offset + size, 1)
         few = min(count, 0xFFFF)
         end += _END.pack(b"PK\5\6", 0, 0, few, few, min(size, _WIDE), min(offset, _WIDE), 0)
-        self._write(directory + end)
+        self._write(directory + end, offset)
+        self.size_bytes += len(directory) + len(end)
 
-    def _begin(self, name: str, most_bytes: int, align: int, aligned_at: int) -> bytearray:
-        """Write a local header without its checksum; `_finish` patches it."""
+    def _begin(self, name: str, most_bytes: int, align: int, aligned_at: int) -> _Record:
+        """Take the room of a local header, which is written when the member is finished."""
         check_name(name)
         if name in self._names:
             raise ArchiveError(f"{name} is packed twice")
         self._names.add(name)
-        offset = self.size_bytes
         is_wide = most_bytes >= _WIDE
         extra = struct.pack("<2H2Q", 1, 16, 0, 0) if is_wide else b""
         if align > 1:
-            data_at = offset + _LOCAL.size + len(name.encode()) + len(extra)
+            data_at = self.size_bytes + _LOCAL.size + len(name.encode()) + len(extra)
             data_at += _ALIGNMENT_EXTRA_BYTES + aligned_at
             pad = -data_at % align
             extra += struct.pack("<3H", _ALIGNMENT_EXTRA, 2 + pad, align) + bytes(pad)
         header = bytearray(_local(name, extra, is_wide))
-        self._records.append(_Record(name, offset, 0, 0))
-        self.file.write(header)
-        return header
+        record = _Record(name, self.size_bytes, header, most_bytes)
+        self._records.append(record)
+        self.size_bytes += len(header)
+        return record
 
-    def _finish(self, name: str, header: bytearray, size_bytes: int, crc32: int) -> None:
-        record = self._records[-1]
-        record.size_bytes, record.crc32 = size_bytes, crc32
-        extra_at = _LOCAL.size + len(name.encode())
-        if header[extra_at : extra_at + 2] == b"\1\0":
-            struct.pack_into("<L2L", header, 14, crc32, _WIDE, _WIDE)
-            struct.pack_into("<2Q", header, extra_at + 4, size_bytes, size_bytes)
-        else:
-            struct.pack_into("<3L", header, 14, crc32, size_bytes, size_bytes)
-        end = self.file.tell()
-        self.file.seek(self._start + record.offset)
-        self.file.write(header)
-        self.file.seek(end)
-        self.crc32 = combine_crc32(zlib.crc32(header, self.crc32), crc32, size_bytes)
-
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | bytearray, offset: int) -> None:
+        self.file.seek(self._start + offset)
         self.file.write(data)
         self.crc32 = zlib.crc32(data, self.crc32)
 
