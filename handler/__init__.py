@@ -10,7 +10,8 @@ in flight          `engine` → `intake` → `view`, `schedulers`, `pace`; `poli
 one request        `runs` → `parking`, `view`, `adapters`, `exclusive`
 one forward        `forward` → `merging`, `fingerprints`, `proof`; `speed`, `prepared`
 replies out        `results`, `replies` → `encoding`, `metadata`, `outcome`
-opening            `loading` → `archive`, `components` → `zipread`, `safetensors_map`, `crc32`
+opening            `loading` → `archive`, `components` → `variants`, `safetensors_map`
+zips               `zipread` → `zip_directory`, `crc32`
 everywhere         `config`, `errors`
 =================  ============================================================================
 

@@ -23,7 +23,8 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from handler.errors import ArchiveError
-from handler.zipread import CHUNK_BYTES, ZipMember, ZipReader
+from handler.zip_directory import ZipMember
+from handler.zipread import CHUNK_BYTES, ZipReader
 
 __all__ = [
     "LORA_FOLDER",

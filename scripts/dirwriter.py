@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from handler.zipread import check_name
+from handler.zip_directory import check_name
 from scripts.copying import Content, Copier, Place, copy_hashed
 from scripts.zipwriter import Written, ZipWriter
 

@@ -20,7 +20,7 @@ from typing import BinaryIO, Protocol
 
 from handler.crc32 import combine_crc32
 from handler.errors import ArchiveError
-from handler.zipread import check_name
+from handler.zip_directory import check_name
 from scripts.copying import Content, Copier, Place, Sums, copy_hashed
 
 __all__ = ["Container", "Written", "ZipWriter"]
