@@ -8,8 +8,9 @@ requests in        `wire` → `rows`, `kserve`, `accept`, `request` → `fields`
 from row to reply  `service` → `prompts`, `stream`, `preview`, `metrics`
 in flight          `engine` → `intake` → `view`, `schedulers`, `pace`; `policy`, `ticket`
 one request        `runs` → `parking`, `view`, `adapters`, `exclusive`
-one forward        `forward` → `merging`, `fingerprints`, `proof`; `speed`, `prepared`
+one forward        `forward` → `merging`, `fingerprints`, `proof`; `prepared`
 replies out        `results`, `replies` → `encoding`, `metadata`, `outcome`
+made fast          `speed` → `channels_last`, `prepared`
 opening            `loading` → `archive`, `components` → `variants`, `safetensors_map`
 zips               `zipread` → `zip_directory`, `crc32`
 everywhere         `config`, `errors`

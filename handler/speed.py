@@ -9,8 +9,9 @@ max    also bfloat16 where the CPU has     also fused projections, TF32 for what
        it, compiled for any rows           compiled for any rows, a CUDA graph a bucket
 =====  ==================================  =====================================================
 
-`safe` reorders sums and nothing else. `max` may change pictures slightly, and takes minutes at the
-first start; what it compiled is kept in torch's cache (``TORCHINDUCTOR_CACHE_DIR``).
+`safe` reorders sums and nothing else; on the CPU it copies no large weights that are mapped. `max`
+may change pictures slightly, and takes minutes at the first start; what it compiled is kept in
+torch's cache (``TORCHINDUCTOR_CACHE_DIR``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils import _pytree as pytree
 
+from handler.channels_last import put_channels_last
 from handler.config import HandlerConfig
 from handler.engine import BUCKETS, InFlightEngine
 from handler.exclusive import SharedState
@@ -212,8 +214,7 @@ def compile_forward(forward: Forward) -> Forward:
 
 def _apply(pipeline: Any, plan: Plan) -> None:
     if plan.channels_last:
-        for module in _modules(pipeline).values():
-            _put_channels_last(module)
+        put_channels_last(_modules(pipeline))
     if plan.slice_decoding and hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
         pipeline.vae.enable_slicing()
     if plan.fuse_projections and hasattr(pipeline, "fuse_qkv_projections"):
@@ -232,14 +233,6 @@ def _apply(pipeline: Any, plan: Plan) -> None:
 def _modules(pipeline: Any) -> dict[str, torch.nn.Module]:
     parts: dict[str, Any] = pipeline.components
     return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
-
-
-def _put_channels_last(module: torch.nn.Module) -> None:
-    """Reorder the weights of 2-d convolutions, which then read and write pixel by pixel."""
-    has_convolutions = any(isinstance(part, torch.nn.Conv2d) for part in module.modules())
-    # `Module.to` would fail at the weights of 3-d convolutions.
-    if has_convolutions and all(weight.ndim < 5 for weight in module.parameters()):
-        module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _compute_in(module: torch.nn.Module, precision: torch.dtype) -> None:
