@@ -1,8 +1,9 @@
 """The exact answer to what the UNet learns: the expected picture, given prompt and noisy picture.
 
-The pictures that a prompt allows are finite in number once its shape and colours are known, so the
-posterior mean is a sum over all of them. As a training target in place of the one picture that the
-noise was added to, it has the same expectation and no variance (Rao-Blackwell).
+The pictures that a prompt allows are finite in number, so the posterior mean is a sum over all of
+them. As a training target in place of the one picture that the noise was added to, it has the same
+expectation and no variance (Rao-Blackwell); and it is there for every noisy picture, also for
+those that no noise made.
 """
 
 from functools import cache
@@ -12,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from demo.grammar import ANYWHERE, POSITIONS, SIZES, Wish
-from demo.sprites import COLORS, GRID_PX, MARGIN_PX, RADII_PX, SIZE_PX, coverage
+from demo.grammar import ANYWHERE, HELD_OUT, POSITIONS, SIZES, Wish
+from demo.sprites import COLORS, GRID_PX, MARGIN_PX, RADII_PX, SHAPES, SIZE_PX, coverage
 
 cached_coverage = cache(coverage)
 
@@ -45,20 +46,52 @@ def templates(shape: str, size: str | None, position: str | None) -> tuple[Tenso
     return stack, torch.tensor(priors).log(), stack.square().sum(dim=1)
 
 
-def posterior_mean(wish: Wish, noisy: Tensor, alpha: Tensor) -> Tensor:
-    """E[x0 | noisy, wish] for latents (3, 24, 24) at cumulative `alpha`.
+@cache
+def _color_pairs(color: str | None, background: str | None) -> list[tuple[str, str]]:
+    """The (colour, background) that a wish allows."""
+    fronts = COLORS if color is None else (color,)
+    backs = COLORS if background is None else (background,)
+    return [(front, back) for front in fronts for back in backs if front != back]
 
-    The wish names a shape and both colours; size and position may be open.
+
+@cache
+def _shown(shape: str, color: str | None, background: str | None) -> Tensor:
+    """Log prior (P,) of the colour pairs: minus infinity for those that training never shows."""
+    pairs = _color_pairs(color, background)
+    is_shown = [(front, shape, back) not in HELD_OUT for front, back in pairs]
+    # A wish for one held-out combination has no other pictures to fall back on.
+    return torch.tensor([0.0 if shown or len(pairs) == 1 else -torch.inf for shown in is_shown])
+
+
+@cache
+def _colors(color: str | None, background: str | None) -> tuple[Tensor, Tensor]:
+    """Of every pair: the background (P, 3) in [-1, 1], and the step from it to the shape."""
+    pairs = _color_pairs(color, background)
+    fronts = torch.tensor([COLORS[front] for front, _ in pairs])
+    backs = torch.tensor([COLORS[back] for _, back in pairs])
+    return backs / 127.5 - 1, (fronts - backs) / 127.5
+
+
+def posterior_mean(wish: Wish, noisy: Tensor, alpha: Tensor) -> Tensor:
+    """E[x0 | noisy, wish] for latents (3, 24, 24) at cumulative `alpha`, below 1.
+
+    What the wish leaves open is summed over, as far as training shows it.
     """
-    assert wish.shape is not None
-    assert wish.color is not None
-    assert wish.background is not None
-    masks, log_prior, squares = templates(wish.shape, wish.size, wish.position)
-    front, back = (torch.tensor(COLORS[name]) / 127.5 - 1 for name in (wish.color, wish.background))
-    step = front - back
-    signal = alpha.sqrt()
-    # |noisy - signal (back + mask step)|^2, less what does not depend on the mask.
-    along = torch.einsum("chw,c->hw", noisy - signal * back[:, None, None], step).flatten()
-    match = signal * (masks @ along) - alpha * (step @ step) * squares / 2
-    mask = torch.softmax(log_prior + match / (1 - alpha), dim=0) @ masks
-    return back[:, None, None] + step[:, None, None] * mask.view(1, SIZE_PX, SIZE_PX)
+    backs, steps = _colors(wish.color, wish.background)
+    pixels, signal = noisy.flatten(1), alpha.sqrt()
+    # Of |noisy - signal (back + mask step)|^2 what depends on the colours alone, then the rest.
+    plain = signal * (backs @ pixels.sum(dim=1)) - alpha * SIZE_PX**2 * backs.square().sum(1) / 2
+    along = steps @ pixels - signal * (backs * steps).sum(dim=1, keepdim=True)
+    lengths = steps.square().sum(dim=1, keepdim=True)
+    logits, masks = [], []
+    for shape in SHAPES if wish.shape is None else (wish.shape,):
+        stack, log_prior, squares = templates(shape, wish.size, wish.position)
+        match = signal * (along @ stack.T) - alpha * lengths * squares / 2
+        prior = _shown(shape, wish.color, wish.background)[:, None] + log_prior
+        logits.append(prior + (plain[:, None] + match) / (1 - alpha))
+        masks.append(stack)
+    chances = torch.cat(logits, dim=1)
+    chances = torch.softmax(chances.flatten(), dim=0).view_as(chances)
+    expected_masks = chances @ torch.cat(masks)
+    mean = (chances.sum(dim=1) @ backs)[:, None] + steps.T @ expected_masks
+    return mean.view(3, SIZE_PX, SIZE_PX)

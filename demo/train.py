@@ -3,7 +3,8 @@
 First the text encoder learns to read, then the UNet learns to draw with the text encoder as it is.
 
 Every worker is a process with one thread: a step waits for the others once, not in every layer.
-Every example is drawn from (seed, worker, step), so a stopped run goes on unchanged.
+Every example is drawn from (seed, worker, step), so a stopped run goes on unchanged. Every noisy
+picture is seen twice, with its prompt and without: guidance multiplies the difference.
 """
 
 import argparse
@@ -16,28 +17,29 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from demo import grammar, sprites
+from demo import grammar
 from demo.build import build_pipeline, save_pipeline
-from demo.exact import cached_coverage, posterior_mean
+from demo.exact import posterior_mean
 from demo.muon import Muon
+from demo.rollout import Rollout, noised, picture_of
 from demo.teach import teach, tokenize
 
-PROMPT_DROPOUT = 0.1
-MAX_SNR_WEIGHT = 5.0
+MAX_SNR_WEIGHT = 15.0
 NUM_WARMUP_STEPS = 100
 TEXT_ENCODER_FILE = "text_encoder.safetensors"
 ADAM_LR_SHARE = 0.6
 NUM_LOG_STEPS = 50
 TIME_POWER = 0.8
-# Below this time the noise leaves no doubt about the picture, and the exact mean is the picture.
-MIN_EXACT_TIME = 250
+# How much the difference that guidance multiplies counts beside the two predictions themselves.
+DIFFERENCE_WEIGHT = 2.0
+# Below this time the noise leaves no doubt about the picture, and a prompt adds nothing to it.
+MIN_OPEN_TIME = 250
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,62 +64,67 @@ def learning_rate_share(step: int, settings: Settings) -> float:
     return max(0.0, min(1.0, rise, fall))
 
 
-def draw_batch(
-    step: int, rank: int, settings: Settings, triples: list[tuple[str, str, str]]
-) -> tuple[list[grammar.Example], Tensor, torch.Generator]:
-    """This worker's examples, their pictures (B, 3, 24, 24) in [-1, 1], and its noise source."""
-    seed = (settings.seed * settings.num_workers + rank) * 10_000_000 + step
-    rng = random.Random(seed)
-    examples, pictures = [], []
-    for _ in range(settings.batch_size // settings.num_workers):
-        example = grammar.sample(rng, triples)
-        if rng.random() < PROMPT_DROPOUT:
-            example = grammar.Example("", grammar.Wish(), example.sprite)
-        sprite = example.sprite
-        alpha = cached_coverage(sprite.shape, sprite.radius_px, sprite.x_px, sprite.y_px)
-        examples.append(example)
-        pictures.append(sprites.paint(alpha, sprite.color, sprite.background))
-    latents = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    return examples, latents, torch.Generator().manual_seed(seed)
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Noisy pictures (N, 3, 24, 24), their times (N,), and what each is to become."""
+
+    noisy: Tensor
+    times: Tensor
+    examples: list[grammar.Example]
 
 
-def expected_pictures(
-    examples: list[grammar.Example], latents: Tensor, noisy: Tensor, times: Tensor, alphas: Tensor
-) -> Tensor:
-    """`latents`, with the exact mean in its place wherever that is at hand and differs."""
-    expected = latents.clone()
-    for row, (example, time_) in enumerate(zip(examples, times.tolist(), strict=True)):
-        wish = example.wish
-        if time_ >= MIN_EXACT_TIME and wish.shape and wish.color and wish.background:
-            expected[row] = posterior_mean(wish, noisy[row], alphas[time_])
-    return expected
-
-
-def diffusion_loss(
-    unet: nn.Module,
-    states: Tensor,
-    examples: list[grammar.Example],
-    alphas: Tensor,
-    latents: Tensor,
-    noise_of: torch.Generator,
-) -> Tensor:
-    """Squared error of v, weighted as in min-SNR (Hang et al., 2023) but never to zero."""
-    num, num_times = len(latents), len(alphas)
-    # Times spread evenly over the batch: less variance than independent draws.
+def draw_batch(rng: random.Random, num: int, alphas: Tensor) -> Batch:
+    """Rendered pictures, noised; times spread evenly, which varies less than independent draws."""
+    triples = grammar.combinations(held_out=False)
+    examples = [grammar.sample(rng, triples) for _ in range(num)]
+    noise_of = torch.Generator().manual_seed(rng.getrandbits(60))
     spread = (torch.arange(num) + torch.rand(1, generator=noise_of)) / num
     # A few more of the noisy ones, where the picture is decided.
-    times = (spread**TIME_POWER * num_times).long().clamp(max=num_times - 1)
-    alpha = alphas[times].view(-1, 1, 1, 1)
-    noise = torch.randn(latents.shape, generator=noise_of)
-    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-    expected = expected_pictures(examples, latents, noisy, times, alphas)
-    target = (alpha.sqrt() * noisy - expected) / (1 - alpha).sqrt()
-    with torch.autocast("cpu", torch.bfloat16):
-        prediction = unet(noisy, times, states, return_dict=False)[0]
-    snr = alphas[times] / (1 - alphas[times])
+    times = (spread**TIME_POWER * len(alphas)).long().clamp(max=len(alphas) - 1)
+    noisy = [
+        noised(picture_of(example.sprite), alphas[time_], noise_of)
+        for example, time_ in zip(examples, times, strict=True)
+    ]
+    return Batch(torch.stack(noisy), times, examples)
+
+
+def rollout_batch(rollout: Rollout) -> Batch:
+    """Where the trajectories are now."""
+    return Batch(
+        torch.stack([trajectory.latents for trajectory in rollout.trajectories]),
+        torch.tensor([trajectory.times[0] for trajectory in rollout.trajectories]),
+        [trajectory.example for trajectory in rollout.trajectories],
+    )
+
+
+def exact_targets(batch: Batch, alphas: Tensor) -> tuple[Tensor, Tensor]:
+    """The v, each (N, 3, 24, 24), that a perfect network says with the prompt and without."""
+    with_prompt, without = [], []
+    for noisy, time_, example in zip(
+        batch.noisy, batch.times.tolist(), batch.examples, strict=True
+    ):
+        alpha = alphas[time_]
+        mean = posterior_mean(example.wish, noisy, alpha)
+        is_open = time_ >= MIN_OPEN_TIME
+        free_mean = posterior_mean(grammar.Wish(), noisy, alpha) if is_open else mean
+        for means, value in ((with_prompt, mean), (without, free_mean)):
+            means.append((alpha.sqrt() * noisy - value) / (1 - alpha).sqrt())
+    return torch.stack(with_prompt), torch.stack(without)
+
+
+def guided_loss(
+    predicted: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor], snr: Tensor
+) -> Tensor:
+    """Squared error of v, with the prompt, without, and of the difference of the two.
+
+    Guidance multiplies the error of the difference. Weighted by the noise level as in min-SNR (Hang
+    et al., 2023), but never to zero.
+    """
+    with_prompt, without = (p - t for p, t in zip(predicted, targets, strict=True))
+    squares = with_prompt.square() + without.square()
+    squares = squares + DIFFERENCE_WEIGHT * (with_prompt - without).square()
     weight = (snr.clamp(max=MAX_SNR_WEIGHT) + 1) / (snr + 1)
-    errors = (prediction.float() - target).square().mean(dim=(1, 2, 3))
-    return (weight * errors).mean()
+    return (weight * squares.mean(dim=(1, 2, 3))).mean() / 2
 
 
 def make_optimizers(
@@ -179,24 +186,54 @@ class Trainer:
         self.unet = self.pipeline.unet.train()
         self.average = copy.deepcopy(self.unet).requires_grad_(False)
         self.optimizers = make_optimizers(self.unet, rank, settings.num_workers)
-        self.triples = grammar.combinations(held_out=False)
+        self.rollout: Rollout | None = None
+
+    def draw(self, step: int) -> Batch:
+        """This worker's examples: first those that the rollout has reached, as many drawn anew."""
+        settings = self.settings
+        num_pairs = settings.batch_size // settings.num_workers // 2
+        rng = random.Random((settings.seed * settings.num_workers + self.rank) * 10_000_000 + step)
+        # Begun anew with every checkpoint, so that a resumed run needs no trajectories from before.
+        if step % settings.num_checkpoint_steps == 0 or self.rollout is None:
+            self.rollout = Rollout(num_pairs // 2, rng.getrandbits(60), self.alphas)
+        walked = rollout_batch(self.rollout)
+        drawn = draw_batch(rng, num_pairs - len(walked.examples), self.alphas)
+        return Batch(
+            torch.cat([walked.noisy, drawn.noisy]),
+            torch.cat([walked.times, drawn.times]),
+            walked.examples + drawn.examples,
+        )
 
     def step(self, step: int) -> float:
-        """Draw one batch and learn from it; return the loss."""
-        examples, latents, noise_of = draw_batch(step, self.rank, self.settings, self.triples)
-        prompts = [example.prompt for example in examples]
-        with torch.no_grad():
-            states = self.text_encoder(tokenize(self.pipeline.tokenizer, prompts))[0]
-        loss = diffusion_loss(self.unet, states, examples, self.alphas, latents, noise_of)
+        """Learn from one batch, and let the rollout go on; return the loss."""
+        settings = self.settings
+        batch = self.draw(step)
+        predicted = self.predict(batch)
+        assert self.rollout is not None
+        num_walked = len(self.rollout.trajectories)
+        self.rollout.advance(*(v[:num_walked].detach() for v in predicted))
+        alphas = self.alphas[batch.times]
+        loss = guided_loss(predicted, exact_targets(batch, self.alphas), alphas / (1 - alphas))
         loss.backward()
-        mean_loss = average_gradients(self.unet, loss, self.settings.num_workers)
+        mean_loss = average_gradients(self.unet, loss, settings.num_workers)
         for optimizer, share in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.settings.lr * share * learning_rate_share(step, self.settings)
+                group["lr"] = settings.lr * share * learning_rate_share(step, settings)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        update_average(self.average, self.unet, step, self.settings.ema_decay)
+        update_average(self.average, self.unet, step, settings.ema_decay)
         return mean_loss
+
+    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The v that the network says with the prompts and without them."""
+        prompts = [example.prompt for example in batch.examples] + [""] * len(batch.examples)
+        with torch.no_grad():
+            states = self.text_encoder(tokenize(self.pipeline.tokenizer, prompts))[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            noisy, times = batch.noisy.repeat(2, 1, 1, 1), batch.times.repeat(2)
+            v = self.unet(noisy, times, states, return_dict=False)[0].float()
+        with_prompt, without = v.chunk(2)
+        return with_prompt, without
 
     def save(self, num_done: int) -> None:
         """Write what resuming needs, and the averaged weights as a pipeline folder."""
@@ -292,9 +329,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=29517, help="where the workers meet")
     parser.add_argument("--checkpoint-steps", type=int, default=250)
     args = parser.parse_args(argv)
-    if args.batch_size % args.workers:
+    if args.batch_size % (4 * args.workers):
         print(
-            f"error: --batch-size {args.batch_size} is no multiple of --workers {args.workers}",
+            f"error: --batch-size {args.batch_size} is no multiple of 4 x --workers {args.workers}",
             file=sys.stderr,
         )
         return 2

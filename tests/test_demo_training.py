@@ -1,4 +1,4 @@
-"""What training is made of: exact targets, Muon, the reading lesson, resuming."""
+"""What training is made of: exact targets, trajectories, Muon, the reading lesson, resuming."""
 
 import random
 from pathlib import Path
@@ -12,12 +12,21 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from demo import train as training
 from demo.build import build_pipeline, build_scheduler
 from demo.exact import posterior_mean, templates
-from demo.grammar import Wish, combinations, fulfil, place, vocabulary
+from demo.grammar import HELD_OUT, Wish, combinations, fulfil, place, vocabulary
+from demo.judge import judge_grid, score
 from demo.muon import Muon, orthogonalize
+from demo.rollout import Rollout
 from demo.sprites import coverage, render
 from demo.teach import teach
 from demo.tokens import build_tokenizer
-from demo.train import Settings, Trainer, learning_rate_share
+from demo.train import (
+    Settings,
+    Trainer,
+    exact_targets,
+    guided_loss,
+    learning_rate_share,
+    rollout_batch,
+)
 
 WISH = Wish("star", "red", "blue", "small", "top")
 
@@ -60,6 +69,68 @@ def test_with_little_noise_the_exact_mean_is_the_picture() -> None:
         noise = torch.randn(truth.shape, generator=noise_of)
         noisy = alpha.sqrt() * truth + (1 - alpha).sqrt() * noise
         assert (posterior_mean(wish, noisy, alpha) - truth).abs().mean() < 0.02
+
+
+def test_what_a_wish_leaves_open_is_summed_over() -> None:
+    rng = random.Random(2)
+    triples = [t for t in combinations(held_out=False) if t[1] == "ring" and t[2] == "gray"]
+    wish = Wish(shape="ring", background="gray")
+    drawn = [render(fulfil(rng, wish, rng.choice(triples))) for _ in range(6_000)]
+    mean = torch.from_numpy(np.mean(drawn, axis=0)).permute(2, 0, 1)
+    exact = posterior_mean(wish, torch.zeros(3, 24, 24), torch.tensor(0.0))
+    assert (exact - mean).abs().max() < 0.05
+
+
+def test_held_out_combinations_are_no_answer_unless_asked_for() -> None:
+    color, shape, background = sorted(HELD_OUT)[0]
+    wish = Wish(shape, color, background)
+    truth = torch.from_numpy(render(fulfil(random.Random(0), wish, (color, shape, background))))
+    truth = truth.permute(2, 0, 1)
+    alpha = torch.tensor(0.9)
+    assert (posterior_mean(wish, alpha.sqrt() * truth, alpha) - truth).abs().max() < 0.01
+    assert (posterior_mean(Wish(), alpha.sqrt() * truth, alpha) - truth).abs().max() > 0.2
+
+
+def test_a_trajectory_goes_where_the_scheduler_goes() -> None:
+    scheduler = build_scheduler()
+    rollout = Rollout(8, 0, scheduler.alphas_cumprod)
+    v = torch.randn(2, 8, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    expected = {}
+    for row, trajectory in enumerate(rollout.trajectories):
+        if len(trajectory.times) > 1:
+            now, then = trajectory.times[:2]
+            scheduler.set_timesteps(1000 // (now - then))
+            guided = v[1][row] + trajectory.guidance_scale * (v[0][row] - v[1][row])
+            expected[row] = scheduler.step(guided, now, trajectory.latents).prev_sample
+    rollout.advance(v[0], v[1])
+    assert len(expected) > 4
+    for row, latents in expected.items():
+        assert torch.allclose(rollout.trajectories[row].latents, latents, atol=1e-5)
+
+
+def test_with_exact_answers_guided_trajectories_end_in_clean_pictures() -> None:
+    """What training aims at can be reached: nothing but the network's error makes a picture bad."""
+    alphas = build_scheduler().alphas_cumprod
+    rollout = Rollout(4, 5, alphas)
+    judged = 0
+    for _ in range(50):
+        for trajectory in rollout.trajectories:
+            if len(trajectory.times) == 1:
+                grid = ((trajectory.latents + 1) * 127.5).clamp(0, 255).permute(1, 2, 0).numpy()
+                verdict = score(trajectory.example.wish, judge_grid(grid))
+                assert verdict.is_right, trajectory.example.prompt
+                judged += 1
+        rollout.advance(*exact_targets(rollout_batch(rollout), alphas))
+    assert judged >= 4
+
+
+def test_the_loss_counts_what_guidance_multiplies() -> None:
+    targets = (torch.zeros(2, 3, 24, 24), torch.zeros(2, 3, 24, 24))
+    ones, snr = torch.ones(2, 3, 24, 24), torch.tensor([0.5, 0.5])
+    together = guided_loss((ones, ones), targets, snr)
+    apart = guided_loss((ones, -ones), targets, snr)
+    assert guided_loss(targets, targets, snr) == 0
+    assert apart == (1 + 2 * training.DIFFERENCE_WEIGHT) * together
 
 
 @pytest.mark.parametrize("size", [None, "small", "large"])
@@ -140,11 +211,11 @@ def test_a_stopped_run_goes_on_unchanged(tmp_path: Path) -> None:
         out = tmp_path / name
         out.mkdir()
         save_file(pipeline.text_encoder.state_dict(), out / training.TEXT_ENCODER_FILE)
-        trainer = Trainer(0, settings(out))
+        trainer = Trainer(0, settings(out, num_checkpoint_steps=2))
         losses = [trainer.step(step) for step in range(2)]
         if name == "stopped":
             trainer.save(2)
-            trainer = Trainer(0, settings(out))
+            trainer = Trainer(0, settings(out, num_checkpoint_steps=2))
             assert trainer.restore() == 2
             saved = load_file(out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
             assert {tensor.dtype for tensor in saved.values()} == {torch.float16}
