@@ -22,7 +22,7 @@ class Pace:
     def note(self, seconds: float, served: Sequence[Cost]) -> None:
         """A tick in which the denoiser served requests of these costs took `seconds`."""
         rows, pixels = sum(cost.rows for cost in served), max(cost.pixels for cost in served)
-        self._ticks.append((seconds, Cost(rows, pixels)))
+        self._ticks.append((seconds, Cost(max(1, rows), pixels)))
 
     def forget(self) -> None:
         """Nothing is in flight any more: what comes next may be faster."""

@@ -3,7 +3,7 @@
 A plan is drawn (who arrives when, wanting what, and what goes wrong with whom), played to its end,
 and checked at every tick. Two pipelines: a toy that makes thousands of plans affordable, and a
 tiny Stable Diffusion. The short profile is what `make test` runs; ten thousand plans of the one
-and four hundred of the other take some ten minutes:
+and four hundred of the other take four minutes of one core:
 
     HYPOTHESIS_PROFILE=thorough python -m pytest tests/test_engine_properties.py --timeout=0
 """

@@ -44,3 +44,8 @@ def test_larger_pictures_tell_nothing_of_smaller_ones() -> None:
     pace = paced(*[(1.0, [REQUEST, large])] * 16)
     assert pace.least_s(10, REQUEST) == 0
     assert pace.least_s(10, large) == 5
+
+
+def test_calls_without_rows_are_no_division_by_zero() -> None:
+    pace = paced(*[(1.0, [Cost(0, 64 * 64)])] * 16)
+    assert pace.least_s(10, REQUEST) == 10
