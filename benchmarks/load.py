@@ -185,7 +185,7 @@ def draw(measured: dict[str, Measured], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for name, each in measured.items():
@@ -200,10 +200,18 @@ def draw(measured: dict[str, Measured], path: Path) -> None:
         axes.axvline(each.capacity_per_s, color=line.get_color(), alpha=0.25)
     axes.set(xlabel="arrivals per second (Poisson)", ylabel="seconds", yscale="log")
     axes.set_title("Latency against load: median, dotted p95; thin lines: measured capacity")
+    # Plain seconds in place of powers of ten.
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(ticker.FuncFormatter(_labelled_minor))
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _labelled_minor(seconds: float, _position: int | None) -> str:
+    """Label 2 and 5 of each decade: all nine would overlap."""
+    return f"{seconds:g}" if f"{seconds:e}"[0] in "25" else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
