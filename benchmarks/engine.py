@@ -275,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each side (default: 3)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
     parser.add_argument("--served", action="store_true", help="through TorchServe as well")
+    parser.add_argument("--speed", default="safe", choices=("off", "safe", "max"), help="if served")
     arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -293,9 +294,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.served:
         from benchmarks.served import measure_served
 
-        figures += measure_served(arguments.rounds)
+        figures += measure_served(arguments.rounds, arguments.speed)
     details["torch_threads"] = torch.get_num_threads()
-    path = write_report("engine", figures, details)
+    is_shipped = not arguments.served or arguments.speed == "safe"
+    file_name = "engine" if is_shipped else f"engine-{arguments.speed}"
+    path = write_report("engine", figures, details, file_name=file_name)
     print(f"\n{path}")
     return 0
 

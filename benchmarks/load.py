@@ -27,9 +27,7 @@ from benchmarks.report import RESULTS, Figure, Spread, write_report
 from benchmarks.systems import System, one_at_a_time, ours
 from benchmarks.traffic import (
     CLASSES,
-    Ask,
     Summary,
-    Wish,
     burst_times,
     mixed_wishes,
     poisson_times,
@@ -57,30 +55,7 @@ class Measured:
     loads: dict[str, Summary] = field(default_factory=dict)
 
 
-def ask_ours(wish: Wish) -> dict[str, object]:
-    """Our handler's body."""
-    return {
-        "prompt": wish.prompt,
-        "height": wish.size_px,
-        "width": wish.size_px,
-        "steps": wish.num_steps,
-        "guidance": wish.guidance,
-        "seed": wish.seed,
-    }
-
-
-def ask_upstream(wish: Wish) -> dict[str, object]:
-    """The baseline handler's body."""
-    return {
-        "prompt": wish.prompt,
-        "size": wish.size_px,
-        "steps": wish.num_steps,
-        "guidance": wish.guidance,
-        "seed": wish.seed,
-    }
-
-
-def systems(folder: Path, arguments: argparse.Namespace) -> list[tuple[System, Ask]]:
+def systems(folder: Path, arguments: argparse.Namespace) -> list[System]:
     """What is compared; `in flight` first, since the others' loads depend on its capacity."""
     speed: dict[str, object] = {"speed": arguments.speed, "cycle_ms": arguments.cycle_ms}
     speed["warm_up_sizes"] = [f"{wish.size_px}x{wish.size_px}" for wish in CLASSES]
@@ -88,25 +63,21 @@ def systems(folder: Path, arguments: argparse.Namespace) -> list[tuple[System, A
     alone = {"max_rows": 2, "max_images": 1, "max_pixels": pixels, "max_pixels_in_flight": pixels}
     reply = {"reply": arguments.reply}
     return [
-        (ours(IN_FLIGHT, PIPELINE, folder, {**speed, "max_rows": arguments.max_rows}), ask_ours),
-        (ours(UNBATCHED, PIPELINE, folder, {**speed, **alone}), ask_ours),
-        (one_at_a_time(UPSTREAM[0], PIPELINE, folder, num_workers=1, settings=reply), ask_upstream),
-        (
-            one_at_a_time(
-                UPSTREAM[1],
-                PIPELINE,
-                folder,
-                num_workers=2,
-                settings={**reply, "num_threads": max(1, (os.cpu_count() or 2) // 2)},
-            ),
-            ask_upstream,
+        ours(IN_FLIGHT, PIPELINE, folder, {**speed, "max_rows": arguments.max_rows}),
+        ours(UNBATCHED, PIPELINE, folder, {**speed, **alone}),
+        one_at_a_time(UPSTREAM[0], PIPELINE, folder, num_workers=1, settings=reply),
+        one_at_a_time(
+            UPSTREAM[1],
+            PIPELINE,
+            folder,
+            num_workers=2,
+            settings={**reply, "num_threads": max(1, (os.cpu_count() or 2) // 2)},
         ),
     ]
 
 
 async def measure(
     url: str,
-    ask: Ask,
     *,
     in_flight_per_s: float | None,
     fractions: Sequence[float],
@@ -119,17 +90,17 @@ async def measure(
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx2.AsyncClient(timeout=900, limits=limits, transport=transport) as client:
         for wish in CLASSES:
-            done = await send_at(client, url, ask, [wish], [0.0])
+            done = await send_at(client, url, [wish], [0.0])
             for _ in range(NUM_SOLO):
-                done += await send_at(client, url, ask, [wish], [0.0])
+                done += await send_at(client, url, [wish], [0.0])
             failed = [outcome.status for outcome in done if not outcome.is_ok]
             if failed:
-                raise RuntimeError(f"{url} answers {failed[0]} to {ask(wish)}")
+                raise RuntimeError(f"{url} answers {failed[0]} to {wish.body()}")
             # The first one warmed it up.
             measured.solo_s[wish.kind] = sorted(o.seconds for o in done[1:])[NUM_SOLO // 2]
             measured.solo_bytes[wish.kind] = done[-1].num_bytes
         wishes = mixed_wishes(2 * NUM_CLIENTS, seed=1)
-        _, took_s = await saturate(client, url, ask, wishes, NUM_CLIENTS)
+        _, took_s = await saturate(client, url, wishes, NUM_CLIENTS)
         measured.capacity_per_s = len(wishes) / took_s
         reference_per_s = in_flight_per_s or measured.capacity_per_s
         bound_s = deadlines_s or measured.solo_s
@@ -141,7 +112,7 @@ async def measure(
             shapes = {"poisson": poisson_times, "bursts": burst_times}
             for shape, times_of in shapes.items() if is_target else [("poisson", poisson_times)]:
                 times = times_of(rate_per_s, seconds)
-                outcomes = await send_at(client, url, ask, mixed_wishes(len(times)), times)
+                outcomes = await send_at(client, url, mixed_wishes(len(times)), times)
                 measured.loads[f"{shape} {fraction:g}"] = summarise(outcomes, seconds, bound_s)
     return measured
 
@@ -228,13 +199,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     fractions = sorted({TARGET_FRACTION, *map(float, arguments.fractions.split(","))})
     measured: dict[str, Measured] = {}
     with TemporaryDirectory() as temporary:
-        for system, ask in systems(Path(temporary), arguments):
+        for system in systems(Path(temporary), arguments):
             first = measured.get(IN_FLIGHT)
             with system.serving(Path(temporary) / "state") as server:
                 measured[system.name] = asyncio.run(
                     measure(
                         server.predictions_url,
-                        ask,
                         in_flight_per_s=first and first.capacity_per_s,
                         fractions=fractions,
                         seconds=arguments.seconds,

@@ -47,8 +47,8 @@ class OneAtATimeHandler(BaseHandler):
                 request["prompt"],
                 num_inference_steps=request["steps"],
                 guidance_scale=request["guidance"],
-                height=request["size"],
-                width=request["size"],
+                height=request["height"],
+                width=request["width"],
                 generator=torch.Generator().manual_seed(request["seed"]),
             ).images[0]
             for request in data

@@ -42,13 +42,13 @@ class Load:
     short_p95_s: float
 
 
-def measure_served(rounds: int) -> list[Figure]:
+def measure_served(rounds: int, speed: str) -> list[Figure]:
     """Images per second of a saturated server, and how long its 10-step requests take."""
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
         alone = {"reply": "png"}
         systems = [
-            ours("in flight", PIPELINE, folder, {"max_rows": 2 * NUM_CLIENTS}),
+            ours("in flight", PIPELINE, folder, {"max_rows": 2 * NUM_CLIENTS, "speed": speed}),
             one_at_a_time("one worker", PIPELINE, folder, num_workers=1, settings=alone),
             one_at_a_time(
                 "two workers", PIPELINE, folder, num_workers=2, settings={**alone, "num_threads": 1}
@@ -81,16 +81,16 @@ def _saturate(system: System, state_dir: Path) -> Load:
             "steps": draw.choice([SHORT_STEPS, 20, 30, 40, 50]),
             "guidance": draw.choice([1.0, 5.0, 7.5]),
             "seed": seed,
+            "height": 768,
+            "width": 768,
         }
         for seed in range(NUM_REQUESTS)
     ]
-    is_ours = system.name == "in flight"
-    size: dict[str, object] = {"height": 768, "width": 768} if is_ours else {"size": 768}
     with system.serving(state_dir) as server, ThreadPoolExecutor(NUM_CLIENTS) as clients:
         for _ in range(2):
-            _post(server.predictions_url, {**bodies[0], **size})
+            _post(server.predictions_url, bodies[0])
         started_s = time.perf_counter()
-        replies = list(clients.map(lambda b: _post(server.predictions_url, {**b, **size}), bodies))
+        replies = list(clients.map(lambda b: _post(server.predictions_url, b), bodies))
         seconds = time.perf_counter() - started_s
     failed = [reply.status for reply in replies if reply.status != 200]
     if failed:

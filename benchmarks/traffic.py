@@ -11,7 +11,7 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import httpx2
@@ -19,7 +19,6 @@ import httpx2
 __all__ = [
     "CLASSES",
     "DEADLINES",
-    "Ask",
     "Outcome",
     "Summary",
     "Wish",
@@ -55,15 +54,23 @@ class Wish:
         """Its class in the report."""
         return f"{self.size_px}px/{self.num_steps}"
 
+    def body(self) -> dict[str, object]:
+        """The JSON that asks any of the compared systems for it."""
+        return {
+            "prompt": self.prompt,
+            "height": self.size_px,
+            "width": self.size_px,
+            "steps": self.num_steps,
+            "guidance": self.guidance,
+            "seed": self.seed,
+        }
+
 
 CLASSES = (
     Wish(_PROMPTS[0], 512, 20, 7.5, 0),
     Wish(_PROMPTS[0], 640, 30, 7.5, 0),
     Wish(_PROMPTS[0], 768, 50, 7.5, 0),
 )
-
-Ask = Callable[[Wish], dict[str, object]]
-"""The JSON body that a system wants for a wish."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,39 +140,37 @@ def percentile(values: Sequence[float], percent: int) -> float:
 
 
 async def send_at(
-    client: httpx2.AsyncClient, url: str, ask: Ask, wishes: Sequence[Wish], times: Sequence[float]
+    client: httpx2.AsyncClient, url: str, wishes: Sequence[Wish], times: Sequence[float]
 ) -> list[Outcome]:
     """Send each wish at its time from now on; returns when the last has its reply."""
     started_s = time.perf_counter()
 
     async def send(wish: Wish, at_s: float) -> Outcome:
         await asyncio.sleep(max(0.0, started_s + at_s - time.perf_counter()))
-        return await _send(client, url, ask, wish, started_s)
+        return await _send(client, url, wish, started_s)
 
     return list(await asyncio.gather(*(send(w, t) for w, t in zip(wishes, times, strict=True))))
 
 
 async def saturate(
-    client: httpx2.AsyncClient, url: str, ask: Ask, wishes: Sequence[Wish], num_clients: int
+    client: httpx2.AsyncClient, url: str, wishes: Sequence[Wish], num_clients: int
 ) -> tuple[list[Outcome], float]:
     """All wishes through clients that each wait for their reply; also the seconds it took."""
     started_s = time.perf_counter()
     left = iter(wishes)
 
     async def one_client() -> list[Outcome]:
-        return [await _send(client, url, ask, wish, started_s) for wish in left]
+        return [await _send(client, url, wish, started_s) for wish in left]
 
     outcomes = await asyncio.gather(*(one_client() for _ in range(num_clients)))
     return [o for each in outcomes for o in each], time.perf_counter() - started_s
 
 
-async def _send(
-    client: httpx2.AsyncClient, url: str, ask: Ask, wish: Wish, started_s: float
-) -> Outcome:
+async def _send(client: httpx2.AsyncClient, url: str, wish: Wish, started_s: float) -> Outcome:
     sent_s = time.perf_counter()
     status, num_bytes, queue_s = 0, 0, None
     try:
-        response = await client.post(url, json=ask(wish))
+        response = await client.post(url, json=wish.body())
         status, num_bytes = response.status_code, len(response.content)
         found = _QUEUE.search(response.headers.get("Server-Timing", ""))
         queue_s = None if found is None else float(found[1]) / 1000

@@ -13,7 +13,7 @@ import httpx2
 import pytest
 import torch
 
-from benchmarks import engine, gpu, load, report, traffic
+from benchmarks import cpu, engine, gpu, load, report, traffic
 from benchmarks.shapes import MODELS, count_flops
 from benchmarks.traffic import CLASSES, Outcome, Wish, mixed_wishes, summarise
 from tests.pipelines import build
@@ -98,7 +98,7 @@ def test_a_lost_connection_is_an_error_without_a_status() -> None:
 
     async def send() -> list[Outcome]:
         async with httpx2.AsyncClient(transport=httpx2.MockTransport(refuse)) as client:
-            return await traffic.send_at(client, "http://x", load.ask_ours, CLASSES[:1], [0.0])
+            return await traffic.send_at(client, "http://x", CLASSES[:1], [0.0])
 
     (lost,) = asyncio.run(send())
     assert (lost.status, lost.is_ok) == (0, False)
@@ -131,7 +131,6 @@ def test_a_system_is_measured_alone_saturated_and_under_every_load(results: Path
         measured[name] = asyncio.run(
             load.measure(
                 "http://server",
-                load.ask_upstream if name in load.UPSTREAM else load.ask_ours,
                 in_flight_per_s=first and first.capacity_per_s,
                 fractions=[0.01, 0.7, 50.0],
                 seconds=0.05,
@@ -149,13 +148,9 @@ def test_a_system_is_measured_alone_saturated_and_under_every_load(results: Path
     # Everybody gets the same mix.
     saturating = 2 * load.NUM_CLIENTS
     solo = len(CLASSES) * (1 + load.NUM_SOLO)
-    mixes = [
-        [(a["seed"], a["steps"]) for a in server.asked[solo : solo + saturating]]
-        for server in servers.values()
-    ]
+    mixes = [server.asked[solo : solo + saturating] for server in servers.values()]
     assert all(mix == mixes[0] for mix in mixes)
-    assert servers[load.IN_FLIGHT].asked[0]["height"] == 512
-    assert servers[load.UPSTREAM[0]].asked[0]["size"] == 512
+    assert mine.solo_s.keys() == {f"{a['height']}px/{a['steps']}" for a in mixes[0]}
 
     figures = load.figures_of(measured)
     bytes_ratio = next(f for f in figures if f.name.startswith("bytes"))
@@ -171,13 +166,29 @@ def test_a_server_that_answers_with_errors_is_not_measured() -> None:
         asyncio.run(
             load.measure(
                 "http://server",
-                load.ask_ours,
                 in_flight_per_s=None,
                 fractions=[0.7],
                 seconds=0.01,
                 transport=transport,
             )
         )
+
+
+# CPU.
+
+
+def test_the_parts_of_a_request_and_the_ways_to_wait_are_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with torch.inference_mode():
+        parts = {figure.name: figure.value for figure in cpu.measure_parts(1)}
+    assert len(parts) == 3 * len(cpu.ROW_COUNTS) + 6
+    assert parts["UNet, 8 rows, off"].median > parts["UNet, 2 rows, off"].median
+    assert parts["an indented JSON list"].median > parts["PNG"].median
+    monkeypatch.setattr(cpu, "WAITS", {"passive": {"OMP_WAIT_POLICY": "passive"}})
+    alone, beside = cpu.measure_waiting(1)
+    assert (alone.name, beside.name) == ("passive, alone", "passive, beside a busy process")
+    assert len(alone.value.values) == 1
 
 
 # GPU.

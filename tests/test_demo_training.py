@@ -116,9 +116,12 @@ def test_with_exact_answers_guided_trajectories_end_in_clean_pictures() -> None:
     for _ in range(50):
         for trajectory in rollout.trajectories:
             if len(trajectory.times) == 1:
-                grid = ((trajectory.latents + 1) * 127.5).clamp(0, 255).permute(1, 2, 0).numpy()
-                verdict = score(trajectory.example.wish, judge_grid(grid))
-                assert verdict.is_right, trajectory.example.prompt
+                wish, (time_,) = trajectory.example.wish, trajectory.times
+                picture = posterior_mean(wish, trajectory.latents, alphas[time_])
+                grid = ((picture + 1) * 127.5).clamp(0, 255).permute(1, 2, 0).numpy()
+                verdict = judge_grid(grid)
+                assert score(wish, verdict).is_right, trajectory.example.prompt
+                assert verdict.misfit < 0.02, trajectory.example.prompt
                 judged += 1
         rollout.advance(*exact_targets(rollout_batch(rollout), alphas))
     assert judged >= 4

@@ -16,7 +16,7 @@ import pytest
 
 from scripts.instance import MANIFEST, Options, Ports, ServerError, archive_identity
 from scripts.serve import choose_archive, main
-from scripts.server import MAX_TEMP_PATH_BYTES, TorchServer
+from scripts.server import MAX_TEMP_PATH_BYTES, OPENMP_SPINS, TorchServer
 from tests.toy_archive import write_toy_archive
 
 
@@ -96,6 +96,25 @@ def test_a_state_directory_too_deep_for_a_socket_is_refused(tmp_path: Path) -> N
     server = TorchServer(Options(write_toy_archive(tmp_path), deep, Ports.free()))
     with pytest.raises(ServerError, match="RUN_DIR="):
         server.start()
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "spins"),
+    [({}, OPENMP_SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_that_wait_spin_briefly_unless_told_otherwise(
+    set_by_user: dict[str, str],
+    spins: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_by_user.items():
+        monkeypatch.setenv(name, value)
+    server = TorchServer(Options(write_toy_archive(tmp_path), tmp_path / "run", Ports.free()))
+    environment = server._prepare_state()
+    assert environment.get("GOMP_SPINCOUNT") == spins
 
 
 def test_misuse_is_told_apart_from_failure() -> None:
