@@ -1,13 +1,14 @@
 """Open-loop load on running servers: in flight, without batching, and the upstream example's way.
 
-    python -m benchmarks.load                  # about twenty minutes on two cores
-    python -m benchmarks.load --speed max --seconds 60 --fractions 0.2,0.5,0.7,0.9,1.1,1.3
+    python -m benchmarks.load                  # about half an hour on two cores
+    python -m benchmarks.load --speed max --rounds 3 --fractions 0.2,0.5,0.7,0.9,1.1,1.3
 
-Each system gets, on a TorchServe of its own: its solo latencies, its capacity (a closed loop of 16
-clients), then Poisson arrivals of one seeded mix at fractions of the capacity of `in flight`, and
-once in bursts. All systems see the same requests at the same times; a system is spared rates above
-1.3 of its own capacity, but for the one that the targets are about. Client and servers share the
-machine, so what a reply costs to receive counts as well.
+All systems are up, each on a TorchServe of its own, and take turns, so that a machine that slows
+down slows them all: in every round each answers one lone request of every class, then 16 clients
+that are always there. Then come Poisson arrivals of one seeded mix at fractions of the capacity of
+`in flight`, and once in bursts. All see the same requests at the same times; a system is spared
+rates above 1.3 of its own capacity, but for the one that the targets are about. Client and servers
+share the machine, so what a reply costs to receive counts as well.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-from collections.abc import Sequence
+import statistics
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +30,9 @@ from benchmarks.report import RESULTS, Figure, Spread, write_report
 from benchmarks.systems import System, one_at_a_time, ours
 from benchmarks.traffic import (
     CLASSES,
+    Outcome,
     Summary,
+    Wish,
     burst_times,
     mixed_wishes,
     poisson_times,
@@ -42,17 +47,30 @@ UPSTREAM = ("upstream 1 worker", "upstream 2 workers")
 TARGET_FRACTION = 0.7
 MAX_OWN_LOAD = 1.3
 NUM_CLIENTS = 16
-NUM_SOLO = 3
+# Until the saturated server's requests are at all stages of their way.
+FILL_S = 8.0
 
 
 @dataclass(slots=True)
 class Measured:
-    """One system's figures."""
+    """One system's figures; lists have one value a round."""
 
-    solo_s: dict[str, float] = field(default_factory=dict)
+    solo_s: dict[str, list[float]] = field(default_factory=dict)
     solo_bytes: dict[str, int] = field(default_factory=dict)
-    capacity_per_s: float = 0.0
+    capacities_per_s: list[float] = field(default_factory=list)
     loads: dict[str, Summary] = field(default_factory=dict)
+
+    @property
+    def capacity_per_s(self) -> float:
+        return statistics.median(self.capacities_per_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a system answers."""
+
+    client: httpx2.AsyncClient
+    url: str
 
 
 def systems(folder: Path, arguments: argparse.Namespace) -> list[System]:
@@ -77,62 +95,94 @@ def systems(folder: Path, arguments: argparse.Namespace) -> list[System]:
 
 
 async def measure(
-    url: str,
+    targets: Mapping[str, Target],
     *,
-    in_flight_per_s: float | None,
+    num_rounds: int,
+    window_s: float,
     fractions: Sequence[float],
     seconds: float,
-    transport: httpx2.AsyncBaseTransport | None = None,
-    deadlines_s: dict[str, float] | None = None,
-) -> Measured:
-    """Everything about the system at `url`; without `in_flight_per_s` it is `in flight` itself."""
-    measured = Measured()
-    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx2.AsyncClient(timeout=900, limits=limits, transport=transport) as client:
+) -> dict[str, Measured]:
+    """Everything about the systems, which take turns; loads are of `seconds` each."""
+    measured = {name: Measured() for name in targets}
+    for target in targets.values():
         for wish in CLASSES:
-            done = await send_at(client, url, [wish], [0.0])
-            for _ in range(NUM_SOLO):
-                done += await send_at(client, url, [wish], [0.0])
-            failed = [outcome.status for outcome in done if not outcome.is_ok]
-            if failed:
-                raise RuntimeError(f"{url} answers {failed[0]} to {wish.body()}")
-            # The first one warmed it up.
-            measured.solo_s[wish.kind] = sorted(o.seconds for o in done[1:])[NUM_SOLO // 2]
-            measured.solo_bytes[wish.kind] = done[-1].num_bytes
-        wishes = mixed_wishes(2 * NUM_CLIENTS, seed=1)
-        _, took_s = await saturate(client, url, wishes, NUM_CLIENTS)
-        measured.capacity_per_s = len(wishes) / took_s
-        reference_per_s = in_flight_per_s or measured.capacity_per_s
-        bound_s = deadlines_s or measured.solo_s
-        for fraction in fractions:
-            rate_per_s = fraction * reference_per_s
-            is_target = fraction == TARGET_FRACTION
-            if rate_per_s > MAX_OWN_LOAD * measured.capacity_per_s * 1.001 and not is_target:
-                continue
-            shapes = {"poisson": poisson_times, "bursts": burst_times}
-            for shape, times_of in shapes.items() if is_target else [("poisson", poisson_times)]:
-                times = times_of(rate_per_s, seconds)
-                outcomes = await send_at(client, url, mixed_wishes(len(times)), times)
-                measured.loads[f"{shape} {fraction:g}"] = summarise(outcomes, seconds, bound_s)
+            await _alone(target, wish)  # warms it up
+    for _ in range(num_rounds):
+        for name, target in targets.items():
+            await _measure_round(target, measured[name], window_s)
+    mine = measured[IN_FLIGHT]
+    bound_s = {kind: statistics.median(values) for kind, values in mine.solo_s.items()}
+    for fraction in fractions:
+        rate_per_s = fraction * mine.capacity_per_s
+        is_target = fraction == TARGET_FRACTION
+        shapes = {"poisson": poisson_times, "bursts": burst_times}
+        for shape, times_of in shapes.items() if is_target else [("poisson", poisson_times)]:
+            times = times_of(rate_per_s, seconds)
+            for name, target in targets.items():
+                own_per_s = measured[name].capacity_per_s
+                if rate_per_s > MAX_OWN_LOAD * own_per_s * 1.001 and not is_target:
+                    continue
+                wishes = mixed_wishes(len(times))
+                outcomes = await send_at(target.client, target.url, wishes, times)
+                summary = summarise(outcomes, seconds, bound_s)
+                measured[name].loads[f"{shape} {fraction:g}"] = summary
     return measured
 
 
-def figures_of(measured: dict[str, Measured]) -> list[Figure]:
+async def _measure_round(target: Target, measured: Measured, window_s: float) -> None:
+    """One lone request of every class, then all clients at once."""
+    for wish in CLASSES:
+        outcome = await _alone(target, wish)
+        measured.solo_s.setdefault(wish.kind, []).append(outcome.seconds)
+        measured.solo_bytes[wish.kind] = outcome.num_bytes
+    wishes = mixed_wishes(10_000, seed=1)
+    per_s = await saturate(
+        target.client, target.url, wishes, NUM_CLIENTS, fill_s=FILL_S, window_s=window_s
+    )
+    if not per_s:
+        raise RuntimeError(f"{target.url} drew nothing in {window_s:g} s: --window must be longer")
+    measured.capacities_per_s.append(per_s)
+
+
+async def _alone(target: Target, wish: Wish) -> Outcome:
+    (outcome,) = await send_at(target.client, target.url, [wish], [0.0])
+    if not outcome.is_ok:
+        raise RuntimeError(f"{target.url} answers {outcome.status} to {wish.body()}")
+    return outcome
+
+
+@asynccontextmanager
+async def all_serving(
+    compared: Sequence[System], state_dir: Path
+) -> AsyncIterator[dict[str, Target]]:
+    """Every system READY inside the block, and stopped after it."""
+    limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(httpx2.AsyncClient(timeout=900, limits=limits))
+        yield {
+            system.name: Target(
+                client, stack.enter_context(system.serving(state_dir)).predictions_url
+            )
+            for system in compared
+        }
+
+
+def figures_of(measured: Mapping[str, Measured]) -> list[Figure]:
     """The targets, against the better of the upstream systems, and what they are made of."""
     mine, upstream = measured[IN_FLIGHT], [measured[name] for name in UPSTREAM]
     largest = CLASSES[-1].kind
     load = f"poisson {TARGET_FRACTION:g}"
 
-    def ratio(ours_: float, theirs: float) -> Spread:
-        return Spread((ours_ / theirs,))
+    def by_round(ours_: Sequence[float], theirs: Iterable[float]) -> Spread:
+        return Spread(tuple(a / b for a, b in zip(ours_, theirs, strict=True)))
 
-    solo = ratio(mine.solo_s[largest], min(m.solo_s[largest] for m in upstream))
-    capacity = ratio(mine.capacity_per_s, max(m.capacity_per_s for m in upstream))
-    size = ratio(mine.solo_bytes[largest], min(m.solo_bytes[largest] for m in upstream))
-    p95 = ratio(
-        mine.loads[load].latency_s["all"]["p95"],
-        min(m.loads[load].latency_s["all"]["p95"] for m in upstream),
-    )
+    least_s = map(min, zip(*(m.solo_s[largest] for m in upstream), strict=True))
+    most_per_s = map(max, zip(*(m.capacities_per_s for m in upstream), strict=True))
+    solo = by_round(mine.solo_s[largest], least_s)
+    capacity = by_round(mine.capacities_per_s, most_per_s)
+    size = Spread((mine.solo_bytes[largest] / min(m.solo_bytes[largest] for m in upstream),))
+    least_p95_s = min(m.loads[load].latency_s["all"]["p95"] for m in upstream)
+    p95 = Spread((mine.loads[load].latency_s["all"]["p95"] / least_p95_s,))
     figures = [
         Figure("solo latency, 768px, 50 steps: ours / upstream", solo, "x", at_most=0.5),
         Figure("saturated throughput: ours / upstream", capacity, "x", at_least=3.0),
@@ -141,8 +191,8 @@ def figures_of(measured: dict[str, Measured]) -> list[Figure]:
     ]
     for name, each in measured.items():
         figures += [
-            Figure(f"{name}: solo, {largest}", Spread((each.solo_s[largest],)), "s"),
-            Figure(f"{name}: capacity", Spread((each.capacity_per_s,)), "images/s"),
+            Figure(f"{name}: solo, {largest}", Spread(tuple(each.solo_s[largest])), "s"),
+            Figure(f"{name}: capacity", Spread(tuple(each.capacities_per_s)), "images/s"),
         ]
         figures += [
             Figure(f"{name}: p95, {at}", Spread((summary.latency_s["all"]["p95"],)), "s")
@@ -151,7 +201,7 @@ def figures_of(measured: dict[str, Measured]) -> list[Figure]:
     return figures
 
 
-def draw(measured: dict[str, Measured], path: Path) -> None:
+def draw(measured: Mapping[str, Measured], path: Path) -> None:
     """Latency against load, one curve a system."""
     import matplotlib
 
@@ -185,32 +235,34 @@ def _labelled_minor(seconds: float, _position: int | None) -> str:
     return f"{seconds:g}" if f"{seconds:e}"[0] in "25" else ""
 
 
+async def _run(arguments: argparse.Namespace) -> dict[str, Measured]:
+    fractions = sorted({TARGET_FRACTION, *map(float, arguments.fractions.split(","))})
+    with TemporaryDirectory() as temporary:
+        compared = systems(Path(temporary), arguments)
+        async with all_serving(compared, Path(temporary) / "state") as targets:
+            return await measure(
+                targets,
+                num_rounds=arguments.rounds,
+                window_s=arguments.window,
+                fractions=fractions,
+                seconds=arguments.seconds,
+            )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=2, help="alone and saturated (default: 2)")
+    parser.add_argument("--window", type=float, default=24, help="seconds saturated (default: 24)")
     parser.add_argument("--seconds", type=float, default=30, help="of each load (default: 30)")
     parser.add_argument("--fractions", default="0.2,0.5,0.7,1,1.3", help="of our capacity")
     parser.add_argument("--speed", default="safe", choices=("off", "safe", "max"))
-    parser.add_argument("--max-rows", type=int, default=16, help="of our engine (default: 16)")
+    parser.add_argument("--max-rows", type=int, default=2 * NUM_CLIENTS, help="of our engine")
     parser.add_argument("--cycle-ms", type=float, default=20, help="of our handler (default: 20)")
     parser.add_argument("--reply", default="array", choices=("array", "png"), help="of upstream")
     parser.add_argument("--name", default="load", help="of the files in benchmarks/results")
     arguments = parser.parse_args(argv)
-    fractions = sorted({TARGET_FRACTION, *map(float, arguments.fractions.split(","))})
-    measured: dict[str, Measured] = {}
-    with TemporaryDirectory() as temporary:
-        for system in systems(Path(temporary), arguments):
-            first = measured.get(IN_FLIGHT)
-            with system.serving(Path(temporary) / "state") as server:
-                measured[system.name] = asyncio.run(
-                    measure(
-                        server.predictions_url,
-                        in_flight_per_s=first and first.capacity_per_s,
-                        fractions=fractions,
-                        seconds=arguments.seconds,
-                        deadlines_s=first and first.solo_s,
-                    )
-                )
+    measured = asyncio.run(_run(arguments))
     details: dict[str, Any] = {"settings": vars(arguments)}
     details["systems"] = {name: asdict(each) for name, each in measured.items()}
     path = write_report("load", figures_of(measured), details, file_name=arguments.name)

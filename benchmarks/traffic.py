@@ -11,7 +11,7 @@ import random
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import httpx2
@@ -153,17 +153,34 @@ async def send_at(
 
 
 async def saturate(
-    client: httpx2.AsyncClient, url: str, wishes: Sequence[Wish], num_clients: int
-) -> tuple[list[Outcome], float]:
-    """All wishes through clients that each wait for their reply; also the seconds it took."""
+    client: httpx2.AsyncClient,
+    url: str,
+    wishes: Iterable[Wish],
+    num_clients: int,
+    *,
+    fill_s: float,
+    window_s: float,
+) -> float:
+    """Images per second while `num_clients` are always there, each waiting for its reply.
+
+    Counted are the good replies of `window_s` seconds, which begin `fill_s` after the start; what
+    is under way at their end is waited for and does not count.
+    """
     started_s = time.perf_counter()
+    ends_s = fill_s + window_s
     left = iter(wishes)
 
-    async def one_client() -> list[Outcome]:
-        return [await _send(client, url, wish, started_s) for wish in left]
+    async def one_client() -> int:
+        num_counted = 0
+        for wish in left:
+            outcome = await _send(client, url, wish, started_s)
+            done_s = outcome.sent_s + outcome.seconds
+            num_counted += outcome.is_ok and fill_s < done_s <= ends_s
+            if done_s > ends_s:
+                break
+        return num_counted
 
-    outcomes = await asyncio.gather(*(one_client() for _ in range(num_clients)))
-    return [o for each in outcomes for o in each], time.perf_counter() - started_s
+    return sum(await asyncio.gather(*(one_client() for _ in range(num_clients)))) / window_s
 
 
 async def _send(client: httpx2.AsyncClient, url: str, wish: Wish, started_s: float) -> Outcome:
