@@ -23,23 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from demo import grammar
 from demo.build import build_pipeline, save_pipeline
-from demo.exact import posterior_mean
+from demo.lesson import Batch, draw_batch, exact_targets, guided_loss, rollout_batch
 from demo.muon import Muon
-from demo.rollout import Rollout, noised, picture_of
+from demo.rollout import Rollout
 from demo.teach import teach, tokenize
 
-MAX_SNR_WEIGHT = 15.0
 NUM_WARMUP_STEPS = 100
 TEXT_ENCODER_FILE = "text_encoder.safetensors"
 ADAM_LR_SHARE = 0.6
 NUM_LOG_STEPS = 50
-TIME_POWER = 0.8
-# How much the difference that guidance multiplies counts beside the two predictions themselves.
-DIFFERENCE_WEIGHT = 2.0
-# Below this time the noise leaves no doubt about the picture, and a prompt adds nothing to it.
-MIN_OPEN_TIME = 250
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,69 +55,6 @@ def learning_rate_share(step: int, settings: Settings) -> float:
     rise = (step + 1) / NUM_WARMUP_STEPS
     fall = (settings.num_steps - step) / max(settings.num_decay_steps, 1)
     return max(0.0, min(1.0, rise, fall))
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Noisy pictures (N, 3, 24, 24), their times (N,), and what each is to become."""
-
-    noisy: Tensor
-    times: Tensor
-    examples: list[grammar.Example]
-
-
-def draw_batch(rng: random.Random, num: int, alphas: Tensor) -> Batch:
-    """Rendered pictures, noised; times spread evenly, which varies less than independent draws."""
-    triples = grammar.combinations(held_out=False)
-    examples = [grammar.sample(rng, triples) for _ in range(num)]
-    noise_of = torch.Generator().manual_seed(rng.getrandbits(60))
-    spread = (torch.arange(num) + torch.rand(1, generator=noise_of)) / num
-    # A few more of the noisy ones, where the picture is decided.
-    times = (spread**TIME_POWER * len(alphas)).long().clamp(max=len(alphas) - 1)
-    noisy = [
-        noised(picture_of(example.sprite), alphas[time_], noise_of)
-        for example, time_ in zip(examples, times, strict=True)
-    ]
-    return Batch(torch.stack(noisy), times, examples)
-
-
-def rollout_batch(rollout: Rollout) -> Batch:
-    """Where the trajectories are now."""
-    return Batch(
-        torch.stack([trajectory.latents for trajectory in rollout.trajectories]),
-        torch.tensor([trajectory.times[0] for trajectory in rollout.trajectories]),
-        [trajectory.example for trajectory in rollout.trajectories],
-    )
-
-
-def exact_targets(batch: Batch, alphas: Tensor) -> tuple[Tensor, Tensor]:
-    """The v, each (N, 3, 24, 24), that a perfect network says with the prompt and without."""
-    with_prompt, without = [], []
-    for noisy, time_, example in zip(
-        batch.noisy, batch.times.tolist(), batch.examples, strict=True
-    ):
-        alpha = alphas[time_]
-        mean = posterior_mean(example.wish, noisy, alpha)
-        is_open = time_ >= MIN_OPEN_TIME
-        free_mean = posterior_mean(grammar.Wish(), noisy, alpha) if is_open else mean
-        for means, value in ((with_prompt, mean), (without, free_mean)):
-            means.append((alpha.sqrt() * noisy - value) / (1 - alpha).sqrt())
-    return torch.stack(with_prompt), torch.stack(without)
-
-
-def guided_loss(
-    predicted: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor], snr: Tensor
-) -> Tensor:
-    """Squared error of v, with the prompt, without, and of the difference of the two.
-
-    Guidance multiplies the error of the difference. Weighted by the noise level as in min-SNR (Hang
-    et al., 2023), but never to zero.
-    """
-    with_prompt, without = (p - t for p, t in zip(predicted, targets, strict=True))
-    squares = with_prompt.square() + without.square()
-    squares = squares + DIFFERENCE_WEIGHT * (with_prompt - without).square()
-    weight = (snr.clamp(max=MAX_SNR_WEIGHT) + 1) / (snr + 1)
-    return (weight * squares.mean(dim=(1, 2, 3))).mean() / 2
 
 
 def make_optimizers(

@@ -14,19 +14,13 @@ from demo.build import build_pipeline, build_scheduler
 from demo.exact import posterior_mean, templates
 from demo.grammar import HELD_OUT, Wish, combinations, fulfil, place, vocabulary
 from demo.judge import judge_grid, score
+from demo.lesson import DIFFERENCE_WEIGHT, exact_targets, guided_loss, rollout_batch
 from demo.muon import Muon, orthogonalize
 from demo.rollout import Rollout
 from demo.sprites import coverage, render
 from demo.teach import teach
 from demo.tokens import build_tokenizer
-from demo.train import (
-    Settings,
-    Trainer,
-    exact_targets,
-    guided_loss,
-    learning_rate_share,
-    rollout_batch,
-)
+from demo.train import Settings, Trainer, learning_rate_share
 
 WISH = Wish("star", "red", "blue", "small", "top")
 
@@ -133,7 +127,7 @@ def test_the_loss_counts_what_guidance_multiplies() -> None:
     together = guided_loss((ones, ones), targets, snr)
     apart = guided_loss((ones, -ones), targets, snr)
     assert guided_loss(targets, targets, snr) == 0
-    assert apart == (1 + 2 * training.DIFFERENCE_WEIGHT) * together
+    assert apart == (1 + 2 * DIFFERENCE_WEIGHT) * together
 
 
 @pytest.mark.parametrize("size", [None, "small", "large"])
