@@ -72,7 +72,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@touch $@
 
 archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=folder | MODEL_ID=org/name REVISION=] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key ARGS= FORCE=1]
-ifneq ($(strip $(PIPELINE)$(MODEL_ID)$(NAME)$(CONFIG)$(DTYPE)$(FORMAT)$(SIGN)$(ARGS)),)
+ifneq ($(strip $(PIPELINE)$(MODEL_ID)$(NAME)$(filter-out 1.0,$(VERSION))$(CONFIG)$(DTYPE)$(FORMAT)$(SIGN)$(ARGS)),)
 	@$(PY) -m scripts.build_archive --out "$(STORE)" --version "$(VERSION)" --name "$(ARCHIVE_NAME)" \
 		$(if $(MODEL_ID),--model-id "$(MODEL_ID)" --revision "$(REVISION)") \
 		$(if $(MODEL_ID),,--pipeline "$(or $(PIPELINE),demo/pipeline)") \
@@ -89,8 +89,8 @@ $(DEFAULT_ARCHIVE): $(DEFAULT_SOURCES) | $(INSTALLED)
 	@[ ! -e $@ ] || [ -e $(EMBEDDED) ] || { echo "make: $@ is an archive of your own: serve it" \
 		"with make serve, or replace it by the embedded one with make archive FORCE=1" >&2; exit 1; }
 	@echo "Packing the embedded pipeline into $@ ..."
-	@$(PY) -m scripts.build_archive --pipeline demo/pipeline --name $(DEFAULT) \
-		--version 1.0 --out $(STORE) --force
+	@$(PY) -m scripts.build_archive --pipeline demo/pipeline --name $(DEFAULT) --version 1.0 \
+		--smoke-prompt "a small yellow star on a blue background" --out $(STORE) --force
 	@touch $@ $(EMBEDDED)
 
 inspect: $(INSTALLED) ## Show what an archive holds [NAME=]
@@ -128,9 +128,9 @@ format: $(INSTALLED) ## Format the code and fix what can be fixed safely
 	@$(PY) -m ruff check --fix
 	@$(PY) -m ruff format
 
-bench: $(INSTALLED) ## Measure what the README's figures come from
-	@$(PY) -m benchmarks.engine
-	@$(PY) -m benchmarks.load
+bench: $(INSTALLED) ## Measure the README's figures: one UNet, then servers under load (an hour)
+	@$(PY) -m benchmarks.engine --rounds 3 --served
+	@$(PY) -m benchmarks.load --speed max
 
 clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
 	@if grep -qs '^# This instance:' "$(RUN_DIR)/config.properties"; then \

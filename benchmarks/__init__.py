@@ -1,1 +1,1 @@
-"""What the project's numbers come from; each module is one command with one JSON and one table."""
+"""What the project's numbers come from; a command writes one JSON and one table."""

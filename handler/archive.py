@@ -31,6 +31,7 @@ __all__ = [
     "MODEL_INDEX",
     "MODEL_ZIP",
     "PICKLE_SUFFIXES",
+    "WEIGHTS_SUFFIX",
     "Extent",
     "OpenedPipeline",
     "check_model_index",
@@ -38,6 +39,7 @@ __all__ = [
     "open_pipeline",
     "open_zip",
     "pickled",
+    "pipeline_prefix",
 ]
 
 logger = logging.getLogger(__name__)
@@ -237,13 +239,21 @@ def _open_zip(reader: ZipReader, archive: Path, folder: Path) -> OpenedPipeline:
     return OpenedPipeline(folder, weights, is_whole=not stored, slow_reason=reason)
 
 
-def _below_prefix(reader: ZipReader) -> dict[str, ZipMember]:
-    """Return members by their path in the pipeline: some zips hold its folder, not its files."""
-    found = [name for name in reader.members if PurePosixPath(name).name == MODEL_INDEX]
+def pipeline_prefix(names: Iterable[str], label: str) -> str:
+    """Return what stands before every file of the pipeline: nothing, or its folder and a slash.
+
+    Raises: ArchiveError, where `names` hold no pipeline, or several.
+    """
+    found = [name for name in names if PurePosixPath(name).name == MODEL_INDEX]
     roots = [name for name in found if name.count("/") <= 1]
     if len(roots) != 1:
-        raise ArchiveError(f"{reader.label}: holds {len(roots)} pipelines ({MODEL_INDEX}), not one")
-    prefix = roots[0].removesuffix(MODEL_INDEX)
+        raise ArchiveError(f"{label}: holds {len(roots)} pipelines ({MODEL_INDEX}), not one")
+    return roots[0].removesuffix(MODEL_INDEX)
+
+
+def _below_prefix(reader: ZipReader) -> dict[str, ZipMember]:
+    """Return members by their path in the pipeline: some zips hold its folder, not its files."""
+    prefix = pipeline_prefix(reader.members, reader.label)
     return {
         name.removeprefix(prefix): member
         for name, member in reader.members.items()

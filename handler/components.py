@@ -42,7 +42,10 @@ def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any
             path: extent for path, extent in opened.weights.items() if path.startswith(f"{name}/")
         }
         if not extents:
-            raise ArchiveError(f"{name}: has no safetensors weights")
+            raise ArchiveError(
+                f"{name}: has no safetensors weights; "
+                "save the pipeline with safe_serialization=True"
+            )
         components[name] = _load_component(opened, name, cls, extents, dtype)
     return components
 
@@ -61,7 +64,8 @@ def resolve_class(name: str, library: str, class_name: str) -> type:
     found = getattr(module, class_name, None)
     if not isinstance(found, type):
         raise ArchiveError(
-            f"{name}: {library}.{class_name} does not exist in the installed version"
+            f"{name}: {library}.{class_name} does not exist in the installed version; "
+            "requirements.txt in the archive names the one it was made with"
         )
     bases = (
         diffusers.ModelMixin,

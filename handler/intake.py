@@ -53,7 +53,7 @@ def make_ticket(
     if deadline_s is not None and deadline_s < needed_s:
         raise DeadlineExceeded(
             f"the deadline of {deadline_s:g} s cannot be met: at the present pace "
-            f"{num_steps} steps need at least {needed_s:.3g} s"
+            f"{num_steps} steps need at least {needed_s:.3g} s; ask for fewer, or for a later one"
         )
     return Ticket(
         kwargs=dict(kwargs),

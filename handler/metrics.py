@@ -59,7 +59,7 @@ class Meter:
         self._is_known = False
 
     def call_ended(self, outcome: str, total_s: float | None = None) -> None:
-        """A call ended as `outcome`: ``ok`` or an error's code."""
+        """A call ended as `outcome`: ``ok``, an error's code, or ``disconnected``."""
         self._outcomes[outcome] += 1
         if total_s is not None:
             self._seconds.append(("total", total_s))

@@ -41,7 +41,8 @@ class Limits:
         pixels = "any number of" if self.max_pixels is None else str(self.max_pixels)
         return (
             f"the request needs {cost.rows} rows and {cost.pixels} pixels at once; "
-            f"this server takes up to {self.max_rows} rows and {pixels} pixels"
+            f"this server takes up to {self.max_rows} rows and {pixels} pixels: "
+            "ask for fewer or smaller pictures"
         )
 
 

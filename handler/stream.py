@@ -13,13 +13,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from handler.accept import EVENT_STREAM
 from handler.preview import Previewer
 from handler.replies import Reply
 from handler.ticket import StepEnd
 
 __all__ = ["INTERRUPTED", "EventStream"]
-
-_EVENT_STREAM = "text/event-stream"
 
 INTERRUPTED = (
     b'event: error\ndata: {"status":503,"error":{"code":"interrupted","message":'
@@ -59,7 +58,7 @@ class EventStream:
 
     def opening(self) -> Reply:
         """The first chunk, which fixes the reply's status and type for good."""
-        return Reply(200, "OK", _EVENT_STREAM, b": accepted\n\n" + self.take())
+        return Reply(200, "OK", EVENT_STREAM, b": accepted\n\n" + self.take())
 
     def close(self, reply: Reply) -> Reply:
         """The last chunk: all that is pending and then `reply` as an event."""
@@ -72,7 +71,7 @@ class EventStream:
             image = base64.b64encode(reply.body).decode("ascii")
             seeds = [int(seed) for seed in reply.headers["X-Seed"].split(",")]
             self._add("image", {"content_type": reply.content_type, "seeds": seeds, "image": image})
-        return Reply(reply.status, reply.phrase, _EVENT_STREAM, self.take(), reply.headers)
+        return Reply(reply.status, reply.phrase, EVENT_STREAM, self.take(), reply.headers)
 
     def _add(self, event: str, data: dict[str, Any]) -> None:
         text = json.dumps(data, separators=(",", ":"))

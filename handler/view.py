@@ -65,7 +65,7 @@ def estimate_cost(pipeline: Any, kwargs: Mapping[str, Any]) -> Cost:
     denoiser is first called. Guidance above 1 counts double, also where a model takes it embedded.
 
     Raises:
-        ValueError: no picture is so small, or so few.
+        ValueError: a size or a number of pictures is below one.
     """
     given = {**call_defaults(pipeline), **{k: v for k, v in kwargs.items() if v is not None}}
 

@@ -14,21 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from handler.archive import check_model_index, check_names
+from handler.archive import MODEL_INDEX, MODEL_ZIP, check_model_index, check_names
 from handler.config import HandlerConfig
 from handler.errors import ServingError
 from handler.safetensors_map import Header
 from scripts.archive_reader import ArchiveView, Reader, read_headers
 from scripts.console import Progress
 from scripts.manifest import FORMAT, MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME, installed_versions
-from scripts.pipeline_files import MODEL_INDEX, component_classes
+from scripts.pipeline_files import component_classes
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["check_archive", "check_models", "read_manifest"]
-
-MODEL_ZIP = "model.zip"
 
 
 def read_manifest(view: ArchiveView) -> dict[str, Any] | None:

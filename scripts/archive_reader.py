@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from handler.archive import MODEL_INDEX, MODEL_ZIP
+from handler.archive import MODEL_INDEX, MODEL_ZIP, pipeline_prefix
 from handler.errors import ArchiveError
 from handler.safetensors_map import Header, parse_header
 from handler.zipread import CHUNK_BYTES, ZipReader
+from scripts.manifest import TORCHSERVE_MANIFEST_NAME
 
 __all__ = ["ArchiveView", "FolderReader", "Reader", "open_archive", "read_headers"]
 
@@ -127,7 +128,7 @@ def read_headers(model: Reader) -> dict[str, Header]:
 def open_archive(path: Path) -> Iterator[ArchiveView]:
     """Open an archive of any form. Raises: ArchiveError."""
     if not path.exists():
-        raise ArchiveError(f"{path}: no such archive")
+        raise ArchiveError(f"{path}: no such archive; `make archive` packs one")
     with ExitStack() as stack:
         yield _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)
 
@@ -149,7 +150,7 @@ def _open_file(path: Path, stack: ExitStack) -> ArchiveView:
     member = reader.members.get(MODEL_ZIP)
     if member is None:
         model = _rooted(reader, str(path))
-        is_bare = "MAR-INF/MANIFEST.json" not in reader.members
+        is_bare = TORCHSERVE_MANIFEST_NAME not in reader.members
         return ArchiveView(path, None if is_bare else reader, model)
     label = f"{path}: {MODEL_ZIP}"
     if member.is_stored:
@@ -167,11 +168,5 @@ def _open_file(path: Path, stack: ExitStack) -> ArchiveView:
 
 def _rooted(reader: Reader, label: str) -> Reader:
     """Return the pipeline in `reader`: at its root, or in the one folder that holds one."""
-    found = [
-        name for name in reader.sizes if name == MODEL_INDEX or name.endswith(f"/{MODEL_INDEX}")
-    ]
-    roots = [name for name in found if name.count("/") <= 1]
-    if len(roots) != 1:
-        raise ArchiveError(f"{label}: holds {len(roots)} pipelines ({MODEL_INDEX}), not one")
-    prefix = roots[0].removesuffix(MODEL_INDEX)
+    prefix = pipeline_prefix(reader.sizes, label)
     return _Below(reader, prefix) if prefix else reader

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from handler.archive import LORA_FOLDER, MODEL_ZIP
+from handler.archive import LORA_FOLDER, MODEL_INDEX, MODEL_ZIP
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError
 from scripts.console import Progress, UsageError, beside, progress
@@ -27,7 +27,7 @@ from scripts.manifest import (
     torchserve_manifest,
 )
 from scripts.packing import Payload, most_zip_bytes, payload, write_payload
-from scripts.pipeline_files import MODEL_INDEX, PipelineFile, list_pipeline
+from scripts.pipeline_files import PipelineFile, list_pipeline
 from scripts.signing import sign, signature_path
 from scripts.zipwriter import Container, ZipWriter
 

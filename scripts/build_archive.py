@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=("mar", "dir"), default="mar", help="default: mar")
     parser.add_argument("--dtype", choices=PRECISIONS, help="convert the weights on the way")
     parser.add_argument("--sign", type=Path, metavar="KEY", help="private key (PEM) to sign with")
-    parser.add_argument("--smoke-prompt", metavar="TEXT", help="what verify_archive --smoke draws")
+    parser.add_argument("--smoke-prompt", metavar="TEXT", help="what it can draw, for examples")
     for flag, metavar, text in (
         ("--set", "KEY=VALUE", "a setting of the handler: section; may be repeated"),
         ("--component", "NAME=FOLDER", "a component from another folder; may be repeated"),

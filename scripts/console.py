@@ -47,7 +47,7 @@ def command(
     except (ServingError, OSError) as error:
         return _complain(parser.prog, error, FAILED)
     except KeyboardInterrupt:
-        return _complain(parser.prog, "interrupted; nothing was left behind", FAILED)
+        return _complain(parser.prog, "interrupted; nothing half done counts as finished", FAILED)
 
 
 def _complain(program: str, error: object, code: int) -> int:

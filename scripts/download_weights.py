@@ -14,11 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from handler.archive import check_model_index, pickled
+from handler.archive import MODEL_INDEX, check_model_index, pickled
 from handler.errors import ArchiveError, ServingError
 from scripts.console import DONE, UsageError, command
 from scripts.pipeline_files import (
-    MODEL_INDEX,
     SOURCE_NOTE,
     choose_names,
     component_classes,

@@ -202,7 +202,7 @@ def _megabytes(size_bytes: int) -> str:
 
 def _run(arguments: argparse.Namespace) -> int:
     if not arguments.archive.exists():
-        raise UsageError(f"{arguments.archive}: no such archive")
+        raise UsageError(f"{arguments.archive}: no such archive; `make archive` packs one")
     facts = inspect(arguments.archive)
     if arguments.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))

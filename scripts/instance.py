@@ -12,20 +12,22 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from scripts.manifest import MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
 
 __all__ = [
     "LOOPBACK",
-    "MANIFEST",
     "Options",
     "Ports",
     "ServerError",
     "archive_identity",
+    "example_prompt",
     "is_loopback",
 ]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LOOPBACK = "127.0.0.1"
-MANIFEST = "MAR-INF/MANIFEST.json"
 
 
 class ServerError(Exception):
@@ -98,7 +100,9 @@ class Options:
         The archive counts by size and time: it may have gigabytes. In a folder the manifest is
         what every build writes anew.
         """
-        stat = (self.archive / MANIFEST if self.archive.is_dir() else self.archive).stat()
+        stat = (
+            self.archive / TORCHSERVE_MANIFEST_NAME if self.archive.is_dir() else self.archive
+        ).stat()
         parts = [
             str(self.archive.resolve()),
             [stat.st_size, stat.st_mtime_ns],
@@ -130,17 +134,28 @@ def archive_identity(archive: Path) -> tuple[str, str]:
     Raises: ServerError when it is no archive of TorchServe's.
     """
     try:
-        if archive.is_dir():
-            manifest = (archive / MANIFEST).read_bytes()
-        else:
-            with zipfile.ZipFile(archive) as mar:
-                manifest = mar.read(MANIFEST)
-        model = json.loads(manifest)["model"]
+        model = _read_json(archive, TORCHSERVE_MANIFEST_NAME)["model"]
         return str(model["modelName"]), str(model["modelVersion"])
     except FileNotFoundError:
         raise ServerError(f"{archive} does not exist; `make archive` builds it") from None
     except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as problem:
         raise ServerError(f"{archive} is no TorchServe archive: {problem}") from problem
+
+
+def example_prompt(archive: Path) -> str | None:
+    """Return what whoever packed `archive` said that it can draw, if they did."""
+    try:
+        prompt = _read_json(archive, MANIFEST_NAME).get("smoke_prompt")
+    except (OSError, KeyError, AttributeError, ValueError, zipfile.BadZipFile):
+        return None
+    return prompt if isinstance(prompt, str) else None
+
+
+def _read_json(archive: Path, name: str) -> Any:
+    if archive.is_dir():
+        return json.loads((archive / name).read_bytes())
+    with zipfile.ZipFile(archive) as mar:
+        return json.loads(mar.read(name))
 
 
 def is_loopback(address: str) -> bool:

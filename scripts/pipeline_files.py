@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from handler.archive import check_model_index, pickled
+from handler.archive import MODEL_INDEX, WEIGHTS_SUFFIX, check_model_index, pickled
 from handler.errors import ArchiveError
 from handler.variants import select_weights, variant_of
 
 __all__ = [
-    "MODEL_INDEX",
     "SOURCE_NOTE",
     "PipelineFile",
     "choose_names",
@@ -22,9 +21,7 @@ __all__ = [
     "read_source_note",
 ]
 
-MODEL_INDEX = "model_index.json"
 SOURCE_NOTE = ".source.json"
-WEIGHTS_SUFFIX = ".safetensors"
 _KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", WEIGHTS_SUFFIX)
 _KEPT_AT_TOP = ("readme", "license", "licence", "notice")
 

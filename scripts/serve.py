@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.instance import LOOPBACK, MANIFEST, Options, Ports, ServerError
-from scripts.server import TorchServer
+from scripts.instance import LOOPBACK, Options, Ports, ServerError, example_prompt
+from scripts.manifest import TORCHSERVE_MANIFEST_NAME
+from scripts.server import READY_TIMEOUT_S, TorchServer
 
 __all__ = ["choose_archive", "curl_line", "main"]
 
@@ -127,7 +128,11 @@ def choose_archive(store: Path, name: str | None) -> Path:
 
     Raises: ServerError.
     """
-    archives = {path.name: path for path in sorted(store.glob("*/")) if (path / MANIFEST).exists()}
+    archives = {
+        path.name: path
+        for path in sorted(store.glob("*/"))
+        if (path / TORCHSERVE_MANIFEST_NAME).exists()
+    }
     archives.update((path.stem, path) for path in sorted(store.glob("*.mar")))
     names = ", ".join(sorted(archives)) or "none"
     if name:
@@ -164,7 +169,8 @@ def _introduce(server: TorchServer, verb: str, *, brief: bool) -> None:
         )
     if brief:
         return
-    example = curl_line(server, {"prompt": EXAMPLE_PROMPT}, "picture.png")
+    prompt = example_prompt(server.options.archive) or EXAMPLE_PROMPT
+    example = curl_line(server, {"prompt": prompt}, "picture.png")
     print(f"Draw a picture:\n\n  {example}\n\nmake status, make logs, make stop")
 
 
@@ -213,7 +219,9 @@ def _parser() -> argparse.ArgumentParser:
     starter.add_argument("--address", default=LOOPBACK, help="another needs --auth on (127.0.0.1)")
     starter.add_argument("--auth", choices=("on", "off"), default="off", help="ask for a key (off)")
     starter.add_argument("--brief", action="store_true", help="say no more than the address")
-    starter.add_argument("--timeout-s", type=float, default=600.0, help="for the worker (600)")
+    starter.add_argument(
+        "--timeout-s", type=float, default=READY_TIMEOUT_S, help="for the worker (1800)"
+    )
     add(stop, "stop it")
     add(status, "say what is served and whether it is ready").add_argument(
         "--json", action="store_true", help="for machines"

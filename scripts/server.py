@@ -33,6 +33,8 @@ MAX_TEMP_PATH_BYTES = 107 - len("/.ts.sock.65535")
 # rows on two cores, in ms alone and beside one busy process: 17 and 340 at GOMP's own 300,000; 20
 # and 53 at 1,000; 34 and 36 at none.
 OPENMP_SPINS = "1000"
+# As startupTimeout of config/model-config.yaml: a first start with `speed: max` takes minutes.
+READY_TIMEOUT_S = 1800.0
 # Messages that mean "the model will not load": the frontend's retries would not help.
 LOAD_FAILURES = (
     "Load model failed:",
@@ -149,7 +151,9 @@ class TorchServer:
             raise ServerError(f"torchserve did not start:\n{self.frontend_tail()}") from None
 
     def wait_until_ready(
-        self, timeout_s: float = 600.0, tell: Callable[[float], None] = lambda waited_s: None
+        self,
+        timeout_s: float = READY_TIMEOUT_S,
+        tell: Callable[[float], None] = lambda waited_s: None,
     ) -> None:
         """Return when a worker is READY; `tell` hears the seconds waited, ten times a second.
 
@@ -163,7 +167,10 @@ class TorchServer:
             if any(failure in self._log() for failure in LOAD_FAILURES):
                 raise ServerError(f"the model cannot be loaded:\n{self.worker_error()}")
             if waited_s > timeout_s:
-                raise ServerError(f"no worker was READY within {timeout_s:.0f} s: {self.log_file}")
+                raise ServerError(
+                    f"no worker was READY within {timeout_s:.0f} s; "
+                    f"{self.log_file} says how far it came"
+                )
             tell(waited_s)
             time.sleep(POLL_S)
 
@@ -200,7 +207,7 @@ class TorchServer:
         return True
 
     @contextmanager
-    def running(self, timeout_s: float = 600.0) -> Iterator[TorchServer]:
+    def running(self, timeout_s: float = READY_TIMEOUT_S) -> Iterator[TorchServer]:
         """Serve inside the block: READY when it begins, stopped when it ends."""
         try:
             self.start()

@@ -99,7 +99,7 @@ def _copy_loras(view: ArchiveView, folder: Path) -> list[Path]:
 def _run(arguments: argparse.Namespace) -> int:
     path: Path = arguments.archive
     if not path.exists():
-        raise UsageError(f"{path}: no such archive")
+        raise UsageError(f"{path}: no such archive; `make archive` packs one")
     problems = verify(path, key=arguments.key, is_smoke=arguments.smoke)
     if arguments.json:
         print(json.dumps({"archive": str(path), "is_whole": not problems, "problems": problems}))

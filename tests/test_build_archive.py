@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
-import tomllib
 import torch
 import yaml
 from safetensors.torch import load, load_file, save_file

@@ -4,13 +4,22 @@ import dataclasses
 import itertools
 import os
 import socket
+import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
 
 from handler.config import HandlerConfig
-from scripts.instance import REPOSITORY, Options, Ports, ServerError, archive_identity, is_loopback
+from scripts.instance import (
+    REPOSITORY,
+    Options,
+    Ports,
+    ServerError,
+    archive_identity,
+    example_prompt,
+    is_loopback,
+)
 from tests.toy_archive import write_toy_archive
 
 
@@ -69,6 +78,20 @@ def test_identity_comes_from_the_manifest(tmp_path: Path) -> None:
     assert archive_identity(write_toy_archive(tmp_path, "other")) == ("other", "1.0")
 
 
+@pytest.mark.parametrize(
+    ("manifest", "expected"),
+    [('{"smoke_prompt": "a red ring"}', "a red ring"), ("{}", None), ("[", None), ("[]", None)],
+)
+def test_an_archive_may_say_what_it_can_draw(
+    tmp_path: Path, manifest: str, expected: str | None
+) -> None:
+    archive = write_toy_archive(tmp_path)
+    assert example_prompt(archive) is None
+    with zipfile.ZipFile(archive, "a") as mar:
+        mar.writestr("MAR-INF/PIPELINE.json", manifest)
+    assert example_prompt(archive) == expected
+
+
 def test_what_is_no_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.mar").write_bytes(b"not a zip")
     with pytest.raises(ServerError, match=r"broken\.mar is no TorchServe archive"):
@@ -96,8 +119,10 @@ def test_every_shipped_property_is_commented(tmp_path: Path) -> None:
 def test_the_largest_allowed_reply_fits(tmp_path: Path) -> None:
     model_config = yaml.safe_load((REPOSITORY / "config" / "model-config.yaml").read_text())
     limits = HandlerConfig.from_mapping(model_config["handler"])
-    num_pixels = limits.max_instances * limits.max_images * limits.max_pixels
-    largest_bytes = num_pixels * len("[255,255,255],") * 4 // 3
+    num_pixels = limits.max_images * limits.max_pixels
+    as_array = num_pixels * len("[255,255,255],")
+    as_kserve_npy = limits.max_instances * num_pixels * 3 * 4 // 3
+    largest_bytes = max(as_array, as_kserve_npy)
     shipped = properties(Options(tmp_path / "any.mar", tmp_path).config.read_text())
     assert int(shipped["max_response_size"]) > 1.05 * largest_bytes
     assert int(shipped["max_request_size"]) >= limits.max_body_bytes

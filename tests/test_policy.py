@@ -56,8 +56,9 @@ def test_without_a_limit_any_number_of_pixels_is_held() -> None:
 
 def test_a_refusal_says_what_is_asked_and_what_is_allowed() -> None:
     said = "the request needs 5 rows and 9 pixels at once; this server takes up to 4 rows and "
-    assert Limits(max_rows=4).refusal(Cost(5, 9)) == said + "any number of pixels"
-    assert Limits(max_rows=4, max_pixels=8).refusal(Cost(5, 9)) == said + "8 pixels"
+    advice = "ask for fewer or smaller pictures"
+    assert Limits(max_rows=4).refusal(Cost(5, 9)) == f"{said}any number of pixels: {advice}"
+    assert Limits(max_rows=4, max_pixels=8).refusal(Cost(5, 9)) == f"{said}8 pixels: {advice}"
 
 
 def test_costs_add_up() -> None:

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from scripts.instance import MANIFEST, Options, Ports, ServerError, archive_identity
+from scripts.instance import Options, Ports, ServerError, archive_identity
+from scripts.manifest import TORCHSERVE_MANIFEST_NAME
 from scripts.serve import choose_archive, main
 from scripts.server import MAX_TEMP_PATH_BYTES, OPENMP_SPINS, TorchServer
 from tests.toy_archive import write_toy_archive
@@ -66,7 +67,7 @@ def test_a_folder_is_an_archive_too(tmp_path: Path) -> None:
     assert archive == tmp_path / "store" / "folder"
     assert archive_identity(archive) == ("toy", "1.0")
     before = Options(archive, tmp_path).fingerprint()
-    os.utime(archive / MANIFEST, ns=(0, 0))
+    os.utime(archive / TORCHSERVE_MANIFEST_NAME, ns=(0, 0))
     assert Options(archive, tmp_path).fingerprint() != before
 
 

@@ -415,7 +415,7 @@ def test_a_deadline_that_cannot_be_met_is_refused_at_once(make: Make) -> None:
     assert error_of(reply) == {
         "code": "deadline_exceeded",
         "message": "the deadline of 5 s cannot be met: at the present pace 9 steps need at least"
-        " 9 s",
+        " 9 s; ask for fewer, or for a later one",
         "fields": {},
     }
     assert finish(service)["fine"].status == 200
