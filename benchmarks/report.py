@@ -15,7 +15,14 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["Figure", "Spread", "describe_machine", "table", "write_report"]
+__all__ = [
+    "RESULTS",
+    "Figure",
+    "Spread",
+    "describe_machine",
+    "table",
+    "write_report",
+]
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "diffusers", "transformers", "torchserve", "greenlet", "numpy", "pillow")

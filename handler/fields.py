@@ -11,7 +11,15 @@ import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
 
-__all__ = ["MAX_NAME_CHARS", "FieldReader", "nearest", "number_range", "show", "summarise"]
+__all__ = [
+    "MAX_NAME_CHARS",
+    "FieldReader",
+    "nearest",
+    "number_range",
+    "show",
+    "shown_name",
+    "summarise",
+]
 
 MAX_NAME_CHARS = 64
 MAX_UNKNOWN_NAMED = 16

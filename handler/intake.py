@@ -12,7 +12,7 @@ from handler.pace import Pace
 from handler.policy import Limits
 from handler.schedulers import make_scheduler
 from handler.ticket import StepEnd, Ticket
-from handler.view import estimate_cost, least_steps, unknown_arguments
+from handler.view import estimate_cost, least_forwards, unknown_arguments
 
 __all__ = ["make_ticket"]
 
@@ -48,7 +48,7 @@ def make_ticket(
     cost = estimate_cost(pipeline, kwargs)
     if not limits.hold(cost):
         raise TooLarge(limits.refusal(cost))
-    num_steps = least_steps(pipeline, kwargs)
+    num_steps = least_forwards(pipeline, kwargs)
     needed_s = pace.least_s(num_steps, cost)
     if deadline_s is not None and deadline_s < needed_s:
         raise DeadlineExceeded(

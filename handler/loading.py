@@ -35,6 +35,7 @@ __all__ = [
     "describe",
     "load_opened",
     "load_pipeline",
+    "quiet_libraries",
 ]
 
 logger = logging.getLogger(__name__)

@@ -32,6 +32,9 @@ import torch
 from handler.fingerprints import Fingerprints
 
 __all__ = [
+    "SHARED_PARAMETERS",
+    "STEP_PARAMETERS",
+    "Arguments",
     "edges",
     "is_listed",
     "merge",

@@ -24,7 +24,7 @@ from handler.forward import is_out_of_memory
 from handler.merging import STEP_PARAMETERS, merge, num_rows
 from handler.proof import agree
 
-__all__ = ["PreparedForward", "Recorder", "record_cuda_graph"]
+__all__ = ["Forward", "PreparedForward", "Recorder", "record_cuda_graph"]
 
 logger = logging.getLogger(__name__)
 

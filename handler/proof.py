@@ -14,7 +14,7 @@ import torch
 
 from handler.merging import Arguments, edges, output_members
 
-__all__ = ["Proofs", "agree", "is_finite"]
+__all__ = ["Places", "Proofs", "agree", "is_finite", "witnesses"]
 
 # Largest difference between a row computed in a batch and alone, relative to the largest value of
 # the output. Kernels round differently at other batch sizes; a module that mixes rows is far off.

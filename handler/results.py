@@ -12,7 +12,7 @@ from handler.prompts import prompt_warnings
 from handler.request import GenerationRequest
 from handler.ticket import Ticket
 
-__all__ = ["as_request_error", "result_of"]
+__all__ = ["as_request_error", "pipeline_fault", "result_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +34,20 @@ def result_of(ticket: Ticket, request: GenerationRequest, pipeline: Any) -> Resu
     )
 
 
-def as_request_error(error: BaseException, ticket: Ticket) -> RequestError:
-    """What a client is told of `error`, which ended its ticket."""
+def as_request_error(error: BaseException, num_steps_done: int) -> RequestError:
+    """What a client is told of `error`, which ended its request after so many steps."""
     if isinstance(error, RequestError):
         return error
     if is_out_of_memory(error):
         return OutOfMemory(
             "the picture does not fit into the device's memory, even alone; ask for a smaller one"
         )
-    if isinstance(error, ValueError) and not ticket.num_steps_done:
+    if isinstance(error, ValueError) and not num_steps_done:
         return InvalidRequest(f"the pipeline refuses the request: {error}")
+    return pipeline_fault(error)
+
+
+def pipeline_fault(error: BaseException) -> EngineFault:
+    """What a client is told of an error that is nobody's but the pipeline's; logs the error."""
     logger.error("the pipeline failed", exc_info=error)
-    return EngineFault(f"the pipeline failed: {type(error).__name__}")
+    return EngineFault(f"the pipeline failed: {type(error).__name__}; the server's log says why")

@@ -20,7 +20,6 @@ from handler.errors import (
     Cancelled,
     Conflict,
     EngineFault,
-    InvalidRequest,
     NotFound,
     QueueFull,
     RequestError,
@@ -32,12 +31,12 @@ from handler.preview import Previewer
 from handler.prompts import pipeline_arguments
 from handler.replies import Reply, cancel_reply, error_reply, success_reply
 from handler.request import GenerationRequest, PipelineTraits
-from handler.results import as_request_error, result_of
+from handler.results import as_request_error, pipeline_fault, result_of
 from handler.stream import EventStream
 from handler.ticket import State, StepEnd, Ticket
 from handler.wire import Call, CancelCall, read_call
 
-__all__ = ["GenerationService"]
+__all__ = ["GenerationService", "draw_seed"]
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +139,7 @@ class GenerationService:
                 self._on_ended(ended)
         for ticket in tickets:
             if ticket.error is not None:
-                raise as_request_error(ticket.error, ticket)
+                raise as_request_error(ticket.error, ticket.num_steps_done)
         pipeline = self._engine.pipeline
         return [result_of(t, r, pipeline) for t, r in zip(tickets, requests, strict=True)]
 
@@ -231,11 +230,8 @@ class GenerationService:
             )
         except RequestError:
             raise
-        except ValueError as error:
-            raise InvalidRequest(f"the pipeline refuses the request: {error}") from error
-        except Exception as error:  # a scheduler's own code, made from the request's name of it
-            logger.error("a request could not be made ready", exc_info=error)
-            raise EngineFault(f"the pipeline failed: {type(error).__name__}") from error
+        except Exception as error:  # among others a scheduler's own code, made from its name
+            raise as_request_error(error, 0) from error
 
     def _on_ended(self, ticket: Ticket) -> None:
         self.meter.steps_done(ticket.num_steps_done)
@@ -245,13 +241,12 @@ class GenerationService:
             return
         if ticket.state is State.FAILED:
             assert ticket.error is not None
-            self._fail(live, as_request_error(ticket.error, ticket))
+            self._fail(live, as_request_error(ticket.error, ticket.num_steps_done))
         elif all(t.state is State.DONE for t in live.tickets):
             try:
                 self._encode(live)
             except Exception as error:  # pictures and tokenizers are the pipeline's own
-                logger.error("what the pipeline returned is of no use", exc_info=error)
-                self._fail(live, EngineFault(f"the pipeline failed: {type(error).__name__}"))
+                self._fail(live, pipeline_fault(error))
 
     def _encode(self, live: _LiveCall) -> None:
         """Hand the pictures of a call, all drawn, to the thread pool."""

@@ -17,7 +17,7 @@ from PIL import Image
 from handler.policy import Cost
 from handler.ticket import StepEnd, Ticket
 
-__all__ = ["call_defaults", "estimate_cost", "least_steps", "make_view", "unknown_arguments"]
+__all__ = ["call_defaults", "estimate_cost", "least_forwards", "make_view", "unknown_arguments"]
 
 # Arguments that leave steps out, or say in another way how many there are.
 _SHORTENING = ("denoising_end", "denoising_start", "sigmas", "strength", "timesteps")
@@ -89,7 +89,7 @@ def estimate_cost(pipeline: Any, kwargs: Mapping[str, Any]) -> Cost:
     return Cost(rows=images * guided, pixels=int(images * height * width))
 
 
-def least_steps(pipeline: Any, kwargs: Mapping[str, Any]) -> int:
+def least_forwards(pipeline: Any, kwargs: Mapping[str, Any]) -> int:
     """How often a call with `kwargs` calls the denoiser at the least; 0: there is no telling."""
     given = {**call_defaults(pipeline), **{k: v for k, v in kwargs.items() if v is not None}}
     num_steps = given.get("num_inference_steps")

@@ -23,7 +23,7 @@ import psutil
 
 from scripts.instance import LOOPBACK, Options, Ports, ServerError, archive_identity, is_loopback
 
-__all__ = ["TorchServer"]
+__all__ = ["OPENMP_SPINS", "READY_TIMEOUT_S", "TorchServer"]
 
 POLL_S = 0.1
 # A Unix socket's path may have 107 bytes; the frontend names its own `<TEMP>/.ts.sock.<port>`.

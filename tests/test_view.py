@@ -18,7 +18,7 @@ from handler.ticket import StepEnd, Ticket
 from handler.view import (
     call_defaults,
     estimate_cost,
-    least_steps,
+    least_forwards,
     make_view,
     unknown_arguments,
 )
@@ -211,8 +211,8 @@ def test_the_older_callback_keeps_its_own_rate() -> None:
     ],
 )
 def test_the_least_steps_are_those_that_nothing_shortens(kwargs: Any, steps: int) -> None:
-    assert least_steps(shared("stable_diffusion"), kwargs) == steps
-    assert least_steps(shared("stable_diffusion_img2img"), kwargs) == 0, "it has a strength"
+    assert least_forwards(shared("stable_diffusion"), kwargs) == steps
+    assert least_forwards(shared("stable_diffusion_img2img"), kwargs) == 0, "it has a strength"
 
 
 def test_a_call_without_a_callback_gets_none() -> None:
