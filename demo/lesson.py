@@ -69,7 +69,9 @@ def exact_targets(batch: Batch, alphas: Tensor) -> tuple[Tensor, Tensor]:
 def guided_loss(
     predicted: tuple[Tensor, Tensor], targets: tuple[Tensor, Tensor], snr: Tensor
 ) -> Tensor:
-    """Squared error of v, with the prompt, without, and of the difference of the two.
+    """Squared error of v, with the prompt, without, and of the difference of the two: a scalar.
+
+    Each prediction and target is (N, 3, 24, 24); `snr` (N,) is the pictures' signal over noise.
 
     Guidance multiplies the error of the difference. Weighted by the noise level as in min-SNR (Hang
     et al., 2023), but never to zero.

@@ -16,6 +16,6 @@ zips               `zipread` → `zip_directory`, `crc32`
 everywhere         `config`, `errors`
 =================  ============================================================================
 
-Only `diffusers_handler` and `metrics` know TorchServe; only `opening` and `in flight` know
-diffusers; `policy`, `request`, `wire`, `config` and `replies` import neither torch nor diffusers.
+Only `diffusers_handler` and `metrics` know TorchServe; `policy`, `request`, `wire`, `config` and
+`replies` import neither torch nor diffusers.
 """

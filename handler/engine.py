@@ -46,6 +46,7 @@ class InFlightEngine:
         pipeline: any diffusers pipeline; left as it was by `close`.
         modules: what to park (``"unet"``, ``"vae.decode"``); by default found by their names.
         max_rows, max_pixels: what may be in flight at once, as `Cost` counts it.
+        max_overtakes: how many may pass one that waits for room, before nobody may.
         exact: run every request's rows alone, bit-equal to the pipeline called directly.
         buckets: row counts to pad forwards to, such as `BUCKETS`; none: no padding.
         compile_forward: wraps each denoiser's real forward, such as `torch.compile`.

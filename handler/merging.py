@@ -108,6 +108,9 @@ def merge(
 
     `rows[i]` is the batch size of ``calls[i]``; their rows stand in this order. With `pad_to` the
     last row is repeated until there are that many.
+
+    Raises:
+        ValueError: `pad_to` is less than the rows there are.
     """
     padding = 0 if pad_to is None else pad_to - sum(rows)
     if padding < 0:
