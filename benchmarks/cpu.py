@@ -1,10 +1,11 @@
 """Where a request's milliseconds go on a CPU, and what waiting threads cost each other.
 
-    python -m benchmarks.cpu    # about two minutes on two cores
+    python -m benchmarks.cpu              # about two minutes on two cores
+    python -m benchmarks.cpu --compile    # the UNet compiled as well: three minutes more
 
 The parts of one request of the embedded pipeline, as loaded and as `speed: safe` makes it; the
-UNet in bfloat16; and a forward under several ways for OpenMP's threads to wait, alone on the
-machine and beside a busy process.
+UNet in bfloat16, as `speed: max` has it; and a forward under several ways for OpenMP's threads to
+wait, alone on the machine and beside a busy process.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from PIL import Image
 
 from benchmarks.report import Figure, Spread, write_report
 from handler.channels_last import put_channels_last
+from handler.speed import compile_forward
 from scripts.server import OPENMP_SPINS
 
 PIPELINE = "demo/pipeline"
@@ -51,15 +53,31 @@ def times_ms(work: Callable[[], object], repeats: int) -> Spread:
     return Spread(tuple(found[2:]))
 
 
-def forward_of(unet: Any, rows: int) -> Callable[[], object]:
-    """One forward of `rows` rows at the defaults' size."""
+def inputs_of(unet: Any, rows: int) -> list[torch.Tensor]:
+    """What a forward of `rows` rows at the defaults' size takes: latents, steps, text."""
     side = unet.config.sample_size
     sample = torch.zeros(rows, unet.config.in_channels, side, side, dtype=unet.dtype)
     text = torch.zeros(rows, 77, unet.config.cross_attention_dim, dtype=unet.dtype)
-    return lambda: unet(sample, torch.zeros(rows), encoder_hidden_states=text)
+    return [sample, torch.zeros(rows), text]
 
 
-def measure_parts(repeats: int) -> list[Figure]:
+def forward_of(unet: Any, rows: int) -> Callable[[], object]:
+    """One forward of `rows` rows."""
+    inputs = inputs_of(unet, rows)
+    return lambda: unet(*inputs)
+
+
+def compiled_forward_of(unet: Any, rows: int) -> Callable[[], object]:
+    """The same by code that is compiled for any number of rows, which takes most of a minute."""
+    compiled = compile_forward(unet.forward)
+    largest, inputs = inputs_of(unet, max(ROW_COUNTS)), inputs_of(unet, rows)
+    for tensor in largest:
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    compiled(*largest)
+    return lambda: compiled(*inputs)
+
+
+def measure_parts(repeats: int, *, with_compiled: bool = False) -> list[Figure]:
     """Everything that a request waits for, and the reply that it need not wait for."""
     plain = DiffusionPipeline.from_pretrained(PIPELINE)
     safe = copy.deepcopy(plain)
@@ -72,6 +90,8 @@ def measure_parts(repeats: int) -> list[Figure]:
     for rows in ROW_COUNTS:
         for name, unet in (("off", plain.unet), ("safe", safe.unet), ("bfloat16", half)):
             parts[f"UNet, {rows} rows, {name}"] = forward_of(unet, rows)
+            if with_compiled and name != "off":
+                parts[f"UNet, {rows} rows, {name}, compiled"] = compiled_forward_of(unet, rows)
     parts |= {
         "VAE decoding, off": lambda: plain.vae.decode(latents),
         "VAE decoding, safe": lambda: safe.vae.decode(latents),
@@ -81,7 +101,7 @@ def measure_parts(repeats: int) -> list[Figure]:
         "an indented JSON list": lambda: as_list(picture),
     }
     return [
-        Figure(name, times_ms(work, 2 if "JSON" in name else repeats), "ms")
+        Figure(name, times_ms(work, min(repeats, 2) if "JSON" in name else repeats), "ms")
         for name, work in parts.items()
     ]
 
@@ -132,6 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__)
     parser.add_argument("--repeats", type=int, default=30, help="of each part (default: 30)")
+    parser.add_argument("--compile", action="store_true", help="measure compiled code as well")
     parser.add_argument("--one-forward", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     with torch.inference_mode():
@@ -140,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(json.dumps(times_ms(forward_of(unet, 2), arguments.repeats).values))
             return 0
         torch.set_num_threads(1)
-        figures = measure_parts(arguments.repeats)
+        figures = measure_parts(arguments.repeats, with_compiled=arguments.compile)
     figures += measure_waiting(arguments.repeats)
     path = write_report("cpu", figures, {"threads_of_the_parts": 1})
     print(f"\n{path}")

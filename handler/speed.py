@@ -39,7 +39,7 @@ from handler.prepared import PreparedForward, record_cuda_graph
 if TYPE_CHECKING:
     from handler.prepared import Forward
 
-__all__ = ["Plan", "SpeedUp", "make_plan"]
+__all__ = ["Plan", "SpeedUp", "compile_forward", "make_plan"]
 
 logger = logging.getLogger(__name__)
 
