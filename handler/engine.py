@@ -96,6 +96,11 @@ class InFlightEngine:
         return self._forward.counters
 
     @property
+    def num_held_up(self) -> int:
+        """Requests that the next step would leave waiting."""
+        return len(self._waiting) - len(self._admission().joining)
+
+    @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to report."""
         return bool(self._waiting or self._runs.parked or self._runs.ended)
@@ -228,15 +233,18 @@ class InFlightEngine:
             if ticket.cancelling is not None:
                 self._end(ticket)
 
+    def _admission(self) -> policy.Admission:
+        """Who would join now; calls that must be alone join one by one."""
+        if self._runs.is_exclusive:
+            is_free = bool(self._waiting) and not self._runs.parked
+            return policy.Admission((0,) if is_free else (), {})
+        return policy.admit(self._waiting, self.in_flight, self.limits)
+
     def _admit(self) -> None:
-        is_exclusive = self._runs.is_exclusive
-        if is_exclusive and self._runs.parked:
-            return
-        admission = policy.admit(self._waiting, self.in_flight, self.limits)
+        admission = self._admission()
         for place, times in admission.overtaken.items():
             self._waiting[place].overtaken += times
-        joining = [self._waiting[place] for place in admission.joining]
-        for ticket in joining[:1] if is_exclusive else joining:
+        for ticket in [self._waiting[place] for place in admission.joining]:
             self._waiting.remove(ticket)
             # It joins the end of the line: served at the latest when all before it have been.
             ticket.last_tick = self.counters.ticks

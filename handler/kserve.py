@@ -9,12 +9,12 @@ KServe v2      {"id": "7", "inputs": [{"name": "prompt", "shape": [2], "datatype
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from handler.fields import FieldReader, show
-from handler.request import ALIASES, CALL_FIELDS, FIELD_NAMES
+from handler.fields import FieldReader, show, shown_name
+from handler.request import ALIASES, FIELD_NAMES
 from handler.rows import Payload
 
 __all__ = ["Envelope", "Message", "open_message"]
@@ -61,8 +61,9 @@ def open_message(payload: Payload, *, max_instances: int) -> Message:
         return Message(Envelope.PLAIN, fields, (Instance("", {}),), problems)
     if "instances" in fields:
         return _open_v1(fields, problems, max_instances)
-    if isinstance(fields.get("inputs"), (list, tuple)):
-        return _open_v2(fields, problems, max_instances)
+    tensors = fields.get("inputs")
+    if isinstance(tensors, (list, tuple)):
+        return _open_v2(fields, tensors, problems, max_instances)
     shared = _with_parameters(fields, "", problems)
     return Message(Envelope.PLAIN, shared, (Instance("", {}),), problems)
 
@@ -81,15 +82,19 @@ def _with_parameters(
     for name, value in parameters.items():
         if value is None:
             continue
-        if flat.get(name) is not None and name in FIELD_NAMES | CALL_FIELDS:
-            problems[f"{path}{name}"] = "given more than once: beside and inside parameters"
+        if fields.get(name) is not None:
+            problems[f"{path}{shown_name(name)}"] = (
+                "given more than once: beside and inside parameters"
+            )
+            continue
         flat[name] = value
     return flat
 
 
 def _open_v1(body: Mapping[str, object], problems: dict[str, str], max_instances: int) -> Message:
+    sent = body["instances"]
     shared = _with_parameters(body, "", problems)
-    sent = shared.pop("instances")
+    shared.pop("instances", None)
     instances = []
     if not isinstance(sent, (list, tuple)) or not 1 <= len(sent) <= max_instances:
         problems["instances"] = f"must be a list of 1 to {max_instances}, not {show(sent)}"
@@ -100,7 +105,7 @@ def _open_v1(body: Mapping[str, object], problems: dict[str, str], max_instances
             item = {"prompt": item}
         if isinstance(item, Mapping):
             fields = _with_parameters(item, path, problems)
-            for name in fields.keys() & shared.keys() & FIELD_NAMES:
+            for name in _given(fields) & _given(shared) & FIELD_NAMES:
                 problems[f"{path}{name}"] = "given more than once: inside and beside instances"
             instances.append(Instance(path, fields))
         else:
@@ -108,15 +113,24 @@ def _open_v1(body: Mapping[str, object], problems: dict[str, str], max_instances
     return Message(Envelope.KSERVE_V1, shared, tuple(instances), problems)
 
 
-def _open_v2(body: Mapping[str, object], problems: dict[str, str], max_instances: int) -> Message:
+def _given(fields: Mapping[str, object]) -> set[str]:
+    """The names of fields that have a value: null is none."""
+    return {name for name, value in fields.items() if value is not None}
+
+
+def _open_v2(
+    body: Mapping[str, object],
+    tensors: Sequence[object],
+    problems: dict[str, str],
+    max_instances: int,
+) -> Message:
     shared = _with_parameters(body, "", problems)
-    tensors = shared.pop("inputs")
+    shared.pop("inputs", None)
     # Names of wanted outputs: every reply holds all there are.
     shared.pop("outputs", None)
     reader = FieldReader({"id": shared.pop("id", None)}, allow_text=False)
     envelope_id = reader.text("id", max_chars=MAX_ENVELOPE_ID_CHARS)
     problems.update(reader.problems)
-    assert isinstance(tensors, (list, tuple))
     columns = _read_columns(tensors, problems)
     prompts = next((columns[n] for n in ("prompt", *ALIASES["prompt"]) if n in columns), [])
     if not problems and not 1 <= len(prompts) <= max_instances:
@@ -124,7 +138,7 @@ def _open_v2(body: Mapping[str, object], problems: dict[str, str], max_instances
     for name, column in columns.items():
         if not problems and len(column) not in (1, len(prompts)):
             problems[f"inputs.{name}"] = f"holds {len(column)} values for {len(prompts)} prompts"
-        if name in shared:
+        if shared.get(name) is not None:
             problems[f"inputs.{name}"] = "given more than once: in inputs and in parameters"
     instances = []
     for index in range(0 if problems else len(prompts)):
@@ -133,9 +147,7 @@ def _open_v2(body: Mapping[str, object], problems: dict[str, str], max_instances
     return Message(Envelope.KSERVE_V2, shared, tuple(instances), problems, envelope_id)
 
 
-def _read_columns(
-    tensors: list[object] | tuple[object, ...], problems: dict[str, str]
-) -> dict[str, list[object]]:
+def _read_columns(tensors: Sequence[object], problems: dict[str, str]) -> dict[str, list[object]]:
     """The values of every input tensor, by the name of the field that they are for."""
     columns: dict[str, list[object]] = {}
     if len(tensors) > len(FIELD_NAMES):

@@ -196,6 +196,7 @@ def parse_fields(
     scheduler = _read_scheduler(reader, config, traits)
     num_inference_steps = num_inference_steps or config.num_inference_steps
     _check_steps(reader, num_inference_steps, scheduler, config, traits)
+    _check_all_pixels(reader, num_images, (height, width), config)
     _refuse_what_the_pipeline_lacks(reader, fields, num_images, traits)
     reader.refuse_rest(FIELD_NAMES | CALL_FIELDS)
     if reader.problems:
@@ -233,6 +234,19 @@ def _read_size(
             f" allowed are {config.max_pixels}",
         )
     return height, width
+
+
+def _check_all_pixels(
+    reader: FieldReader, num_images: int, size: tuple[int, int], config: HandlerConfig
+) -> None:
+    allowed, (height, width) = config.max_pixels_in_flight, size
+    pixels = num_images * height * width
+    if allowed is not None and pixels > allowed and not reader.problems:
+        reader.report(
+            "num_images",
+            f"{num_images} of {height}x{width} (height x width) are {pixels} pixels;"
+            f" allowed are {allowed} together",
+        )
 
 
 def _not_a_multiple(size_px: int, multiple: int) -> str:

@@ -23,6 +23,7 @@ HOW_TO_SEND = (
     " -d 'a prompt') or as a form (curl --data-urlencode 'prompt=a prompt');"
     " a bare curl -d 'a prompt' sends a form in which the prompt has no name"
 )
+_FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 _READABLE = "application/json, text/plain, a form, or no Content-Type at all"
 # Clients that post JSON without saying so are common, prompts that begin like this are not.
 _LOOKS_LIKE_JSON_OBJECT = re.compile(r'\s*\{\s*(["}]|\Z)')
@@ -57,7 +58,7 @@ def open_row(
         raise TooLarge(f"the body has {size_bytes} bytes; allowed are {max_body_bytes}")
     if not row:
         raise _unreadable("prompt", HOW_TO_SEND)
-    if row.keys() == {"body"}:
+    if row.keys() == {"body"} and media_type(headers) not in _FORMS:
         return _open_body(row["body"], media_type(headers))
     return _open_form(row)
 

@@ -26,7 +26,6 @@ from handler.errors import (
 )
 from handler.metrics import Meter
 from handler.outcome import Result
-from handler.policy import admit
 from handler.preview import Previewer
 from handler.prompts import pipeline_arguments
 from handler.replies import Reply, cancel_reply, error_reply, success_reply
@@ -107,6 +106,13 @@ class GenerationService:
             self._submit(live)
         except RequestError as error:
             self._answer_error(call_id, error)
+        except Exception as error:
+            # An exception here would be TorchServe's answer to every live call.
+            logger.error("a request could not be taken in", exc_info=error)
+            fault = EngineFault("the request could not be taken in; the server's log says why")
+            if call_id in self._live:
+                self._release(self._live[call_id], fault)
+            self._answer_error(call_id, fault)
 
     def advance(self, budget_s: float | None = None) -> None:
         """Tick until a call can be answered or `budget_s` is used; None: until all can be."""
@@ -172,7 +178,7 @@ class GenerationService:
             )
 
     def _submit(self, live: _LiveCall) -> None:
-        call, was_idle, num_before = live.call, not self._live, self._num_held_up()
+        call, was_idle, num_before = live.call, not self._live, self._engine.num_held_up
         if call.stream:
             live.stream = EventStream(self._previewer, call.preview_every, self._clock)
         on_step = None if live.stream is None else live.stream.on_step
@@ -180,7 +186,7 @@ class GenerationService:
         self._live[live.call_id] = live
         self._by_ticket.update(dict.fromkeys(live.tickets, live))
         # Alone it is taken in however long a line it forms by itself: it would never get in.
-        if was_idle or not num_before < self._num_held_up():
+        if was_idle or not num_before < self._engine.num_held_up:
             return
         if num_before >= self._config.max_waiting:
             full = QueueFull(
@@ -189,12 +195,6 @@ class GenerationService:
             )
             self._release(live, full)
             raise full
-
-    def _num_held_up(self) -> int:
-        """Requests that the next tick would leave waiting."""
-        waiting = [ticket for ticket in self._by_ticket if ticket.state is State.WAITING]
-        admission = admit(waiting, self._engine.in_flight, self._engine.limits)
-        return len(waiting) - len(admission.joining)
 
     def _submit_all(
         self,

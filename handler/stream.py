@@ -2,7 +2,7 @@
 
 event: step      {"step": 3, "num_steps": 50, "elapsed_s": 0.41}
 event: preview   {"step": 10, "content_type": "image/jpeg", "image": "<base64>"}
-event: image     the reply's JSON, or {"content_type", "seeds", "image": "<base64>"}
+event: image     the reply's JSON, or {"content_type", "seeds", "image": "<base64>", "warning"?}
 event: error     the error's JSON, with its status
 """
 
@@ -70,7 +70,11 @@ class EventStream:
         else:
             image = base64.b64encode(reply.body).decode("ascii")
             seeds = [int(seed) for seed in reply.headers["X-Seed"].split(",")]
-            self._add("image", {"content_type": reply.content_type, "seeds": seeds, "image": image})
+            event = {"content_type": reply.content_type, "seeds": seeds, "image": image}
+            # A stream's headers are long gone.
+            if warning := reply.headers.get("Warning"):
+                event["warning"] = warning
+            self._add("image", event)
         return Reply(reply.status, reply.phrase, EVENT_STREAM, self.take(), reply.headers)
 
     def _add(self, event: str, data: dict[str, Any]) -> None:

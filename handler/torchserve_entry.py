@@ -1,5 +1,10 @@
 """The file that TorchServe imports from an archive: it looks for exactly one class defined here."""
 
+import sys
+
+# A model directory may be the archive's own folder, in which nothing may change.
+sys.dont_write_bytecode = True
+
 try:
     from handler.diffusers_handler import DiffusersHandler
 except ImportError as error:

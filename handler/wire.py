@@ -159,6 +159,9 @@ def _read_options(
     stream = reader.boolean("stream")
     if stream is None:
         stream = accepts_stream
+    if stream and not headers:
+        # Only gRPC has none, and its unary calls have one reply.
+        reader.report("stream", "only over HTTP, not over gRPC")
     if stream and envelope is not Envelope.PLAIN:
         reader.report("stream", "only plain requests are streamed, not KServe's")
     previews = reader.integer("previews", low=0, high=config.max_num_inference_steps)

@@ -303,6 +303,8 @@ class TorchServer:
             "TEMP": str(temp),
             "LOG_LOCATION": str(logs),
             "METRICS_LOCATION": str(logs),
+            # An archive's folder is linked, not copied: code that is compiled stays out of it.
+            "PYTHONDONTWRITEBYTECODE": "1",
             # All weights are in the archive: a worker that asks the hub for more is a mistake.
             "HF_HUB_OFFLINE": "1",
         }

@@ -342,7 +342,10 @@ def test_packing_takes_little_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.server
-def test_torchserve_links_a_folder_and_serves_it(tmp_path: Path) -> None:
+def test_torchserve_links_a_folder_serves_it_and_leaves_it_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
     settings = ("num_inference_steps=2", "height=64", "width=64", "num_threads=1")
     flags = [part for setting in settings for part in ("--set", setting)]
     build(tmp_path, "--format", "dir", *flags)

@@ -40,6 +40,30 @@ def test_a_field_beside_and_inside_parameters() -> None:
     assert message.problems == {"seed": "given more than once: beside and inside parameters"}
 
 
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({"inputs": "a"}, "inputs"),
+        ({"instances": ["a"]}, "instances"),
+        (
+            {"inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a"]}]},
+            "inputs",
+        ),
+        ({"prompt": "a", "unheard of": 1}, "unheard of"),
+    ],
+)
+def test_what_is_beside_parameters_is_never_replaced(body: dict[str, object], name: str) -> None:
+    message = unwrap({**body, "parameters": {name: "x"}})
+    assert message.problems == {name: "given more than once: beside and inside parameters"}
+
+
+def test_null_is_not_given() -> None:
+    message = unwrap({"instances": [{"prompt": "a", "seed": None}], "parameters": {"seed": 5}})
+    assert not message.problems
+    tensors = [tensor("prompt", ["a"]), tensor("seed", [1])]
+    assert not unwrap({"inputs": tensors, "seed": None}).problems
+
+
 def test_parameters_that_are_no_object() -> None:
     assert unwrap({"inputs": "a", "parameters": [1]}).problems == {
         "parameters": "must be an object, not a list of 1"

@@ -64,6 +64,15 @@ def problems(
     return caught.value.fields
 
 
+def test_pictures_that_are_too_large_together() -> None:
+    sizes = {"height": 512, "width": 512, "max_pixels": 512 * 512}
+    config = dataclasses.replace(CONFIG, **sizes, max_pixels_in_flight=2 * 512 * 512)
+    assert parse({"prompt": "a", "n": 2}, config).num_images == 2
+    assert problems({"prompt": "a", "n": 3}, config) == {
+        "num_images": "3 of 512x512 (height x width) are 786432 pixels; allowed are 524288 together"
+    }
+
+
 def test_a_prompt_is_enough() -> None:
     assert parse({"prompt": "a cat"}) == GenerationRequest(
         prompt="a cat",

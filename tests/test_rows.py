@@ -59,6 +59,12 @@ def test_a_form_is_decoded() -> None:
     assert read(row) == Payload({"prompt": "Kätzchen", "seed": "5", "n": 2}, is_form=True)
 
 
+@pytest.mark.parametrize("media", ["application/x-www-form-urlencoded", "multipart/form-data"])
+def test_a_form_field_may_be_called_body(media: str) -> None:
+    found = read({"body": b"a ring"}, {"content-type": f"{media}; boundary=x"})
+    assert found == Payload({"body": "a ring"}, is_form=True)
+
+
 def test_form_fields_that_are_not_utf8_are_all_named() -> None:
     payload = read({"prompt": b"\xff", "negative_prompt": b"ab\xfe", "seed": b"5"})
     assert payload.fields == {"seed": "5"}

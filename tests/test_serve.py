@@ -118,6 +118,11 @@ def test_threads_that_wait_spin_briefly_unless_told_otherwise(
     assert environment.get("GOMP_SPINCOUNT") == spins
 
 
+def test_workers_write_no_compiled_code_beside_an_archive(tmp_path: Path) -> None:
+    server = TorchServer(Options(write_toy_archive(tmp_path), tmp_path / "run", Ports.free()))
+    assert server._prepare_state()["PYTHONDONTWRITEBYTECODE"] == "1"
+
+
 def test_misuse_is_told_apart_from_failure() -> None:
     with pytest.raises(SystemExit) as misused:
         main(["start", "--auth", "perhaps"])

@@ -45,6 +45,9 @@ class Clock:
         return self.now_s
 
 
+HTTP = {"host": "localhost"}
+
+
 class Faulty(StableDiffusionPipeline):  # type: ignore[misc]
     """Fails where its prompt says, or returns what is no picture."""
 
@@ -123,7 +126,7 @@ def make_service(clock: Clock, **settings: Any) -> GenerationService:
 def open_call(
     service: GenerationService, call_id: str, prompt: str = "a cat", **fields: Any
 ) -> None:
-    service.open(call_id, {"body": {"prompt": prompt, "seed": 3, **fields}}, {})
+    service.open(call_id, {"body": {"prompt": prompt, "seed": 3, **fields}}, HTTP)
 
 
 def finish(service: GenerationService) -> dict[str, Reply]:
@@ -384,6 +387,16 @@ def test_a_full_waiting_room_says_when_to_come_back(make: Make) -> None:
     assert not service._engine.has_work or service._engine.num_running == 0
 
 
+def test_a_call_that_must_be_alone_has_no_second_beside_it(make: Make) -> None:
+    service = make(max_rows=16, max_images=1, max_waiting=1)
+    service._engine._runs._shared_state.is_exclusive = True
+    for index in range(4):  # one runs, one waits
+        open_call(service, f"c{index}")
+        tick(service)
+    assert {k: r.status for k, r in service.take_replies().items()} == {"c2": 503, "c3": 503}
+    assert [r.status for r in finish(service).values()] == [200] * 2
+
+
 def test_calls_that_fit_at_once_do_not_wait(make: Make) -> None:
     service = make(max_rows=8, max_images=1, max_waiting=0)
     for index in range(5):
@@ -555,6 +568,23 @@ def test_errors_keep_or_get_their_status(caplog: pytest.LogCaptureFixture) -> No
     told = as_request_error(KeyError("a secret"), 0)
     assert isinstance(told, RequestError)
     assert "secret" not in told.message
+
+
+@pytest.mark.parametrize("broken", ["read_call", "EventStream"])
+def test_a_fault_while_a_call_is_taken_in_is_its_own(
+    make: Make, broken: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = make()
+    open_call(service, "before", num_inference_steps=9)
+    tick(service)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"handler.service.{broken}", lambda *args, **kwargs: 1 / 0)
+        open_call(service, "bad", stream=True)
+    open_call(service, "after")
+    replies = finish(service)
+    assert {k: r.status for k, r in replies.items()} == {"bad": 500, "before": 200, "after": 200}
+    assert "ZeroDivisionError" in caplog.text
+    assert not service.live_ids
 
 
 def test_drawn_seeds_differ_and_can_be_typed() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 
 import pytest
@@ -85,6 +86,13 @@ def test_the_last_chunk_holds_what_is_pending_and_the_picture() -> None:
         b'event: image\ndata: {"content_type":"image/png","seeds":[3,4],"image":"iVBORw=="}'
     )
     assert rest == b""
+
+
+def test_a_warning_is_told_with_the_picture() -> None:
+    stream, _ = make()
+    warned = dataclasses.replace(PNG, headers={**PNG.headers, "Warning": '299 - "cut"'})
+    data = json.loads(stream.close(warned).body.split(b"data: ")[1])
+    assert data["warning"] == '299 - "cut"'
 
 
 def test_json_is_passed_on_as_it_is() -> None:

@@ -30,6 +30,8 @@ TRAITS = PipelineTraits(
         ]
     ),
 )
+# Over HTTP there are always some.
+HTTP = {"host": "localhost"}
 JSON = {"content-type": "application/json"}
 TEXT = {"content-type": "text/plain"}
 URLENCODED = {"content-type": "application/x-www-form-urlencoded"}
@@ -41,7 +43,9 @@ def read(
     headers: dict[str, str] | None = None,
     config: HandlerConfig = CONFIG,
 ) -> Call | CancelCall:
-    return read_call(row, headers or {}, config, TRAITS, draw_seed=lambda: 99)
+    return read_call(
+        row, HTTP if headers is None else headers, config, TRAITS, draw_seed=lambda: 99
+    )
 
 
 def call(
@@ -263,6 +267,13 @@ def test_streams() -> None:
     assert not call(body(stream=False), events).stream
     assert call(body(previews=5), events).preview_every == 5
     assert call(body(previews=0)).preview_every == 0
+
+
+def test_grpc_has_no_streams() -> None:
+    row: dict[str, object] = {"prompt": b"a", "stream": b"true"}
+    assert problems(row, {}) == {"stream": "only over HTTP, not over gRPC"}
+    assert not call({"prompt": b"a"}, {}).stream
+    assert call(row).stream
 
 
 def test_previews_need_a_stream() -> None:
