@@ -1,6 +1,8 @@
 """Reads a zip's directory that nobody vouches for; changes when what we accept as a zip changes.
 
-Stricter than ``zipfile``: what two readers could understand differently is refused.
+Stricter than ``zipfile``: what two readers could understand differently is refused. TorchServe goes
+from local header to local header and never looks at the directory, so the members that the
+directory lists must fill the file from its begin, and both headers of each must say the same.
 Source: PKWARE APPNOTE 6.3.10.
 """
 
@@ -26,7 +28,10 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _UNIX = 3
 _FLAG_ENCRYPTED = 0x1 | 0x40 | 0x2000
+_FLAG_DESCRIPTOR = 0x8
 _FLAG_UTF8 = 0x800
+_WIDE = 0xFFFFFFFF
+_EMPTY = {STORED: b"", DEFLATED: b"\3\0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,7 @@ class _Entry:
     packed_bytes: int
     size_bytes: int
     header_offset: int
+    is_folder: bool
 
 
 def check_name(name: str) -> None:
@@ -87,10 +93,19 @@ class _Directory:
     label: str
 
     def members(self) -> dict[str, ZipMember]:
-        entries = self._entries()
-        members = {entry.name: self._member(entry) for entry in entries}
+        count, size, offset = self._directory()
+        entries = self._entries(count, self._read(offset, size))
+        entries.sort(key=lambda each: each.header_offset)
+        begins = [*(each.header_offset for each in entries), offset]
+        if begins[0]:
+            raise self._error(f"its first {begins[0]} bytes belong to no member")
+        members: dict[str, ZipMember] = {}
+        for entry, next_begin in zip(entries, begins[1:], strict=True):
+            member = self._member(entry)
+            self._check_end(entry, member.offset - self.start + member.packed_bytes, next_begin)
+            if not entry.is_folder:
+                members[entry.name] = member
         self._check_tree(members)
-        self._check_overlaps(entries, members)
         return members
 
     def _error(self, problem: str) -> ArchiveError:
@@ -134,30 +149,28 @@ class _Directory:
             raise self._error("its zip64 end record is damaged")
         return offset, tuple(fields)
 
-    def _entries(self) -> list[_Entry]:
-        count, size, offset = self._directory()
-        directory = self._read(offset, size)
+    def _entries(self, count: int, directory: bytes) -> list[_Entry]:
         entries: list[_Entry] = []
         seen: dict[str, str] = {}
         at = 0
         for _ in range(count):
-            if at + _CENTRAL.size > size:
+            if at + _CENTRAL.size > len(directory):
                 raise self._error("its directory is cut off")
             entry, at = self._entry(directory, at)
-            if entry is None:
+            entries.append(entry)
+            if entry.is_folder:
                 continue
             check_name(entry.name)
             folded = entry.name.casefold()
             if folded in seen:
                 raise self._error(f"{entry.name} is there twice (as {seen[folded]})")
             seen[folded] = entry.name
-            entries.append(entry)
-        if at != size:
+        if at != len(directory):
             raise self._error("its directory holds more than it counts")
         return entries
 
-    def _entry(self, directory: bytes, at: int) -> tuple[_Entry | None, int]:
-        """Decode one record of the central directory; None for a folder."""
+    def _entry(self, directory: bytes, at: int) -> tuple[_Entry, int]:
+        """Decode one record of the central directory; say also where the next begins."""
         fields = _CENTRAL.unpack_from(directory, at)
         signature, made_by, _, flags, method, _, _, crc32, packed, size = fields[:10]
         name_length, extra_length, comment_length, disk, _, attributes, offset = fields[10:]
@@ -174,12 +187,12 @@ class _Directory:
         kind = (attributes >> 16) & 0o170000 if made_by >> 8 == _UNIX else 0
         if kind not in (0, 0o100000, 0o040000):
             raise self._error(f"{name} is a link or a special file: refused")
-        if name.endswith("/") or kind == 0o040000:
+        is_folder = name.endswith("/")
+        if is_folder:
             check_name(name.removesuffix("/"))
-            if size:
-                raise self._error(f"the folder {name} claims to hold bytes")
-            return None, after
-        return _Entry(name, flags, method, crc32, packed, size, offset), after
+        if (is_folder and size) or (kind == 0o040000 and not is_folder):
+            raise self._error(f"{name} is a folder and a file at once")
+        return _Entry(name, flags, method, crc32, packed, size, offset, is_folder), after
 
     def _decode_name(self, raw: bytes, flags: int) -> str:
         try:
@@ -189,50 +202,80 @@ class _Directory:
 
     def _wide(self, name: str, extra: bytes, values: list[int]) -> list[int]:
         """Replace the 32-bit `values` that are all ones by those of the zip64 extra field."""
+        if _WIDE not in values:
+            return values
+        found = []
         at = 0
         while at + 4 <= len(extra):
             kind, length = struct.unpack_from("<2H", extra, at)
             at += 4
             if kind == 1:
-                wide = extra[at : at + length]
-                for index, value in enumerate(values):
-                    if value == 0xFFFFFFFF:
-                        if len(wide) < 8:
-                            raise self._error(f"{name}: its zip64 field is damaged")
-                        values[index] = struct.unpack_from("<Q", wide)[0]
-                        wide = wide[8:]
-                return values
+                found.append(extra[at : at + length])
             at += length
-        if 0xFFFFFFFF in values:
-            raise self._error(f"{name}: its zip64 field is missing")
-        return values
+        if len(found) != 1:
+            raise self._error(f"{name}: it has {len(found)} zip64 fields and needs one")
+        wide = found[0]
+        if len(wide) < 8 * values.count(_WIDE):
+            raise self._error(f"{name}: its zip64 field is damaged")
+        numbers = (number for (number,) in struct.iter_unpack("<Q", wide[: len(wide) // 8 * 8]))
+        return [next(numbers) if value == _WIDE else value for value in values]
 
     def _member(self, entry: _Entry) -> ZipMember:
         """Check the local header of `entry` against the directory and find its data."""
-        fields = _LOCAL.unpack(self._read(entry.header_offset, _LOCAL.size))
-        signature, _, flags, method = fields[:4]
-        name_length, extra_length = fields[9:]
-        raw_name = self._read(entry.header_offset + _LOCAL.size, name_length)
-        if (
-            signature != b"PK\3\4"
-            or method != entry.method
-            or flags != entry.flags
-            or self._decode_name(raw_name, flags) != entry.name
-        ):
-            raise self._error(f"{entry.name}: its two headers disagree")
+        offset = self._check_local(entry)
+        method, packed, size = entry.method, entry.packed_bytes, entry.size_bytes
         if method not in (STORED, DEFLATED):
             raise self._error(f"{entry.name} is packed by method {method}: only 0 and 8 are read")
-        packed, size = entry.packed_bytes, entry.size_bytes
         if method == STORED and packed != size:
             raise self._error(f"{entry.name}: stored, yet its two sizes differ")
         if size > packed * MAX_DEFLATE_RATIO:
             raise self._error(f"{entry.name} claims {size} bytes out of {packed}: impossible")
-        offset = entry.header_offset + _LOCAL.size + name_length + extra_length
         if offset + packed > self.size_bytes:
             raise self._error(f"{entry.name} is cut off")
+        empty = _EMPTY[method]
+        if entry.is_folder and (packed != len(empty) or self._read(offset, packed) != empty):
+            raise self._error(f"the folder {entry.name} holds bytes")
         return ZipMember(
             entry.name, size, packed, entry.crc32, method == STORED, self.start + offset
         )
+
+    def _check_local(self, entry: _Entry) -> int:
+        """Compare the local header with the directory's; return where it ends."""
+        fields = _LOCAL.unpack(self._read(entry.header_offset, _LOCAL.size))
+        signature, _, flags, method, _, _, crc32, packed, size, name_length, extra_length = fields
+        extra_at = entry.header_offset + _LOCAL.size + name_length
+        raw_name = self._read(extra_at - name_length, name_length)
+        extra = self._read(extra_at, extra_length)
+        is_same = (
+            signature == b"PK\3\4"
+            and method == entry.method
+            and flags == entry.flags
+            and self._decode_name(raw_name, flags) == entry.name
+        )
+        if is_same and not flags & _FLAG_DESCRIPTOR:
+            # Java takes both sizes from the zip64 field, or neither.
+            is_same = (size == _WIDE) == (packed == _WIDE)
+            size, packed = self._wide(entry.name, extra, [size, packed])
+            claimed = (entry.crc32, entry.packed_bytes, entry.size_bytes)
+            is_same = is_same and (crc32, packed, size) == claimed
+        if not is_same:
+            raise self._error(f"{entry.name}: its two headers disagree")
+        return int(extra_at + extra_length)
+
+    def _check_end(self, entry: _Entry, end: int, next_begin: int) -> None:
+        """Nothing may lie between a member and what follows it but its data descriptor."""
+        if end > next_begin:
+            raise self._error(f"{entry.name} overlaps what follows it")
+        if not entry.flags & _FLAG_DESCRIPTOR:
+            allowed = {b""}
+        else:
+            values = (entry.crc32, entry.packed_bytes, entry.size_bytes)
+            narrow = struct.pack("<3L", *(min(value, _WIDE) for value in values))
+            wide = struct.pack("<L2Q", *values)
+            allowed = {sign + each for sign in (b"", b"PK\7\10") for each in (narrow, wide)}
+        length = next_begin - end
+        if length > 24 or self._read(end, length) not in allowed:
+            raise self._error(f"after {entry.name} lie {length} bytes that belong to no member")
 
     def _check_tree(self, members: Collection[str]) -> None:
         """No member may be a folder of another one."""
@@ -242,11 +285,3 @@ class _Directory:
                 folder = folder.rpartition("/")[0]
                 if folder in members:
                     raise self._error(f"{folder} is both a file and the folder of {name}")
-
-    def _check_overlaps(self, entries: list[_Entry], members: dict[str, ZipMember]) -> None:
-        end = 0
-        for entry in sorted(entries, key=lambda each: each.header_offset):
-            if entry.header_offset < end:
-                raise self._error(f"{entry.name} overlaps another member")
-            member = members[entry.name]
-            end = member.offset - self.start + member.packed_bytes

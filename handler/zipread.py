@@ -144,8 +144,12 @@ class ZipReader:
                     packed = inflate.unconsumed_tail
             except zlib.error as error:
                 raise self._error(f"{member.name} is damaged: {error}") from error
+            if inflate.unused_data:
+                raise self._error(f"{member.name} is damaged: it ends before its packed bytes do")
         if inflate is not None:
             yield inflate.flush()
+            if not inflate.eof:
+                raise self._error(f"{member.name} is damaged: it is cut off")
 
     def _error(self, problem: str) -> ArchiveError:
         return ArchiveError(f"{self.label}: {problem}")

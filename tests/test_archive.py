@@ -161,8 +161,8 @@ def test_refuses_flipped_bits_in_weights(tmp_path: Path, scratch: Path) -> None:
 
 def test_refuses_small_files_that_claim_too_much(tmp_path: Path) -> None:
     data = bytearray(zip_bytes(members(**{"vae/big.json": bytes(1 << 20)}), zipfile.ZIP_DEFLATED))
-    at = data.rindex(b"vae/big.json") - 46
-    struct.pack_into("<L", data, at + 24, 900 << 20)
+    struct.pack_into("<L", data, data.rindex(b"vae/big.json") - 46 + 24, 900 << 20)
+    struct.pack_into("<L", data, data.index(b"vae/big.json") - 30 + 22, 900 << 20)
     assert "vae/big.json claims" in refusal(write_model_zip(tmp_path / "m", bytes(data)))
 
 

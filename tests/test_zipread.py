@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import struct
+import subprocess
 import tempfile
 import zipfile
 import zlib
@@ -112,6 +114,14 @@ def _patched(offset_of: Callable[[bytes], int], layout: str, value: int) -> byte
     return bytes(data)
 
 
+def _both(field: int, value: int, files: dict[str, bytes] = FILES) -> bytes:
+    """A zip whose first member has `value` at `field` of both its headers."""
+    data = bytearray(zip_bytes(files, zipfile.ZIP_DEFLATED))
+    struct.pack_into("<L", data, data.index(b"PK\1\2") + field, value)
+    struct.pack_into("<L", data, field - 2, value)
+    return bytes(data)
+
+
 def _central(field: int) -> Callable[[bytes], int]:
     return lambda data: data.index(b"PK\1\2") + field
 
@@ -133,10 +143,11 @@ def _end(field: int) -> Callable[[bytes], int]:
         (b"PK\5\6", "no zip archive"),
         (_patched(_central(8), "<H", 1), "is encrypted"),
         (_patched(_central(10), "<H", 12), "headers disagree"),
-        (_patched(_central(24), "<L", 1 << 30), "impossible"),
-        (_patched(_central(24), "<L", 100), "larger than the 100"),
-        (_patched(_central(16), "<L", 7), "do not match its checksum"),
-        (_patched(_central(42), "<L", 1 << 30), "points outside itself"),
+        (_both(24, 1 << 30), "impossible"),
+        (_both(24, 100), "larger than the 100"),
+        (_both(16, 7), "do not match its checksum"),
+        (_patched(_central(42), "<L", 1 << 30), "belong to no member"),
+        (_patched(_end(16), "<L", 1 << 30), "its directory is not where"),
         (_patched(_end(10), "<H", 2), "several parts"),
         (_patched(_end(4), "<H", 1), "several parts"),
     ],
@@ -154,13 +165,127 @@ def test_refuses_members_that_share_bytes() -> None:
     data[30 + 1 : 30 + 1 + len(first_local)] = first_local.replace(b"a", b"b")
     struct.pack_into("<L", data, second + 42, 31)
     struct.pack_into("<2L", data, second + 20, 1, 1)
-    assert "overlaps another member" in refusal(bytes(data))
+    assert "overlaps what follows it" in refusal(bytes(data))
+
+
+def _local(name: str, data: bytes) -> bytes:
+    """A stored member as one who reads local headers only takes it."""
+    numbers = (zlib.crc32(data), len(data), len(data), len(name), 0)
+    return struct.pack("<4s5H3L2H", b"PK\3\4", 20, 0, 0, 0, 33, *numbers) + name.encode() + data
+
+
+@pytest.mark.parametrize("before", ["first", "middle", "directory"])
+def test_refuses_members_that_the_directory_does_not_list(before: str) -> None:
+    """TorchServe reads local headers one after the other and would unpack it."""
+    data = zip_bytes({"a": b"1", "b": b"2"})
+    second = data.index(b"PK\3\4", 4)
+    directory = data.index(b"PK\1\2")
+    at = {"first": 0, "middle": second, "directory": directory}[before]
+    evil = _local("entry.py", b"import os")
+    moved = bytearray(data[:at] + evil + data[at:])
+    struct.pack_into("<L", moved, moved.rindex(b"PK\5\6") + 16, directory + len(evil))
+    entry = moved.index(b"PK\1\2")
+    for offset in (0, second):
+        if offset >= at:
+            struct.pack_into("<L", moved, entry + 42, offset + len(evil))
+        entry = moved.find(b"PK\1\2", entry + 4)
+    with zipfile.ZipFile(io.BytesIO(moved)) as archive:
+        assert archive.testzip() is None
+    assert "belong to no member" in refusal(bytes(moved))
+
+
+@pytest.mark.parametrize("field", [14, 18, 22])
+def test_refuses_local_headers_that_say_something_else(field: int) -> None:
+    data = bytearray(zip_bytes(FILES))
+    data[field] ^= 1
+    assert "a.txt: its two headers disagree" in refusal(bytes(data))
+
+
+def _streamed(data: bytes, packed: bytes, *, name: str, size: int, descriptor: bytes) -> bytes:
+    """A zip of one deflated member whose sizes stand behind it."""
+    crc32 = zlib.crc32(data)
+    local = struct.pack("<4s5H3L2H", b"PK\3\4", 20, 8, 8, 0, 33, 0, 0, 0, len(name), 0)
+    body = local + name.encode() + packed + descriptor
+    numbers = (crc32, len(packed), size, len(name), 0, 0, 0, 0, 0, 0)
+    central = struct.pack("<4s6H3L5H2L", b"PK\1\2", 20, 20, 8, 8, 0, 33, *numbers)
+    central += name.encode()
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(central), len(body), 0)
+    return body + central + end
+
+
+def _deflated(data: bytes) -> bytes:
+    deflate = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return deflate.compress(data) + deflate.flush()
+
+
+@pytest.mark.parametrize("sign", [b"", b"PK\7\10"])
+@pytest.mark.parametrize("layout", ["<3L", "<L2Q"])
+def test_data_descriptors_are_compared(sign: bytes, layout: str) -> None:
+    data = b"hello" * 9
+    packed = _deflated(data)
+    true = sign + struct.pack(layout, zlib.crc32(data), len(packed), len(data))
+    assert read_all(_streamed(data, packed, name="a", size=45, descriptor=true)) == {"a": data}
+    false = sign + struct.pack(layout, zlib.crc32(data), len(packed) - 1, len(data))
+    for wrong in (false, b"", true + b"x", true[:-1]):
+        zipped = _streamed(data, packed, name="a", size=45, descriptor=wrong)
+        assert "belong to no member" in refusal(zipped)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "words"), [("a", b"hello", "ends before its packed"), ("a/", b"", "holds byt")]
+)
+def test_refuses_members_behind_the_end_of_a_deflated_one(
+    name: str, data: bytes, words: str
+) -> None:
+    """One who inflates to the end of the stream would go on at a header of another's making."""
+    packed = _deflated(data)
+    packed += struct.pack("<4s3L", b"PK\7\10", zlib.crc32(data), len(packed), len(data))
+    packed += _local("entry.py", b"import os")
+    numbers = (zlib.crc32(data), len(packed), len(data))
+    descriptor = struct.pack("<4s3L", b"PK\7\10", *numbers)
+    zipped = _streamed(data, packed, name=name, size=len(data), descriptor=descriptor)
+    assert words in refusal(zipped)
+
+
+def test_refuses_a_deflated_member_that_is_cut_off() -> None:
+    data = b"hello" * 9
+    packed = _deflated(data)[:-1]
+    numbers = struct.pack("<3L", zlib.crc32(data), len(packed), 45)
+    assert "a is damaged" in refusal(_streamed(data, packed, name="a", size=45, descriptor=numbers))
+
+
+def test_refuses_a_folder_that_others_take_for_a_file() -> None:
+    assert "a folder and a file at once" in refusal(_with_mode(0o040755))
+
+
+@pytest.mark.skipif(shutil.which("zip") is None, reason="needs Info-ZIP")
+@pytest.mark.parametrize("is_streamed", [False, True])
+def test_reads_what_info_zip_writes(tmp_path: Path, is_streamed: bool) -> None:
+    for name, data in FILES.items():
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(data)
+    target = "-" if is_streamed else str(tmp_path / "out.zip")
+    run = subprocess.run(
+        ["zip", "-r", target, "."], cwd=tmp_path / "in", check=True, capture_output=True
+    )
+    assert read_all(run.stdout if is_streamed else (tmp_path / "out.zip").read_bytes()) == FILES
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_reads_what_shutil_writes_and_zipfile_appends_to(tmp_path: Path, compression: int) -> None:
+    (tmp_path / "in" / "folder" / "empty").mkdir(parents=True)
+    (tmp_path / "in" / "folder" / "b.json").write_bytes(b"{}")
+    path = Path(shutil.make_archive(str(tmp_path / "out"), "zip", tmp_path / "in"))
+    with zipfile.ZipFile(path, "a", compression) as archive:
+        archive.writestr("folder2/", b"")
+        with archive.open("wide", "w", force_zip64=True) as member:
+            member.write(b"x" * 100)
+    expected = {"folder/b.json": b"{}", "wide": b"x" * 100}
+    assert read_all(path.read_bytes()) == expected
 
 
 def test_a_bomb_stops_at_the_size_it_claims() -> None:
-    bomb = zip_bytes({"bomb": bytes(50 << 20)}, zipfile.ZIP_DEFLATED)
-    data = bytearray(bomb)
-    struct.pack_into("<L", data, data.index(b"PK\1\2") + 24, 1000)
+    data = _both(24, 1000, {"bomb": bytes(50 << 20)})
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.flush()
