@@ -28,6 +28,13 @@ INVALID_FIELDS: dict[str, tuple[dict[str, object], set[str]]] = {
     "unknown scheduler": ({"prompt": "a", "scheduler": "eulr"}, {"scheduler"}),
     "unknown format": ({"prompt": "a", "output_format": "gif"}, {"output_format"}),
     "several images in one": ({"prompt": "a", "num_images": 2}, {"num_images"}),
+    "inputs beside and inside parameters": (
+        {
+            "inputs": [{"name": "prompt", "shape": [1], "datatype": "BYTES", "data": ["a"]}],
+            "parameters": {"inputs": "x"},
+        },
+        {"inputs"},
+    ),
     "all at once": (
         {"prompt": "", "steps": 0, "guidance": "x", "width": 1, "colour": "red"},
         {"prompt", "num_inference_steps", "guidance_scale", "width", "colour"},

@@ -145,3 +145,10 @@ def test_an_error_over_grpc_is_its_json(server: TorchServer) -> None:
     reply = grpc_predict(port, server.model_name, {"prompt": PROMPT.encode(), "steps": b"0"})
     # TorchServe gives any reply of the handler the gRPC status OK.
     assert json.loads(reply)["error"]["fields"].keys() == {"num_inference_steps"}
+
+
+def test_a_stream_over_grpc_is_refused(server: TorchServer) -> None:
+    port = server.options.ports.grpc_inference
+    fields = {"prompt": PROMPT.encode(), "stream": b"true"}
+    reply = json.loads(grpc_predict(port, server.model_name, fields))
+    assert reply["error"]["fields"].keys() == {"stream"}
