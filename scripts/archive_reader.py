@@ -6,6 +6,8 @@ pipeline and a pipeline folder all become one `ArchiveView`.
 
 from __future__ import annotations
 
+import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,16 +46,45 @@ class Reader(Protocol):
 
 
 class FolderReader:
-    """The files below a folder, by their paths in it; hidden ones are left out."""
+    """Files below a folder, by their paths in it. Its `sizes` say which."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sizes: dict[str, int]) -> None:
         self._folder = folder
-        self.sizes = {
+        self.sizes = sizes
+
+    @classmethod
+    def of_pipeline(cls, folder: Path) -> FolderReader:
+        """Take what may be a pipeline's: no hidden files; the hub's cache has links to files."""
+        sizes = {
             path.relative_to(folder).as_posix(): path.stat().st_size
             for path in sorted(folder.rglob("*"))
             if path.is_file()
             and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         }
+        return cls(folder, sizes)
+
+    @classmethod
+    def of_archive(cls, folder: Path) -> FolderReader:
+        """Take all that Python could import or a worker could open once TorchServe links `folder`.
+
+        Raises: ArchiveError, naming links and special files: what they lead to may change.
+        """
+        sizes: dict[str, int] = {}
+        refused = []
+        for parent, folders, files in os.walk(folder, onerror=_raise):
+            for path in (Path(parent, name) for name in (*folders, *files)):
+                name = path.relative_to(folder).as_posix()
+                status = path.lstat()
+                if stat.S_ISREG(status.st_mode):
+                    sizes[name] = status.st_size
+                elif not stat.S_ISDIR(status.st_mode):
+                    refused.append(name)
+        if refused:
+            raise ArchiveError(
+                f"{folder}: links and special files are refused in an archive: "
+                f"{', '.join(sorted(refused))}; put the files themselves there, or pack it again"
+            )
+        return cls(folder, dict(sorted(sizes.items())))
 
     def read(self, name: str) -> bytes:
         """Return a whole small file."""
@@ -74,6 +105,10 @@ class FolderReader:
         if name not in self.sizes:
             raise ArchiveError(f"{self._folder}: {name} is missing")
         return self._folder / name
+
+
+def _raise(error: OSError) -> None:
+    raise ArchiveError(f"{error.filename}: it cannot be listed: {error.strerror}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +169,16 @@ def open_archive(path: Path) -> Iterator[ArchiveView]:
 
 
 def _open_folder(path: Path, stack: ExitStack) -> ArchiveView:
-    reader = FolderReader(path)
-    if MODEL_INDEX in reader.sizes:
-        return ArchiveView(path, None, reader)
+    if not os.path.lexists(path / TORCHSERVE_MANIFEST_NAME):
+        model = FolderReader.of_pipeline(path)
+        if MODEL_INDEX in model.sizes:
+            return ArchiveView(path, None, model)
+    reader = FolderReader.of_archive(path)
     if MODEL_ZIP in reader.sizes:
         archive = path / MODEL_ZIP
-        model = ZipReader(stack.enter_context(archive.open("rb")), label=str(archive))
+        inner = ZipReader(stack.enter_context(archive.open("rb")), label=str(archive))
         place = (archive, 0, archive.stat().st_size)
-        return ArchiveView(path, reader, _rooted(model, str(archive)), place)
+        return ArchiveView(path, reader, _rooted(inner, str(archive)), place)
     return ArchiveView(path, reader, _rooted(reader, str(path)))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import zipfile
@@ -188,6 +189,60 @@ def test_a_consistent_forgery_is_found_by_its_hash(tmp_path: Path) -> None:
     rewrite(mar, lambda files: files.update({"model.zip": model}))
     expected = f"model.zip/{UNET} does not match its SHA-256 in the manifest"
     assert verify(mar) == [expected]
+
+
+def test_members_that_only_torchserve_would_see_are_named(tmp_path: Path) -> None:
+    """It reads local headers one after the other, and the last of two of a name stays."""
+    mar = pack(tmp_path)
+    data = mar.read_bytes()
+    with zipfile.ZipFile(mar) as archive:
+        directory = archive.start_dir
+        offset = archive.getinfo("torchserve_entry.py").header_offset
+        end = min(i.header_offset for i in archive.infolist() if i.header_offset > offset)
+    forged = bytearray(data[:directory] + data[offset:end] + data[directory:])
+    struct.pack_into("<L", forged, forged.rindex(b"PK\5\6") + 16, directory + end - offset)
+    mar.write_bytes(forged)
+    assert "belong to no member" in "".join(verify(mar))
+
+
+def _move_and_link(folder: Path, name: str) -> None:
+    (folder / name).rename(folder.parent / "elsewhere")
+    (folder / name).symlink_to(folder.parent / "elsewhere")
+
+
+def _hide(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: _move_and_link(f, "model-config.yaml"), "refused in an archive: model-config"),
+        (lambda f: _move_and_link(f, "handler"), "refused in an archive: handler"),
+        (lambda f: (f / "greenlet").symlink_to(f.parent / "pipeline"), "in an archive: greenlet"),
+        (lambda f: (f / "x").symlink_to("nowhere"), "refused in an archive: x"),
+        (lambda f: os.mkfifo(f / "pipe"), "refused in an archive: pipe"),
+        (lambda f: _hide(f / "handler/.x.bin"), "handler/.x.bin is not in the manifest"),
+        (lambda f: _hide(f / ".hidden/x.pkl"), ".hidden/x.pkl is not in the manifest"),
+        (lambda f: _hide(f / "model_index.json"), "model_index.json is not in the manifest"),
+        (lambda f: _move_and_link(f, "MAR-INF/MANIFEST.json"), "in an archive: MAR-INF/MANIFEST"),
+    ],
+)
+def test_links_and_hidden_files_of_a_folder_are_named(
+    tmp_path: Path, damage: Callable[[Path], object], words: str
+) -> None:
+    folder = pack(tmp_path, is_folder=True)
+    damage(folder)
+    problems = verify(folder)
+    assert any(words in problem for problem in problems), problems
+
+
+def test_a_pipeline_of_the_hubs_cache_is_links(tmp_path: Path) -> None:
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    _move_and_link(pipeline, UNET)
+    assert verify(pipeline) == []
+    assert verify(pack(tmp_path, pipeline, is_folder=True)) == []
 
 
 def test_truncation_is_named(tmp_path: Path) -> None:
