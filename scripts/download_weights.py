@@ -9,13 +9,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from handler.archive import MODEL_INDEX, check_model_index, pickled
 from handler.errors import ArchiveError, ServingError
+from handler.zip_directory import check_name
 from scripts.console import DONE, UsageError, command
 from scripts.pipeline_files import (
     SOURCE_NOTE,
@@ -81,6 +82,7 @@ def _download(model_id: str, revision: str, out: Path, token: str | None, dtype_
     )
     hub = _Hub(model_id, str(info.sha), endpoint, token)
     sizes = {each.rfilename: each.size or 0 for each in info.siblings or []}
+    _check_names(model_id, sizes)
     if MODEL_INDEX not in sizes:
         raise ArchiveError(f"{model_id} is no diffusers pipeline: it has no {MODEL_INDEX}")
     _claim(out, model_id, hub.revision)
@@ -91,6 +93,15 @@ def _download(model_id: str, revision: str, out: Path, token: str | None, dtype_
     print(f"{model_id}: {len(names)} files, {total / 1e6:,.1f} MB → {out}", file=sys.stderr)
     _fetch(hub, names, out)
     return hub
+
+
+def _check_names(model_id: str, names: Iterable[str]) -> None:
+    """Refuse a model with a file that would be written outside of the folder it is fetched into."""
+    for name in names:
+        try:
+            check_name(name)
+        except ArchiveError as error:
+            raise ArchiveError(f"{model_id}: {error}; nothing was fetched") from error
 
 
 @contextmanager

@@ -171,6 +171,19 @@ def test_leaves_a_folder_of_another_kind_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
+@pytest.mark.parametrize(
+    "name", ["unet/../../model.fp16.safetensors", "/evil.safetensors", "../README.md", "..\\evil"]
+)
+def test_fetches_nothing_where_a_name_leads_elsewhere(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    hub.models["org/evil"] = Model({**FILES, name: b"evil"})
+    assert main(["org/evil", "--out", str(tmp_path / "a" / "b")]) == FAILED
+    assert f"{name!r} is refused" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert hub.fetched() == set()
+
+
 def test_says_so_when_there_is_no_hub(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
