@@ -1,7 +1,7 @@
 """Measure whether the demo pipeline draws what prompts say: `python -m demo.evaluate`.
 
 300 fixed prompts with fixed seeds, 100 of them for combinations that training never showed, judged
-term by term (demo/judge.py).
+term by term (demo/judge.py). With `--open` 60 prompts that leave colours, shape or all of it open.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from demo.grammar import Wish, combinations, full_wish, phrase
 from demo.judge import Score, Verdict, judge, score
 
 PIPELINE = Path(__file__).with_name("pipeline")
-NUM_SEEN, NUM_HELD_OUT = 200, 100
+NUM_SEEN, NUM_HELD_OUT, NUM_OPEN = 200, 100, 60
 PROMPT_SEED = 2024
 TERMS = ("shape", "color", "background", "size", "position")
 
@@ -82,6 +82,25 @@ def cases() -> list[Case]:
     return made
 
 
+def open_cases() -> list[Case]:
+    """As many prompts of every kind that leaves something open; nothing is held out of those."""
+    rng = random.Random(PROMPT_SEED)
+    made = []
+    for number in range(NUM_OPEN):
+        color, shape, background = rng.choice(combinations(held_out=False))
+        wish = (
+            Wish(shape),
+            Wish(shape, color),
+            Wish(shape, background=background),
+            Wish(shape, size=rng.choice(("small", "large"))),
+            Wish(color=color, background=background),
+            Wish(),
+        )[number % 6]
+        prompt = phrase(rng, wish, plain=True) if wish != Wish() else ""
+        made.append(Case(prompt, wish, number, is_held_out=False))
+    return made
+
+
 def thin_out(every: Sequence[Case], num: int) -> list[Case]:
     """`num` of the cases, evenly over both sides of the split."""
     return [every[i * len(every) // num] for i in range(num)]
@@ -136,6 +155,8 @@ def table(results: Sequence[dict[str, object]]) -> str:
         for side in ("seen", "held_out"):
             figures = result[side]
             assert isinstance(figures, dict)
+            if not figures["num"]:
+                continue
             cells = " | ".join(f"{100 * figures[column]:.1f}" for column in columns)
             name = f"{result['setting']} | {side.replace('_', '-')} | {figures['num']}"
             lines.append(f"| {name} | {cells} |")
@@ -190,7 +211,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="folder to judge")
     parser.add_argument("--settings", type=int, default=3, help="how many of the settings to try")
     parser.add_argument("--only", type=int, help="try this one setting alone (0 = the defaults)")
-    parser.add_argument("--prompts", type=int, help="draw this many of the 300")
+    parser.add_argument("--prompts", type=int, help="draw this many of them")
+    parser.add_argument("--open", action="store_true", help="prompts that leave terms open")
     parser.add_argument("--batch-size", type=int, default=10)
     parser.add_argument("--threads", type=int, help="torch threads")
     parser.add_argument("--json", type=Path, help="write figures and failures here")
@@ -198,7 +220,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    chosen = cases() if args.prompts is None else thin_out(cases(), args.prompts)
+    every = open_cases() if args.open else cases()
+    chosen = every if args.prompts is None else thin_out(every, args.prompts)
     tried = SETTINGS[: args.settings] if args.only is None else (SETTINGS[args.only],)
     results, drawings = [], []
     for setting in tried:

@@ -122,14 +122,29 @@ class Example:
     sprite: Sprite
 
 
-def sample(rng: random.Random, triples: list[tuple[str, str, str]]) -> Example:
+@dataclass(frozen=True, slots=True)
+class Openness:
+    """How often prompts leave a term open."""
+
+    shape: float
+    color: float
+    background: float
+
+
+MOSTLY_NAMED = Openness(shape=0.03, color=0.05, background=0.1)
+OFTEN_OPEN = Openness(shape=0.06, color=0.3, background=0.35)
+
+
+def sample(
+    rng: random.Random, triples: list[tuple[str, str, str]], openness: Openness = MOSTLY_NAMED
+) -> Example:
     """Draw an example of one of the combinations `triples`."""
     triple = rng.choice(triples)
     color, shape, background = triple
     wish = Wish(
-        shape=shape if rng.random() < 0.97 else None,
-        color=color if rng.random() < 0.95 else None,
-        background=background if rng.random() < 0.9 else None,
+        shape=shape if rng.random() < 1 - openness.shape else None,
+        color=color if rng.random() < 1 - openness.color else None,
+        background=background if rng.random() < 1 - openness.background else None,
         size=rng.choice(tuple(SIZES)) if rng.random() < 0.5 else None,
         position=rng.choice(tuple(POSITIONS)) if rng.random() < 0.55 else None,
     )

@@ -27,10 +27,10 @@ class Batch:
     examples: list[grammar.Example]
 
 
-def draw_batch(rng: random.Random, num: int, alphas: Tensor) -> Batch:
+def draw_batch(rng: random.Random, num: int, alphas: Tensor, openness: grammar.Openness) -> Batch:
     """Rendered pictures, noised; times spread evenly, which varies less than independent draws."""
     triples = grammar.combinations(held_out=False)
-    examples = [grammar.sample(rng, triples) for _ in range(num)]
+    examples = [grammar.sample(rng, triples, openness) for _ in range(num)]
     noise_of = torch.Generator().manual_seed(rng.getrandbits(60))
     spread = (torch.arange(num) + torch.rand(1, generator=noise_of)) / num
     # A few more of the noisy ones, where the picture is decided.

@@ -44,8 +44,15 @@ def picture_of(sprite: grammar.Sprite) -> Tensor:
 class Rollout:
     """`num` trajectories that go on side by side; whoever ends begins anew."""
 
-    def __init__(self, num: int, seed: int, alphas: Tensor) -> None:
+    def __init__(
+        self,
+        num: int,
+        seed: int,
+        alphas: Tensor,
+        openness: grammar.Openness = grammar.MOSTLY_NAMED,
+    ) -> None:
         self.alphas = alphas
+        self.openness = openness
         self.triples = grammar.combinations(held_out=False)
         self.rng = random.Random(seed)
         self.noise_of = torch.Generator().manual_seed(seed)
@@ -53,7 +60,7 @@ class Rollout:
         self.trajectories = [self._begin(self.rng.random()) for _ in range(num)]
 
     def _begin(self, share_done: float = 0.0) -> Trajectory:
-        example = grammar.sample(self.rng, self.triples)
+        example = grammar.sample(self.rng, self.triples, self.openness)
         num_steps = self.rng.choice(NUMS_STEPS)
         stride = len(self.alphas) / num_steps
         times = [round((num_steps - i) * stride) - 1 for i in range(num_steps)]

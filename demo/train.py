@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from demo.build import build_pipeline, save_pipeline
+from demo.grammar import MOSTLY_NAMED, OFTEN_OPEN, Openness
 from demo.lesson import Batch, draw_batch, exact_targets, guided_loss, rollout_batch
 from demo.muon import Muon
 from demo.rollout import Rollout
@@ -33,6 +34,8 @@ NUM_WARMUP_STEPS = 100
 TEXT_ENCODER_FILE = "text_encoder.safetensors"
 ADAM_LR_SHARE = 0.6
 NUM_LOG_STEPS = 50
+# The end of the training, in which prompts often leave terms open.
+SHARE_OFTEN_OPEN = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,12 @@ def learning_rate_share(step: int, settings: Settings) -> float:
     rise = (step + 1) / NUM_WARMUP_STEPS
     fall = (settings.num_steps - step) / max(settings.num_decay_steps, 1)
     return max(0.0, min(1.0, rise, fall))
+
+
+def openness_at(step: int, settings: Settings) -> Openness:
+    """First whatever prompts name is learned, then what to do where they name little."""
+    is_late = step >= (1 - SHARE_OFTEN_OPEN) * settings.num_steps
+    return OFTEN_OPEN if is_late else MOSTLY_NAMED
 
 
 def make_optimizers(
@@ -124,10 +133,12 @@ class Trainer:
         num_pairs = settings.batch_size // settings.num_workers // 2
         rng = random.Random((settings.seed * settings.num_workers + self.rank) * 10_000_000 + step)
         # Begun anew with every checkpoint, so that a resumed run needs no trajectories from before.
+        openness = openness_at(step, settings)
         if step % settings.num_checkpoint_steps == 0 or self.rollout is None:
-            self.rollout = Rollout(num_pairs // 2, rng.getrandbits(60), self.alphas)
+            self.rollout = Rollout(num_pairs // 2, rng.getrandbits(60), self.alphas, openness)
+        self.rollout.openness = openness
         walked = rollout_batch(self.rollout)
-        drawn = draw_batch(rng, num_pairs - len(walked.examples), self.alphas)
+        drawn = draw_batch(rng, num_pairs - len(walked.examples), self.alphas, openness)
         return Batch(
             torch.cat([walked.noisy, drawn.noisy]),
             torch.cat([walked.times, drawn.times]),
@@ -249,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("demo/runs/default"), help="goes on from what is there"
     )
-    parser.add_argument("--steps", type=int, default=12_000)
+    parser.add_argument("--steps", type=int, default=11_000)
     parser.add_argument("--decay-steps", type=int, default=1_500, help="at the end")
     parser.add_argument("--batch-size", type=int, default=16, help="of all workers together")
     parser.add_argument("--workers", type=int, default=2, help="processes")

@@ -16,6 +16,7 @@ from PIL import Image
 from demo.build import LATENT_SCALE, build_autoencoder, build_pipeline
 from demo.evaluate import (
     NUM_HELD_OUT,
+    NUM_OPEN,
     NUM_SEEN,
     Setting,
     cases,
@@ -23,6 +24,7 @@ from demo.evaluate import (
     draw,
     evaluate,
     load,
+    open_cases,
     table,
     thin_out,
 )
@@ -226,6 +228,16 @@ def test_the_cases_are_fixed_and_split() -> None:
         triple = (case.wish.color, case.wish.shape, case.wish.background)
         assert (triple in HELD_OUT) == case.is_held_out
     assert len({case.seed for case in every}) == len(every)
+
+
+def test_open_cases_name_what_they_name_and_no_more() -> None:
+    every = open_cases()
+    assert every == open_cases()
+    assert len(every) == NUM_OPEN
+    for case in every:
+        assert None in (case.wish.shape, case.wish.color, case.wish.background)
+        assert (case.prompt == "") == (case.wish == Wish())
+    assert sum(case.wish == Wish() for case in every) == NUM_OPEN // 6
 
 
 def test_the_evaluation_counts_both_sides(tmp_path: Path) -> None:

@@ -12,7 +12,17 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from demo import train as training
 from demo.build import build_pipeline, build_scheduler
 from demo.exact import posterior_mean, templates
-from demo.grammar import HELD_OUT, Wish, combinations, fulfil, place, vocabulary
+from demo.grammar import (
+    HELD_OUT,
+    MOSTLY_NAMED,
+    OFTEN_OPEN,
+    Wish,
+    combinations,
+    fulfil,
+    place,
+    sample,
+    vocabulary,
+)
 from demo.judge import judge_grid, score
 from demo.lesson import DIFFERENCE_WEIGHT, exact_targets, guided_loss, rollout_batch
 from demo.muon import Muon, orthogonalize
@@ -20,7 +30,7 @@ from demo.rollout import Rollout
 from demo.sprites import coverage, render
 from demo.teach import teach
 from demo.tokens import build_tokenizer
-from demo.train import Settings, Trainer, learning_rate_share
+from demo.train import Settings, Trainer, learning_rate_share, openness_at
 
 WISH = Wish("star", "red", "blue", "small", "top")
 
@@ -119,6 +129,19 @@ def test_with_exact_answers_guided_trajectories_end_in_clean_pictures() -> None:
                 judged += 1
         rollout.advance(*exact_targets(rollout_batch(rollout), alphas))
     assert judged >= 4
+
+
+def test_prompts_are_often_open_in_the_end_alone(tmp_path: Path) -> None:
+    run = settings(tmp_path, num_steps=100)
+    stages = [openness_at(step, run) for step in range(100)]
+    assert stages == [MOSTLY_NAMED] * 75 + [OFTEN_OPEN] * 25
+    triples = combinations(held_out=False)
+    for openness in (MOSTLY_NAMED, OFTEN_OPEN):
+        rng = random.Random(0)
+        wishes = [sample(rng, triples, openness).wish for _ in range(4_000)]
+        for term in ("shape", "color", "background"):
+            share = sum(getattr(wish, term) is None for wish in wishes) / len(wishes)
+            assert share == pytest.approx(getattr(openness, term), abs=0.03)
 
 
 def test_the_loss_counts_what_guidance_multiplies() -> None:
