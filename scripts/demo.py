@@ -37,14 +37,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Draw one picture; return 0 done, 1 failed, 2 misused."""
     arguments = _parser().parse_args(argv)
     try:
+        _check_target(arguments.out)
         server = TorchServer.find(arguments.run_dir)
         if server is None:
             raise ServerError("no server is running; `make demo` starts one and draws")
         draw(server, {"prompt": arguments.prompt, "seed": arguments.seed}, arguments.out)
-    except ServerError as problem:
+    except (ServerError, OSError) as problem:
         print(f"demo: {problem}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_target(out: Path) -> None:
+    """Raise ServerError, before anything is drawn, where no picture can be written to `out`."""
+    folder = out.resolve().parent
+    if out.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ServerError(f"{out} cannot be written: --out is a file in a folder that is there")
 
 
 def draw(server: TorchServer, fields: dict[str, object], out: Path) -> None:

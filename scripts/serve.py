@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except ServerError as problem:
+    except (ServerError, OSError) as problem:
         print(f"serve: {problem}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scripts import demo
 from scripts.instance import Options, Ports, ServerError, archive_identity
 from scripts.manifest import TORCHSERVE_MANIFEST_NAME
 from scripts.serve import choose_archive, main
@@ -127,6 +128,29 @@ def test_misuse_is_told_apart_from_failure() -> None:
     with pytest.raises(SystemExit) as misused:
         main(["start", "--auth", "perhaps"])
     assert misused.value.code == 2
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_state_directory_that_cannot_be_made_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    write_toy_archive(tmp_path / "store")
+    ports = (Ports.free().inference, Ports.free().grpc_inference)
+    arguments = ["start", "--store", str(tmp_path / "store"), "--run-dir", str(tmp_path / place)]
+    assert main([*arguments, "--port", str(ports[0]), "--grpc-port", str(ports[1])]) == 1
+    error = capsys.readouterr().err
+    assert "serve: [Errno" in error
+    assert str(tmp_path / "file") in error
+
+
+@pytest.mark.parametrize("out", ["none/x.png", "."])
+def test_where_no_picture_can_be_written_none_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    arguments = ["--run-dir", str(tmp_path), "--out", str(tmp_path / out)]
+    assert demo.main(arguments) == 1
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
