@@ -6,20 +6,19 @@ Every check yields its problems as text instead of raising, so that a report nam
 from __future__ import annotations
 
 import hashlib
-import json
+import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from handler.archive import MODEL_INDEX, MODEL_ZIP, check_model_index, check_names
 from handler.config import HandlerConfig
-from handler.errors import ServingError
+from handler.errors import ArchiveError, ServingError
 from handler.safetensors_map import Header
 from scripts.archive_reader import ArchiveView, Reader, read_headers
 from scripts.console import Progress
+from scripts.documents import parse_json, parse_yaml
 from scripts.manifest import FORMAT, MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME, installed_versions
 from scripts.pipeline_files import component_classes
 
@@ -33,9 +32,10 @@ def read_manifest(view: ArchiveView) -> dict[str, Any] | None:
     """Return our manifest of an archive, None where it has none. Raises: ArchiveError."""
     if view.outer is None or MANIFEST_NAME not in view.outer.sizes:
         return None
+    text = view.outer.read(MANIFEST_NAME)
     try:
-        manifest = json.loads(view.outer.read(MANIFEST_NAME))
-    except (ValueError, RecursionError):
+        manifest = parse_json(text, MANIFEST_NAME)
+    except ArchiveError:
         return {}
     return manifest if isinstance(manifest, dict) else {}
 
@@ -63,12 +63,13 @@ def _problems(check: Any) -> Iterator[str]:
 def _check_torchserve(outer: Reader) -> Iterator[str]:
     """TorchServe's own manifest must name an entry module, and only files that are there."""
     try:
-        model = json.loads(outer.read(TORCHSERVE_MANIFEST_NAME))["model"]
+        text = outer.read(TORCHSERVE_MANIFEST_NAME)
+        model = parse_json(text, TORCHSERVE_MANIFEST_NAME)["model"]
         named = {key: model.get(key) for key in ("handler", "configFile", "requirementsFile")}
     except ServingError as error:
         yield str(error)
         return
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         yield f"{TORCHSERVE_MANIFEST_NAME} is no manifest of TorchServe's: {error!r}"
         return
     for key, name in named.items():
@@ -82,9 +83,9 @@ def _check_config(outer: Reader) -> Iterator[str]:
     if "model-config.yaml" not in outer.sizes:
         return
     try:
-        config = yaml.safe_load(outer.read("model-config.yaml")) or {}
+        config = parse_yaml(outer.read("model-config.yaml"), "it") or {}
         HandlerConfig.from_mapping(config.get("handler"))
-    except (ServingError, yaml.YAMLError, AttributeError) as error:
+    except (ServingError, AttributeError) as error:
         yield f"model-config.yaml: {error}"
 
 
@@ -143,11 +144,7 @@ def _compare(
 
 
 def _index(model: Reader) -> dict[str, object]:
-    try:
-        index = json.loads(model.read(MODEL_INDEX))
-    except (ValueError, RecursionError):
-        index = None
-    return check_model_index(index, "the pipeline")
+    return check_model_index(parse_json(model.read(MODEL_INDEX), MODEL_INDEX), "the pipeline")
 
 
 def _check_components(model: Reader) -> Iterator[str]:
@@ -179,7 +176,7 @@ def _check_versions(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _minor(version: str) -> int:
     parts = version.split(".")
-    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
+    return int(parts[1]) if len(parts) > 1 and re.fullmatch("[0-9]{1,9}", parts[1]) else 0
 
 
 def check_models(view: ArchiveView) -> Iterator[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,12 +10,13 @@ from pathlib import Path
 
 import yaml
 
-from handler.archive import LORA_FOLDER, MODEL_INDEX, MODEL_ZIP
+from handler.archive import LORA_FOLDER, MODEL_INDEX, MODEL_ZIP, check_model_index
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError
 from scripts.console import Progress, UsageError, beside, progress
 from scripts.copying import Copier
 from scripts.dirwriter import DirWriter
+from scripts.documents import parse_json, parse_yaml
 from scripts.manifest import (
     MANIFEST_NAME,
     TORCHSERVE_MANIFEST_NAME,
@@ -122,8 +122,8 @@ def _contents(plan: ArchivePlan) -> _Contents:
 def _index(files: Sequence[PipelineFile]) -> dict[str, object]:
     """Return model_index.json as it is packed: with the classes of replaced components."""
     file = next(each for each in files if each.name == MODEL_INDEX)
-    index: dict[str, object] = json.loads(file.data or file.path.read_bytes())
-    return index
+    data = file.data or file.path.read_bytes()
+    return check_model_index(parse_json(data, str(file.path)), str(file.path))
 
 
 def _size(path: Path) -> int:
@@ -196,10 +196,7 @@ def _config(plan: ArchivePlan) -> bytes:
     if not path.is_file():
         raise UsageError(f"{path} is missing: the model's configuration")
     data = path.read_bytes()
-    try:
-        config = yaml.safe_load(data) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is no YAML: {error}") from error
+    config = parse_yaml(data, str(path)) or {}
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds no keys and values")
     section = config.get("handler") or {}

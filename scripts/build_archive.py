@@ -13,10 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
 from scripts.archive_writer import ArchivePlan, write_archive
 from scripts.console import DONE, UsageError, command
+from scripts.documents import parse_yaml
 from scripts.download_weights import download
 from scripts.precision import PRECISIONS
 from scripts.signing import signature_path
@@ -49,6 +48,8 @@ def _run(arguments: argparse.Namespace) -> int:
                 f"--{flag} {getattr(arguments, flag)!r}: wanted letters, digits and _ . -, "
                 "a letter or digit first, at most 100"
             )
+    if any("\ud800" <= letter <= "\udfff" for letter in arguments.smoke_prompt or ""):
+        raise UsageError(f"--smoke-prompt {arguments.smoke_prompt!a}: wanted text in UTF-8")
     is_folder = arguments.format == "dir"
     out: Path = arguments.out / (arguments.name if is_folder else f"{arguments.name}.mar")
     if out.exists() and not arguments.force:
@@ -108,7 +109,9 @@ def _loras(values: Sequence[str]) -> list[tuple[str, str]]:
 
 def _settings(values: Sequence[str]) -> dict[str, object]:
     """Read ``KEY=VALUE``, the value as YAML would."""
-    return {name: yaml.safe_load(text) for name, text in _pairs("--set", values)}
+    return {
+        name: parse_yaml(text, f"--set {name}: {text!r}") for name, text in _pairs("--set", values)
+    }
 
 
 def _parser() -> argparse.ArgumentParser:

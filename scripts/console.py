@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,17 @@ from typing import Protocol
 
 from handler.errors import ServingError
 
-__all__ = ["DONE", "FAILED", "MISUSED", "Progress", "UsageError", "beside", "command", "progress"]
+__all__ = [
+    "DONE",
+    "FAILED",
+    "MISUSED",
+    "Progress",
+    "UsageError",
+    "beside",
+    "command",
+    "printable",
+    "progress",
+]
 
 DONE, FAILED, MISUSED = 0, 1, 2
 
@@ -51,8 +62,16 @@ def command(
 
 
 def _complain(program: str, error: object, code: int) -> int:
-    print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"{program}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return code
+
+
+def printable(text: str) -> str:
+    """Return `text` without what a terminal would obey: it may come from an archive."""
+    return "".join(
+        letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else "\ufffd"
+        for letter in text
+    )
 
 
 @contextmanager

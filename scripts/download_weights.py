@@ -18,6 +18,7 @@ from handler.archive import MODEL_INDEX, check_model_index, pickled
 from handler.errors import ArchiveError, ServingError
 from handler.zip_directory import check_name
 from scripts.console import DONE, UsageError, command
+from scripts.documents import parse_json
 from scripts.pipeline_files import (
     SOURCE_NOTE,
     choose_names,
@@ -87,7 +88,9 @@ def _download(model_id: str, revision: str, out: Path, token: str | None, dtype_
         raise ArchiveError(f"{model_id} is no diffusers pipeline: it has no {MODEL_INDEX}")
     _claim(out, model_id, hub.revision)
     _fetch(hub, [MODEL_INDEX], out)
-    index = check_model_index(json.loads((out / MODEL_INDEX).read_bytes()), model_id)
+    index = check_model_index(
+        parse_json((out / MODEL_INDEX).read_bytes(), f"{model_id}: {MODEL_INDEX}"), model_id
+    )
     names = _choose(model_id, index, sizes, dtype_name)
     total = sum(sizes[name] for name in names)
     print(f"{model_id}: {len(names)} files, {total / 1e6:,.1f} MB → {out}", file=sys.stderr)

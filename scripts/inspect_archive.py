@@ -9,14 +9,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from handler.archive import MODEL_INDEX, check_model_index, pickled
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError
 from scripts.archive_checks import read_manifest
 from scripts.archive_reader import ArchiveView, open_archive, read_headers
-from scripts.console import DONE, UsageError, command
+from scripts.console import DONE, UsageError, command, printable
+from scripts.documents import parse_json, parse_yaml
 from scripts.manifest import TORCHSERVE_MANIFEST_NAME, component_facts
 from scripts.signing import signature_path
 
@@ -78,10 +77,8 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _index(view: ArchiveView) -> dict[str, object]:
-    try:
-        return check_model_index(json.loads(view.model.read(MODEL_INDEX)), str(view.path))
-    except (ValueError, RecursionError) as error:
-        raise ArchiveError(f"{view.path}: {MODEL_INDEX} is no JSON: {error}") from error
+    index = parse_json(view.model.read(MODEL_INDEX), f"{view.path}: {MODEL_INDEX}")
+    return check_model_index(index, str(view.path))
 
 
 def _size(path: Path) -> int:
@@ -106,9 +103,10 @@ def _torchserve(view: ArchiveView) -> dict[str, Any] | None:
     if view.outer is None or TORCHSERVE_MANIFEST_NAME not in view.outer.sizes:
         return None
     try:
-        model = json.loads(view.outer.read(TORCHSERVE_MANIFEST_NAME))["model"]
+        text = view.outer.read(TORCHSERVE_MANIFEST_NAME)
+        model = parse_json(text, TORCHSERVE_MANIFEST_NAME)["model"]
         return {key: model.get(key) for key in ("modelName", "modelVersion", "handler")}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ArchiveError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -117,9 +115,10 @@ def _settings(view: ArchiveView) -> dict[str, Any]:
     if view.outer is None or "model-config.yaml" not in view.outer.sizes:
         return {"defaults": None, "limits": None}
     try:
-        section = (yaml.safe_load(view.outer.read("model-config.yaml")) or {}).get("handler")
+        text = view.outer.read("model-config.yaml")
+        section = (parse_yaml(text, "model-config.yaml") or {}).get("handler")
         config = HandlerConfig.from_mapping(section)
-    except (ConfigError, yaml.YAMLError, AttributeError):
+    except (ConfigError, AttributeError):
         return {"defaults": None, "limits": None}
     return {
         "defaults": {name: getattr(config, name) for name in _DEFAULTS},
@@ -164,19 +163,19 @@ def _page(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _provenance(facts: Mapping[str, Any]) -> Iterator[str]:
-    source = facts["source"] or {}
+    source = _mapping(facts["source"])
     if "model_id" in source:
         yield _line("source", f"{source['model_id']} at {source.get('revision')}")
     elif source:
         yield _line("source", "a folder")
-    licence = facts["licence"] or {}
+    licence = _mapping(facts["licence"])
     if licence:
         name = licence.get("license_name") or licence.get("license")
-        text = licence.get("text", "").strip().split("\n")[0]
-        yield _line("licence", ": ".join(part for part in (name, text) if part))
-    if facts["made_with"]:
-        versions = ", ".join(f"{name} {version}" for name, version in facts["made_with"].items())
-        yield _line("made with", versions)
+        text = str(licence.get("text") or "").strip().split("\n")[0]
+        yield _line("licence", ": ".join(str(part) for part in (name, text) if part))
+    made_with = _mapping(facts["made_with"])
+    if made_with:
+        yield _line("made with", ", ".join(f"{name} {made_with[name]}" for name in made_with))
     for key, title in (
         ("converted_to", "converted to"),
         ("replaced_components", "replaced"),
@@ -187,9 +186,16 @@ def _provenance(facts: Mapping[str, Any]) -> Iterator[str]:
         value = facts[key]
         if isinstance(value, dict):
             value = [name if key != "settings" else f"{name}={value[name]}" for name in value]
+        if isinstance(value, list):
+            value = ", ".join(str(each) for each in value)
         if value:
-            yield _line(title, value if isinstance(value, str) else ", ".join(value))
+            yield _line(title, value)
     yield _line("signature", "beside it" if facts["is_signed"] else "none")
+
+
+def _mapping(fact: object) -> Mapping[str, Any]:
+    """Return `fact`, which an archive claims, if it is one."""
+    return fact if isinstance(fact, dict) else {}
 
 
 def _line(title: str, text: object) -> str:
@@ -205,10 +211,10 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"{arguments.archive}: no such archive; `make archive` packs one")
     facts = inspect(arguments.archive)
     if arguments.json:
-        print(json.dumps(facts, indent=2, ensure_ascii=False))
+        print(json.dumps(facts, indent=2))
     else:
         for line in _page(facts):
-            print(line)
+            print(printable(line))
     return DONE
 
 

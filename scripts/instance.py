@@ -7,13 +7,15 @@ import ipaddress
 import json
 import random
 import socket
-import zipfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from handler.errors import ArchiveError
+from handler.zipread import ZipReader
+from scripts.documents import parse_json
 from scripts.manifest import MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
 
 __all__ = [
@@ -135,27 +137,30 @@ def archive_identity(archive: Path) -> tuple[str, str]:
     """
     try:
         model = _read_json(archive, TORCHSERVE_MANIFEST_NAME)["model"]
-        return str(model["modelName"]), str(model["modelVersion"])
+        name, version = str(model["modelName"]), str(model["modelVersion"])
     except FileNotFoundError:
         raise ServerError(f"{archive} does not exist; `make archive` builds it") from None
-    except (OSError, KeyError, TypeError, ValueError, zipfile.BadZipFile) as problem:
+    except (OSError, KeyError, TypeError, ArchiveError) as problem:
         raise ServerError(f"{archive} is no TorchServe archive: {problem}") from problem
+    if not (name + version).isprintable():
+        raise ServerError(f"{archive} has a name or version that cannot be shown: {model!a}")
+    return name, version
 
 
 def example_prompt(archive: Path) -> str | None:
     """Return what whoever packed `archive` said that it can draw, if they did."""
     try:
         prompt = _read_json(archive, MANIFEST_NAME).get("smoke_prompt")
-    except (OSError, KeyError, AttributeError, ValueError, zipfile.BadZipFile):
+    except (OSError, AttributeError, ArchiveError):
         return None
     return prompt if isinstance(prompt, str) else None
 
 
 def _read_json(archive: Path, name: str) -> Any:
     if archive.is_dir():
-        return json.loads((archive / name).read_bytes())
-    with zipfile.ZipFile(archive) as mar:
-        return json.loads(mar.read(name))
+        return parse_json((archive / name).read_bytes(), name)
+    with archive.open("rb") as file:
+        return parse_json(ZipReader(file).read(name), name)
 
 
 def is_loopback(address: str) -> bool:

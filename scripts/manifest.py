@@ -41,7 +41,9 @@ _LICENCE_BYTES = 64 << 10
 
 def dump(value: object) -> bytes:
     """Return `value` as JSON that is the same every time."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    # Halves of surrogate pairs, which a hub may have sent, stay escaped as JSON has them.
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    return f"{text}\n".encode("utf-8", "backslashreplace")
 
 
 def torchserve_manifest(name: str, version: str) -> bytes:

@@ -10,6 +10,7 @@ from pathlib import Path
 from handler.archive import MODEL_INDEX, WEIGHTS_SUFFIX, check_model_index, pickled
 from handler.errors import ArchiveError
 from handler.variants import select_weights, variant_of
+from scripts.documents import parse_json
 
 __all__ = [
     "SOURCE_NOTE",
@@ -48,11 +49,7 @@ def read_model_index(folder: Path) -> dict[str, object]:
             f"{folder} is no diffusers pipeline: it has no {MODEL_INDEX}; "
             "give a folder that save_pretrained or scripts.download_weights wrote"
         )
-    try:
-        index = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ArchiveError(f"{path} is no JSON: {error}") from error
-    return check_model_index(index, str(folder))
+    return check_model_index(parse_json(path.read_bytes(), str(path)), str(folder))
 
 
 def component_classes(index: Mapping[str, object]) -> dict[str, tuple[str, str]]:
@@ -107,8 +104,7 @@ def _index_with(index: Mapping[str, object], replaced: Mapping[str, Path]) -> by
             ("config.json", "architectures"),
             ("tokenizer_config.json", "tokenizer_class"),
         ):
-            path = source / name
-            found = json.loads(path.read_bytes()).get(key) if path.is_file() else None
+            found = _read_object(source / name).get(key)
             if isinstance(found, list) and found:
                 found = found[0]
             if isinstance(found, str):
@@ -117,6 +113,16 @@ def _index_with(index: Mapping[str, object], replaced: Mapping[str, Path]) -> by
                 break
     check_model_index(changed, "the pipeline with its replaced components")
     return (json.dumps(changed, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    """Return the JSON object in the file `path`; an empty one where there is no such file."""
+    if not path.is_file():
+        return {}
+    found = parse_json(path.read_bytes(), str(path))
+    if not isinstance(found, dict):
+        raise ArchiveError(f"{path} holds no JSON object: it is no component's configuration")
+    return found
 
 
 def _refuse_unfinished(folder: Path) -> None:
@@ -128,8 +134,8 @@ def _refuse_unfinished(folder: Path) -> None:
 def read_source_note(folder: Path) -> dict[str, object] | None:
     """Return what download_weights noted in `folder`, if it did."""
     try:
-        note = json.loads((folder / SOURCE_NOTE).read_bytes())
-    except (FileNotFoundError, ValueError):
+        note = parse_json((folder / SOURCE_NOTE).read_bytes(), SOURCE_NOTE)
+    except (FileNotFoundError, ArchiveError):
         return None
     return note if isinstance(note, dict) else None
 

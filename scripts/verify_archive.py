@@ -12,7 +12,7 @@ from handler.archive import LORA_FOLDER, open_pipeline, open_zip
 from handler.errors import ArchiveError, ServingError
 from scripts.archive_checks import check_archive, check_models, read_manifest
 from scripts.archive_reader import ArchiveView, open_archive
-from scripts.console import DONE, FAILED, UsageError, command, progress
+from scripts.console import DONE, FAILED, UsageError, command, printable, progress
 from scripts.signing import check_signature, signature_path
 
 __all__ = ["main", "verify"]
@@ -105,7 +105,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(json.dumps({"archive": str(path), "is_whole": not problems, "problems": problems}))
     elif problems:
         for problem in problems:
-            print(problem, file=sys.stderr)
+            print(printable(problem), file=sys.stderr)
         raise ArchiveError(f"{path}: {len(problems)} problems")
     else:
         print(f"{path}: whole")

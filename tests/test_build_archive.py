@@ -24,7 +24,7 @@ from scripts.build_archive import main
 from scripts.console import DONE, FAILED, MISUSED
 from scripts.download_weights import download
 from scripts.instance import Options, Ports
-from scripts.manifest import torchserve_manifest
+from scripts.manifest import dump, torchserve_manifest
 from scripts.server import TorchServer
 from scripts.zipwriter import ZipWriter
 from tests.archives import save_pipeline
@@ -259,6 +259,9 @@ def _content(folder: Path) -> dict[str, bytes]:
         (["--set", "height=7.5"], FAILED, "height"),
         (["--set", "height"], MISUSED, "--set height=: wanted NAME=VALUE"),
         (["--set", "height=8", "--set", "height=16"], MISUSED, "given twice"),
+        (["--set", "height=["], FAILED, "--set height: '[' is no YAML"),
+        (["--set", "height=2001-99-99"], FAILED, "--set height: '2001-99-99' is no YAML: month"),
+        (["--smoke-prompt", "a\udcff"], MISUSED, "wanted text in UTF-8"),
         (["--component", "nothing=."], FAILED, "no component nothing"),
         (["--component", "vae=/nowhere"], FAILED, "the component vae has no files in /nowhere"),
         (["--lora", "/nowhere.safetensors"], FAILED, "/nowhere.safetensors: a LoRA is wanted"),
@@ -284,6 +287,28 @@ def test_what_is_wrong_is_said_and_leaves_nothing(
     assert words in error
     assert error.rstrip().count("\n") == 0 or "usage:" in error
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "text", [b"handler: {height: 2001-99-99}", b"[" * 20_000, b"!!int x", b"!!timestamp x", b"\xff"]
+)
+def test_a_configuration_that_is_no_yaml_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: bytes
+) -> None:
+    config = tmp_path / "own.yaml"
+    config.write_bytes(text)
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    common = ["--pipeline", str(pipeline), "--name", "tiny", "--out", str(tmp_path / "out")]
+    assert main([*common, "--config", str(config)]) == FAILED
+    error = capsys.readouterr().err
+    assert f"{config} is no YAML" in error
+    assert error.count("\n") == 1
+
+
+def test_halves_of_surrogate_pairs_stay_as_json_has_them() -> None:
+    data = dump({"model_id": "a\udcff"})
+    assert b"\\udcff" in data
+    assert json.loads(data) == {"model_id": "a\udcff"}
 
 
 def test_overwrites_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from scripts.archive_writer import ArchivePlan, write_archive
 from scripts.console import DONE, FAILED, MISUSED
 from scripts.inspect_archive import inspect, main
-from tests.archives import save_pipeline
+from tests.archives import save_pipeline, zip_bytes
 
 
 def test_the_page_of_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +107,54 @@ def test_what_cannot_be_read_is_one_line(
     assert main([str(tmp_path / "bad.mar")]) == FAILED
     assert capsys.readouterr().err.count("\n") == 1
     assert main([str(tmp_path / "none.mar")]) == MISUSED
+
+
+def _changed(mar: Path, **changes: bytes) -> Path:
+    """Write an archive again with other members."""
+    with zipfile.ZipFile(mar) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    for name in files:
+        files[name] = changes.get(Path(name).stem.lower().replace("-", "_"), files[name])
+    mar.write_bytes(zip_bytes(files))
+    return mar
+
+
+@pytest.mark.parametrize(
+    ("name", "fact", "line"),
+    [
+        ("licence", {"license": "mit", "text": 5}, "licence:      mit: 5"),
+        ("licence", {"text": "free\x1b[2J\x9b2J\nmore"}, "licence:      free\ufffd[2J\ufffd2J"),
+        ("licence", [1], "signature:    none"),
+        ("source", "hub", "signature:    none"),
+        ("made_with", [1], "signature:    none"),
+        ("made_with", {"torch": [1]}, "made with:    torch [1]"),
+        ("smoke_prompt", ["a", 3], "smoke prompt: a, 3"),
+        ("smoke_prompt", "\u5bcc\u58eb\u3000\u5c71", "smoke prompt: \u5bcc\u58eb\u3000\u5c71"),
+        ("loras", 7, "LoRAs:        7"),
+    ],
+)
+def test_what_a_manifest_claims_is_only_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, fact: object, line: str
+) -> None:
+    mar = tmp_path / "tiny.mar"
+    write_archive(ArchivePlan(save_pipeline(tmp_path / "pipeline"), "tiny"), mar)
+    with zipfile.ZipFile(mar) as archive:
+        manifest = json.loads(archive.read("MAR-INF/PIPELINE.json"))
+    _changed(mar, pipeline=json.dumps({**manifest, name: fact}).encode())
+    assert main([str(mar)]) == DONE
+    page = capsys.readouterr().out
+    assert line in page.splitlines()
+    assert "\x1b" not in page
+    assert main([str(mar), "--json"]) == DONE
+    assert capsys.readouterr().out.isascii()
+
+
+@pytest.mark.parametrize("config", [b"[" * 20_000, b"x: 2001-99-99", b"[1]"])
+def test_members_that_cannot_be_parsed_are_left_out(tmp_path: Path, config: bytes) -> None:
+    mar = tmp_path / "tiny.mar"
+    write_archive(ArchivePlan(save_pipeline(tmp_path / "pipeline"), "tiny"), mar)
+    facts = inspect(_changed(mar, manifest=b"[" * 100_000, model_config=config))
+    assert (facts["torchserve"], facts["defaults"]) == (None, None)
 
 
 def test_pickles_are_pointed_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from scripts.instance import (
     example_prompt,
     is_loopback,
 )
+from scripts.manifest import MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
 from tests.toy_archive import write_toy_archive
 
 
@@ -98,6 +99,23 @@ def test_what_is_no_archive_is_named(tmp_path: Path) -> None:
         archive_identity(tmp_path / "broken.mar")
     with pytest.raises(ServerError, match="does not exist; `make archive`"):
         archive_identity(tmp_path / "missing.mar")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "words"),
+    [
+        ("[" * 100_000, "is no TorchServe archive: MAR-INF/MANIFEST.json is no JSON"),
+        ("[1]", "is no TorchServe archive"),
+        ('{"model": {"modelName": "a\\u001b[2J", "modelVersion": "1"}}', "cannot be shown"),
+    ],
+)
+def test_a_manifest_that_cannot_be_used_is_named(tmp_path: Path, manifest: str, words: str) -> None:
+    with zipfile.ZipFile(tmp_path / "bad.mar", "w") as mar:
+        mar.writestr(TORCHSERVE_MANIFEST_NAME, manifest)
+        mar.writestr(MANIFEST_NAME, "[" * 100_000)
+    with pytest.raises(ServerError, match=words):
+        archive_identity(tmp_path / "bad.mar")
+    assert example_prompt(tmp_path / "bad.mar") is None
 
 
 def test_shipped_configuration_is_closed(tmp_path: Path) -> None:

@@ -90,8 +90,9 @@ def _refusal(folder: Path, **replaced: Path) -> str:
 
 def test_what_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     assert "is no diffusers pipeline: it has no model_index.json" in _refusal(tmp_path)
-    (tmp_path / "model_index.json").write_text("{")
-    assert "is no JSON" in _refusal(tmp_path)
+    for text in ("{", "[" * 100_000):
+        (tmp_path / "model_index.json").write_text(text)
+        assert "is no JSON" in _refusal(tmp_path)
 
 
 def test_pickled_weights_are_all_named(tmp_path: Path) -> None:
@@ -111,6 +112,19 @@ def test_missing_components_are_refused(tmp_path: Path) -> None:
     (pipeline / "scheduler" / "scheduler_config.json").unlink()
     assert "the component scheduler has no files" in _refusal(pipeline)
     assert "no component nothing" in _refusal(pipeline, nothing=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("{broken", "is no JSON"), ("[1]", "holds no JSON object"), ("[" * 100_000, "is no JSON")],
+)
+def test_replacing_components_with_a_broken_configuration_are_refused(
+    tmp_path: Path, text: str, words: str
+) -> None:
+    pipeline = save_pipeline(tmp_path / "p")
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(text)
+    assert f"{tmp_path}/vae/config.json {words}" in _refusal(pipeline, vae=tmp_path / "vae")
 
 
 def test_replaced_components_bring_their_class(tmp_path: Path) -> None:

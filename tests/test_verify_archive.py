@@ -139,6 +139,17 @@ PIPELINE, TORCHSERVE = "MAR-INF/PIPELINE.json", "MAR-INF/MANIFEST.json"
             lambda files: files.update({"model-config.yaml": b"handler: {heigth: 3}"}),
             "model-config.yaml: ",
         ),
+        *(
+            (lambda files, text=text: files.update({"model-config.yaml": text}), "it is no YAML")
+            for text in (b"[" * 20_000, b"x: 2001-99-99")
+        ),
+        *(
+            (lambda files, name=name: files.update({name: b"[" * 100_000}), words)
+            for name, words in (
+                (TORCHSERVE, "MANIFEST.json is no JSON"),
+                (PIPELINE, "has the format None"),
+            )
+        ),
         (lambda files: files.update({"requirements.txt": b"evil"}), "requirements.txt has 4 bytes"),
         (
             lambda files: files.update({"requirements.txt": files["requirements.txt"][::-1]}),
@@ -152,6 +163,22 @@ def test_damage_of_the_archive_is_named(
 ) -> None:
     problems = verify(rewrite(pack(tmp_path), change))
     assert any(words in problem for problem in problems), problems
+
+
+def test_a_version_that_is_no_number_is_no_traceback(tmp_path: Path) -> None:
+    major = torch.__version__.partition(".")[0]
+    change = _edit_json(PIPELINE, lambda value: value["made_with"].update(torch=f"{major}.\u00b2"))
+    assert verify(rewrite(pack(tmp_path), change)) == []
+
+
+def test_what_a_terminal_would_obey_is_not_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = _edit_json(TORCHSERVE, lambda value: value["model"].update(handler="\x1b[2J"))
+    assert main([str(rewrite(pack(tmp_path), change))]) == FAILED
+    error = capsys.readouterr().err
+    assert "names \ufffd[2J as handler" in error
+    assert "\x1b" not in error
 
 
 def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
