@@ -32,8 +32,8 @@ IS_INSTALLED = [ -x $(PY) ] || { echo "Nothing is installed yet: make demo" >&2;
 
 # What an archive is called that has no NAME: as its pipeline.
 ARCHIVE_NAME = $(or $(NAME),$(notdir $(patsubst %/,%,$(or $(PIPELINE),$(MODEL_ID)))),$(DEFAULT))
-# The archive to look at.
-ARCHIVE = $(if $(NAME),$(firstword $(wildcard $(STORE)/$(NAME).mar) $(STORE)/$(NAME)),$(STORE)/$(DEFAULT).mar)
+# The archive to look at, which is the one that `make serve` would take.
+CHOSEN = --store "$(STORE)" $(if $(NAME),--name "$(NAME)")
 
 # The embedded default, rebuilt when anything inside it changes; .embedded marks that it is ours.
 DEFAULT         := stable_diffusion
@@ -94,10 +94,10 @@ $(DEFAULT_ARCHIVE): $(DEFAULT_SOURCES) | $(INSTALLED)
 	@touch $@ $(EMBEDDED)
 
 inspect: $(INSTALLED) ## Show what an archive holds [NAME=]
-	@$(PY) -m scripts.inspect_archive "$(ARCHIVE)"
+	@$(PY) -m scripts.inspect_archive $(CHOSEN)
 
 verify: $(INSTALLED) ## Check an archive without serving it [NAME= KEY=public-key SMOKE=1]
-	@$(PY) -m scripts.verify_archive $(if $(KEY),--key "$(KEY)") $(if $(SMOKE),--smoke) "$(ARCHIVE)"
+	@$(PY) -m scripts.verify_archive $(if $(KEY),--key "$(KEY)") $(if $(SMOKE),--smoke) $(CHOSEN)
 
 serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]
 	@$(START) $(if $(NAME),--name "$(NAME)")

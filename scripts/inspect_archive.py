@@ -14,7 +14,8 @@ from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError
 from scripts.archive_checks import read_manifest
 from scripts.archive_reader import ArchiveView, open_archive, read_headers
-from scripts.console import DONE, UsageError, command, printable
+from scripts.choosing import add_archive, chosen_archive
+from scripts.console import DONE, command, printable
 from scripts.documents import parse_json, parse_yaml
 from scripts.manifest import TORCHSERVE_MANIFEST_NAME, component_facts
 from scripts.signing import signature_path
@@ -207,9 +208,7 @@ def _megabytes(size_bytes: int) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if not arguments.archive.exists():
-        raise UsageError(f"{arguments.archive}: no such archive; `make archive` packs one")
-    facts = inspect(arguments.archive)
+    facts = inspect(chosen_archive(arguments))
     if arguments.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -226,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="a .mar, or a folder")
+    add_archive(parser)
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
     return command(parser, _run, argv)
 

@@ -12,7 +12,8 @@ from handler.archive import LORA_FOLDER, open_pipeline, open_zip
 from handler.errors import ArchiveError, ServingError
 from scripts.archive_checks import check_archive, check_models, read_manifest
 from scripts.archive_reader import ArchiveView, open_archive
-from scripts.console import DONE, FAILED, UsageError, command, printable, progress
+from scripts.choosing import add_archive, chosen_archive
+from scripts.console import DONE, FAILED, command, printable, progress
 from scripts.signing import check_signature, signature_path
 
 __all__ = ["main", "verify"]
@@ -97,9 +98,7 @@ def _copy_loras(view: ArchiveView, folder: Path) -> list[Path]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    path: Path = arguments.archive
-    if not path.exists():
-        raise UsageError(f"{path}: no such archive; `make archive` packs one")
+    path = chosen_archive(arguments)
     problems = verify(path, key=arguments.key, is_smoke=arguments.smoke)
     if arguments.json:
         print(json.dumps({"archive": str(path), "is_whole": not problems, "problems": problems}))
@@ -120,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("archive", type=Path, metavar="ARCHIVE", help="a .mar, or a folder")
+    add_archive(parser)
     parser.add_argument(
         "--key", type=Path, metavar="FILE", help="public key (PEM) of its signature"
     )
