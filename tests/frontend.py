@@ -105,7 +105,8 @@ class Frontend:
             {"name": name, "contentType": b"application/json", "value": value}
             for name, value in fields.items()
         ]
-        encoded = [{"name": k.encode(), "value": v.encode()} for k, v in (headers or {}).items()]
+        sent = {"Host": "localhost", **(headers or {})}
+        encoded = [{"name": k.encode(), "value": v.encode()} for k, v in sent.items()]
         posted = Posted(call_id or next(self._ids), parameters, encoded)
         assert posted.call_id not in self._live
         self._live[posted.call_id] = posted
