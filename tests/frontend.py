@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import struct
 import time
 from collections.abc import Callable, Mapping
@@ -70,7 +71,10 @@ class Frontend:
     """One model with one worker: `post` requests, then let `cycle`s run."""
 
     def __init__(self, handler: Any, model_dir: Path, config: Mapping[str, Any]) -> None:
-        (model_dir / "model-config.yaml").write_text(yaml.safe_dump(dict(config)))
+        # Whole at any time: a second process may be reading it, and empty means the defaults.
+        part = model_dir / f"model-config.{os.getpid()}.yaml"
+        part.write_text(yaml.safe_dump(dict(config)))
+        part.replace(model_dir / "model-config.yaml")
         self.metrics = MetricsCacheYamlImpl(str(METRICS))
         self.metrics.initialize_cache()
         self._service = Service(

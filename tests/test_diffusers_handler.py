@@ -422,7 +422,11 @@ def test_two_processes_may_start_from_one_folder_at_once(model_folder: Path) -> 
     command = [sys.executable, "-c", _PROCESS, str(model_folder)]
     before = sorted(path for path in model_folder.rglob("*") if path.suffix != ".yaml")
     both = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
+    try:
+        outputs = [process.communicate(timeout=120)[0] for process in both]
+    finally:
+        for process in both:
+            process.kill()
     assert [process.returncode for process in both] == [0, 0]
     assert outputs[0] == outputs[1]
     assert outputs[0].startswith(b"\x89PNG")
