@@ -29,9 +29,8 @@ POLL_S = 0.1
 # A Unix socket's path may have 107 bytes; the frontend names its own `<TEMP>/.ts.sock.<port>`.
 MAX_TEMP_PATH_BYTES = 107 - len("/.ts.sock.65535")
 # How long torch's threads spin for their neighbours before they sleep. Spinning for long starves
-# them where cores are shared, sleeping at once costs a wake-up in every layer. The demo's UNet, two
-# rows on two cores, in ms alone and beside one busy process: 17 and 340 at GOMP's own 300,000; 20
-# and 53 at 1,000; 34 and 36 at none.
+# them where cores are shared, sleeping at once costs a wake-up in every layer; benchmarks.cpu
+# measures both.
 OPENMP_SPINS = "1000"
 # As startupTimeout of config/model-config.yaml: a first start with `speed: max` takes minutes.
 READY_TIMEOUT_S = 1800.0
