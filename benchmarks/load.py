@@ -253,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.load", description=__doc__)
     parser.add_argument("--rounds", type=int, default=2, help="alone and saturated (default: 2)")
-    parser.add_argument("--window", type=float, default=24, help="seconds saturated (default: 24)")
+    parser.add_argument("--window", type=float, default=60, help="seconds saturated (default: 60)")
     parser.add_argument("--seconds", type=float, default=30, help="of each load (default: 30)")
     parser.add_argument("--fractions", default="0.2,0.5,0.7,1,1.3", help="of our capacity")
     parser.add_argument("--speed", default="safe", choices=("off", "safe", "max"))

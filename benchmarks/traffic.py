@@ -6,6 +6,7 @@ An open loop sends each request at its time, as people do, so a slow server meet
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import random
 import re
@@ -106,15 +107,16 @@ class Summary:
 def mixed_wishes(count: int, seed: int = 0) -> list[Wish]:
     """`count` wishes of mixed prompts, sizes, steps and guidance; the same for the same seed."""
     draw = random.Random(seed)
-    wishes = []
-    for i in range(count):
-        kind = draw.choice(CLASSES)
-        wishes.append(
-            Wish(
-                draw.choice(_PROMPTS), kind.size_px, kind.num_steps, draw.choice(GUIDANCES), seed=i
-            )
-        )
-    return wishes
+    wishes: list[Wish] = []
+    while len(wishes) < count:
+        # In every block all there is: who is slow and sees few of them sees the same work.
+        block = list(itertools.product(CLASSES, GUIDANCES))
+        draw.shuffle(block)
+        wishes += [
+            Wish(draw.choice(_PROMPTS), kind.size_px, kind.num_steps, guidance, len(wishes) + i)
+            for i, (kind, guidance) in enumerate(block)
+        ]
+    return wishes[:count]
 
 
 def poisson_times(rate_per_s: float, duration_s: float, seed: int = 0) -> list[float]:

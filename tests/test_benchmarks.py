@@ -59,6 +59,9 @@ def test_the_mix_is_seeded_and_has_every_class_and_guidance() -> None:
     assert {wish.kind for wish in wishes} == {wish.kind for wish in CLASSES}
     assert {wish.guidance for wish in wishes} == set(traffic.GUIDANCES)
     assert len({wish.seed for wish in wishes}) == 200
+    size = len(CLASSES) * len(traffic.GUIDANCES)
+    blocks = [wishes[first : first + size] for first in range(0, 200 - size, size)]
+    assert {len({(wish.kind, wish.guidance) for wish in block}) for block in blocks} == {size}
 
 
 def outcome(kind: Wish, seconds: float, status: int = 200, sent_s: float = 0.0) -> Outcome:

@@ -55,6 +55,7 @@ def test_a_field_beside_and_inside_parameters() -> None:
 def test_what_is_beside_parameters_is_never_replaced(body: dict[str, object], name: str) -> None:
     message = unwrap({**body, "parameters": {name: "x"}})
     assert message.problems == {name: "given more than once: beside and inside parameters"}
+    assert message.shared.get(name) != "x"
 
 
 def test_null_is_not_given() -> None:
