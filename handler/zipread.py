@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from handler.crc32 import combine_crc32
+from handler.crc32 import combine_crc32, crc32
 from handler.errors import ArchiveError
 from handler.zip_directory import ZipMember, read_directory
 
@@ -68,14 +68,14 @@ class ZipReader:
 
         Raises: ArchiveError at the end, or at once where it yields more than it declared.
         """
-        crc32 = size = 0
+        checksum = size = 0
         for chunk in self._unpacked(member, chunk_bytes):
             size += len(chunk)
             if size > member.size_bytes:
                 raise self._error(f"{member.name} is larger than the {member.size_bytes} it claims")
-            crc32 = zlib.crc32(chunk, crc32)
+            checksum = crc32(chunk, checksum)
             yield chunk
-        if size != member.size_bytes or crc32 != member.crc32:
+        if size != member.size_bytes or checksum != member.crc32:
             raise self._damaged(member)
 
     def read(self, name: str, limit_bytes: int = 64 << 20) -> bytes:
@@ -101,24 +101,24 @@ class ZipReader:
             checksums = pool.map(
                 lambda piece: self._checksum(piece[0].offset + piece[1], piece[2]), pieces
             )
-            for (member, _, length), crc32 in zip(pieces, checksums, strict=True):
-                found[member] = combine_crc32(found[member], crc32, length)
-        for member, crc32 in found.items():
-            if crc32 != member.crc32:
+            for (member, _, length), checksum in zip(pieces, checksums, strict=True):
+                found[member] = combine_crc32(found[member], checksum, length)
+        for member, checksum in found.items():
+            if checksum != member.crc32:
                 raise self._damaged(member)
 
     def _checksum(self, offset: int, length: int) -> int:
         """CRC-32 of `length` bytes, through a buffer that stays in the core's own cache."""
         buffer = memoryview(bytearray(min(_CACHED_BYTES, length)))
-        crc32 = 0
+        checksum = 0
         while length > 0:
             count = os.preadv(self._descriptor, [buffer[:length]], offset)
             if count == 0:
                 raise self._error("the file ends early: it is cut off")
-            crc32 = zlib.crc32(buffer[:count], crc32)
+            checksum = crc32(buffer[:count], checksum)
             offset += count
             length -= count
-        return crc32
+        return checksum
 
     def _damaged(self, member: ZipMember) -> ArchiveError:
         return self._error(f"{member.name} is damaged: its bytes do not match its checksum")

@@ -39,6 +39,7 @@ _REQUIRED = (
     "accelerate",
     "diffusers",
     "greenlet",
+    "isal",
     "numpy",
     "peft",
     "pillow",

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from handler.crc32 import crc32
 from handler.errors import ArchiveError
 from scripts.console import Progress
 
@@ -91,7 +91,7 @@ def copy_hashed(content: Content, place: Place, stopped: threading.Event | None 
 
     Raises: ArchiveError, where it has more or less bytes than there is room for.
     """
-    crc32 = written = 0
+    checksum = written = 0
     sha256 = hashlib.sha256()
     pending: deque[Future[None]] = deque()
     with ThreadPoolExecutor(max_workers=1) as hasher:
@@ -100,7 +100,7 @@ def copy_hashed(content: Content, place: Place, stopped: threading.Event | None 
                 raise ArchiveError(f"{place.name} was not packed to its end")
             if written + len(chunk) > place.size_bytes:
                 raise _changed(place, "more")
-            crc32 = zlib.crc32(chunk, crc32)
+            checksum = crc32(chunk, checksum)
             _write(chunk, place.descriptor, place.offset + written)
             written += len(chunk)
             if len(pending) == _CHUNKS_AHEAD:
@@ -108,7 +108,7 @@ def copy_hashed(content: Content, place: Place, stopped: threading.Event | None 
             pending.append(hasher.submit(sha256.update, chunk))
     if written < place.size_bytes:
         raise _changed(place, str(written))
-    return Sums(crc32, sha256.hexdigest())
+    return Sums(checksum, sha256.hexdigest())
 
 
 def _changed(place: Place, found: str) -> ArchiveError:

@@ -12,13 +12,12 @@ those of its members, so no byte is hashed twice. Source: PKWARE APPNOTE 6.3.10.
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import BinaryIO, Protocol
 
-from handler.crc32 import combine_crc32
+from handler.crc32 import combine_crc32, crc32
 from handler.errors import ArchiveError
 from handler.zip_directory import check_name
 from scripts.copying import Content, Copier, Place, Sums, copy_hashed
@@ -214,7 +213,7 @@ class ZipWriter:
     def _write(self, data: bytes | bytearray, offset: int) -> None:
         self.file.seek(self._start + offset)
         self.file.write(data)
-        self.crc32 = zlib.crc32(data, self.crc32)
+        self.crc32 = crc32(data, self.crc32)
 
 
 def _flags(name: str) -> int:
