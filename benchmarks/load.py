@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import os
 import statistics
+import sys
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
@@ -104,12 +105,15 @@ async def measure(
 ) -> dict[str, Measured]:
     """Everything about the systems, which take turns; loads are of `seconds` each."""
     measured = {name: Measured() for name in targets}
-    for target in targets.values():
+    for name, target in targets.items():
+        _say(f"{name}: warming up")
         for wish in CLASSES:
-            await _alone(target, wish)  # warms it up
-    for _ in range(num_rounds):
+            await _alone(target, wish)
+    for number in range(1, num_rounds + 1):
         for name, target in targets.items():
             await _measure_round(target, measured[name], window_s)
+            per_s = measured[name].capacities_per_s[-1]
+            _say(f"round {number} of {num_rounds}, {name}: {per_s:.2f} images/s at most")
     mine = measured[IN_FLIGHT]
     bound_s = {kind: statistics.median(values) for kind, values in mine.solo_s.items()}
     for fraction in fractions:
@@ -126,7 +130,14 @@ async def measure(
                 outcomes = await send_at(target.client, target.url, wishes, times)
                 summary = summarise(outcomes, seconds, bound_s)
                 measured[name].loads[f"{shape} {fraction:g}"] = summary
+                p95_s = summary.latency_s["all"]["p95"]
+                _say(f"{shape}, {fraction:g} of our capacity, {name}: p95 {p95_s:.2f} s")
     return measured
+
+
+def _say(line: str) -> None:
+    """Show what is done: the whole takes a quarter of an hour."""
+    print(line, file=sys.stderr, flush=True)
 
 
 async def _measure_round(target: Target, measured: Measured, window_s: float) -> None:
