@@ -1,4 +1,4 @@
-"""What the engine's tests share: a clock, solo pictures, an engine that is closed at the end."""
+"""What the engine's tests share: solo pictures, and an engine that is closed at the end."""
 
 from __future__ import annotations
 
@@ -14,16 +14,6 @@ from handler.ticket import Ticket
 from tests.toy_pipeline import ToyUNet, toy_kwargs
 
 BOUND = 1e-5
-
-
-class Clock:
-    """A clock that stands still until it is told."""
-
-    def __init__(self) -> None:
-        self.now_s = 100.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 def solo(pipeline: Any, seed: int = 0, scheduler: Any = None, **changes: Any) -> torch.Tensor:

@@ -17,9 +17,9 @@ from handler.engine import InFlightEngine
 from handler.errors import TooLarge
 from handler.policy import Cost
 from handler.ticket import State, StepEnd
+from tests.clock import Clock
 from tests.engine_tools import (
     BOUND,
-    Clock,
     Strict,
     all_right,
     is_right,

@@ -10,7 +10,8 @@ from greenlet import GreenletExit
 
 from handler.errors import Cancelled, DeadlineExceeded
 from handler.ticket import State, StepEnd
-from tests.engine_tools import Clock, all_right, is_right, opened, solo, step_until
+from tests.clock import Clock
+from tests.engine_tools import all_right, is_right, opened, solo, step_until
 from tests.toy_pipeline import (
     Denoise,
     ToyUNet,

@@ -13,8 +13,8 @@ import torch
 
 from handler.engine import InFlightEngine
 from handler.ticket import State, StepEnd, Ticket
+from tests.clock import Clock
 from tests.engine_tools import (
-    Clock,
     Strict,
     all_right,
     is_right,

@@ -29,20 +29,11 @@ from handler.replies import Reply
 from handler.request import GenerationRequest
 from handler.results import as_request_error
 from handler.service import GenerationService, draw_seed
+from tests.clock import Clock
 from tests.pipelines import build
 
 LONG = 900
 Make = Callable[..., GenerationService]
-
-
-class Clock:
-    """Seconds that pass when a test says so."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 HTTP = {"host": "localhost"}

@@ -14,21 +14,15 @@ from handler.preview import Previewer
 from handler.replies import Reply, error_reply
 from handler.stream import EventStream
 from handler.ticket import StepEnd
+from tests.clock import Clock
 from tests.pipelines import shared
 
 LATENTS = torch.zeros(1, 4, 16, 16)
 PNG = Reply(200, "OK", "image/png", b"\x89PNG", {"X-Seed": "3, 4", "X-Request-Id": "a"})
 
 
-class Clock:
-    now_s = 7.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 def make(preview_every: int = 0) -> tuple[EventStream, Clock]:
-    clock = Clock()
+    clock = Clock(7.0)
     return EventStream(Previewer(shared("stable_diffusion")), preview_every, clock), clock
 
 
