@@ -1,6 +1,6 @@
 """What packing and opening cost, against cp and against the upstream way, in one run.
 
-    python -m benchmarks.archive           # Stable Diffusion 2.1's shapes, 2.6 GB: ten minutes
+    python -m benchmarks.archive           # Stable Diffusion 2.1's shapes, 2.6 GB: 15 minutes
     python -m benchmarks.archive --small   # the demo's shapes: whether it runs, not how fast
     python -m benchmarks.archive --no-upstream    # only ours and cp: two minutes
 
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import zlib
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +32,7 @@ import yaml
 from benchmarks.archive_figures import our_figures, upstream_figures
 from benchmarks.report import Figure, write_report
 from benchmarks.systems import System, one_at_a_time
+from handler.crc32 import crc32
 from scripts.instance import Options, Ports
 from scripts.server import TorchServer
 
@@ -120,7 +121,7 @@ def measure_checksums(num_bytes: float) -> dict[str, float]:
     chunk = os.urandom(256 << 10)
     num_chunks = 1000
     found = {}
-    for name, update in (("sha256_s", hashlib.sha256().update), ("crc32_s", zlib.crc32)):
+    for name, update in (("sha256_s", hashlib.sha256().update), ("crc32_s", crc32)):
         begun_s = time.perf_counter()
         for _ in range(num_chunks):
             update(chunk)
@@ -137,6 +138,20 @@ def measure_upstream_packing(pipeline: Path, folder: Path) -> tuple[float, Syste
     )
     (folder / "upstream" / "model.zip").unlink()
     return took_s, made[0]
+
+
+def in_float16(upstream: Path, target: Path) -> Path:
+    """The upstream archive with another precision in its configuration; not deflated again."""
+    with zipfile.ZipFile(upstream) as source, zipfile.ZipFile(target, "x") as out:
+        for name in source.namelist():
+            if name == _CONFIG.name:
+                config = yaml.safe_load(source.read(name))
+                config["handler"]["dtype"] = "float16"
+                out.writestr(name, yaml.safe_dump(config))
+                continue
+            with source.open(name) as member, out.open(name, "w", force_zip64=True) as copy:
+                shutil.copyfileobj(member, copy, 1 << 20)
+    return target
 
 
 def measure_opening(archive: Path, folder: Path, which: str, rounds: int) -> list[dict[str, float]]:
@@ -170,15 +185,18 @@ def process_age_s(pid: int) -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
-def measure_serving(archive: Path, folder: Path, which: str) -> dict[str, float]:
+def measure_serving(archive: Path, folder: Path, rounds: int) -> list[dict[str, float]]:
     """Seconds to READY, and the disk while serving: the archive and all that the server made."""
-    state_dir = folder / f"state-{which}"
-    with serving(archive, state_dir) as (_, worker_s, whole_s):
-        parts = [archive] if archive.is_dir() else []
-        archive_bytes = 0 if parts else archive.stat().st_blocks * 512
-        used = archive_bytes + disk_bytes(state_dir, *parts)
-    shutil.rmtree(state_dir)
-    return {"worker_ready_s": worker_s, "ready_s": whole_s, "disk_bytes": used}
+    state_dir = folder / "state"
+    parts = [archive] if archive.is_dir() else []
+    archive_bytes = 0 if parts else archive.stat().st_blocks * 512
+    found = []
+    for _ in range(rounds):
+        with serving(archive, state_dir) as (_, worker_s, whole_s):
+            used = archive_bytes + disk_bytes(state_dir, *parts)
+        shutil.rmtree(state_dir)
+        found.append({"worker_ready_s": worker_s, "ready_s": whole_s, "disk_bytes": used})
+    return found
 
 
 def pss_bytes(pids: list[int]) -> int:
@@ -248,14 +266,18 @@ def measure(
         shutil.rmtree(store)
         pack(pipeline, store, "--config", str(with_dtype(folder, dtype)), *extra)
         archive = store / "bench" if extra else ours
-        raw[name] = tell(measure_serving(archive, folder, name))
+        raw[name] = tell(measure_serving(archive, folder, rounds))
     shutil.rmtree(store)
     if with_upstream:
         raw["upstream_packing_s"], upstream = measure_upstream_packing(pipeline, folder)
         tell(raw["upstream_packing_s"])
-        opened = measure_opening(upstream.archive, folder, "open-upstream", 1)
+        opened = measure_opening(upstream.archive, folder, "open-upstream", rounds)
         raw["upstream_opening"] = tell(opened)
-        raw["upstream_serving"] = tell(measure_serving(upstream.archive, folder, "upstream"))
+        for name, archive in (
+            ("upstream_float32", upstream.archive),
+            ("upstream_float16", in_float16(upstream.archive, folder / "bench-float16.mar")),
+        ):
+            raw[name] = tell(measure_serving(archive, folder, rounds))
     raw["load_after"] = os.getloadavg()[0]
     return [*our_figures(raw), *(upstream_figures(raw) if with_upstream else ())], raw
 

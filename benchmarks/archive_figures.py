@@ -35,7 +35,7 @@ def _opening(raw: dict[str, Any]) -> list[Figure]:
     return [
         Figure("open: ours", Spread(tuple(raw["opening"])), "s"),
         *(
-            Figure(f"{what} READY: ours, {form}", _one(raw[f"serving_{key}"][f"{clock}_s"]), "s")
+            Figure(f"{what} READY: ours, {form}", _all(raw[f"serving_{key}"], f"{clock}_s"), "s")
             for what, clock in (("worker", "worker_ready"), ("server", "ready"))
             for form, key in (
                 ("float32", "float32"),
@@ -45,13 +45,13 @@ def _opening(raw: dict[str, Any]) -> list[Figure]:
         ),
         Figure(
             "disk while serving / weights: .mar",
-            _one(raw["serving_float32"]["disk_bytes"] / weights),
+            _all(raw["serving_float32"], "disk_bytes", weights),
             "x",
             at_most=2.05,
         ),
         Figure(
             "disk while serving / weights: folder",
-            _one(raw["serving_dir"]["disk_bytes"] / weights),
+            _all(raw["serving_dir"], "disk_bytes", weights),
             "x",
             at_most=1.05,
         ),
@@ -67,28 +67,32 @@ def _opening(raw: dict[str, Any]) -> list[Figure]:
 def upstream_figures(raw: dict[str, Any]) -> list[Figure]:
     """What the upstream way needs, and how many times ours that is."""
     packing_s = raw["upstream_packing_s"]
-    open_s = raw["upstream_opening"][0]["seconds"]
-    serving = raw["upstream_serving"]
+    open_s = _all(raw["upstream_opening"], "seconds")
+    serving = raw["upstream_float32"]
     return [
         Figure("pack: upstream", _one(packing_s), "s"),
         Figure(
             "pack: upstream / ours", _times(packing_s, raw["packing"]["ours_s"]), "x", at_least=20
         ),
-        Figure("open: upstream", _one(open_s), "s"),
-        Figure("open: upstream / ours", _times(open_s, raw["opening"]), "x", at_least=15),
-        Figure("worker READY: upstream, float32", _one(serving["worker_ready_s"]), "s"),
-        Figure(
-            "worker READY: upstream / ours, both float32",
-            _one(serving["worker_ready_s"] / raw["serving_float32"]["worker_ready_s"]),
-            "x",
-            at_least=3,
-        ),
-        Figure("server READY: upstream, float32", _one(serving["ready_s"]), "s"),
+        Figure("open: upstream", open_s, "s"),
+        Figure("open: upstream / ours", _times(open_s.median, raw["opening"]), "x", at_least=15),
+        *_ready(raw, "float32"),
+        *_ready(raw, "float16"),
+        Figure("server READY: upstream, float32", _all(serving, "ready_s"), "s"),
         Figure(
             "disk while serving / weights: upstream",
-            _one(serving["disk_bytes"] / raw["weights_bytes"]),
+            _all(serving, "disk_bytes", raw["weights_bytes"]),
             "x",
         ),
+    ]
+
+
+def _ready(raw: dict[str, Any], dtype: str) -> list[Figure]:
+    upstream_s = _all(raw[f"upstream_{dtype}"], "worker_ready_s")
+    ratios = _times(upstream_s.median, _all(raw[f"serving_{dtype}"], "worker_ready_s").values)
+    return [
+        Figure(f"worker READY: upstream, {dtype}", upstream_s, "s"),
+        Figure(f"worker READY: upstream / ours, both {dtype}", ratios, "x", at_least=3),
     ]
 
 
@@ -99,6 +103,10 @@ def _ratios(packing: dict[str, list[float]], clock: str) -> Spread:
 
 def _times(upstream: float, ours: Iterable[float]) -> Spread:
     return Spread(tuple(upstream / each for each in ours))
+
+
+def _all(found: Iterable[dict[str, float]], key: str, unit: float = 1.0) -> Spread:
+    return Spread(tuple(each[key] / unit for each in found))
 
 
 def _one(value: float) -> Spread:

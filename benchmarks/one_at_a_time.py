@@ -19,7 +19,7 @@ from ts.torch_handler.base_handler import BaseHandler
 
 
 class OneAtATimeHandler(BaseHandler):
-    """Keys of its ``handler:`` section: `reply` (png or array) and `num_threads`."""
+    """Keys of its ``handler:`` section: `reply` (png or array), `num_threads` and `dtype`."""
 
     def initialize(self, context: Any) -> None:
         settings = (context.model_yaml_config or {}).get("handler") or {}
@@ -33,7 +33,8 @@ class OneAtATimeHandler(BaseHandler):
             archive.extractall(folder)
         on_gpu = torch.cuda.is_available() and context.system_properties.get("gpu_id") is not None
         self.device = torch.device("cuda" if on_gpu else "cpu")
-        dtype = torch.float16 if on_gpu else torch.float32
+        default = "float16" if on_gpu else "float32"
+        dtype = getattr(torch, settings.get("dtype", default))
         self.pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype).to(self.device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.initialized = True
