@@ -149,37 +149,39 @@ def find_slots(pipeline: Any, names: Iterable[str] | None = None) -> list[Slot]:
         if isinstance(component, torch.nn.Module)
     }
     wanted = list(names) if names is not None else list(_default_names(modules))
-    slots: dict[tuple[int, str], Slot] = {}
-    for name in wanted:
-        component, _, method = name.partition(".")
-        if component not in modules or not hasattr(modules[component], method or "forward"):
-            raise ValueError(f"cannot park {name!r}; the pipeline's modules are {sorted(modules)}")
-        module, method = modules[component], method or "forward"
-        # `torch.compile(module)` wraps a module: it has a forward of its own, that takes anything,
-        # and passes the rest on.
-        original = getattr(module, "_orig_mod", module)
-        if method != "forward":
-            module = original
-        if original._compiled_call_impl is not None:
-            raise ValueError(
-                f"{component} was compiled in place, where the engine would be compiled with it; "
-                "let the engine compile its forward (compile_forward=torch.compile)"
-            )
-        real = getattr(module, method)
-        if hasattr(real, _PARKS) or hasattr(getattr(original, method), _PARKS):
-            raise ValueError(
-                f"{name} serves another engine already; close() that one, or submit to it"
-            )
-        slots[id(module), method] = Slot(
-            name=f"{component}.{method}",
-            module=module,
-            method=method,
-            is_denoiser=method == "forward" and _ENCODERS.match(component) is None,
-            real=real,
-            signature=inspect.signature(getattr(original, method)),
-            attribute=module.__dict__.get(method),
+    slots = [_make_slot(modules, name) for name in wanted]
+    return list({(id(slot.module), slot.method): slot for slot in slots}.values())
+
+
+def _make_slot(modules: dict[str, torch.nn.Module], name: str) -> Slot:
+    """The slot of a component, or of a component's method, by its name."""
+    component, _, method = name.partition(".")
+    method = method or "forward"
+    if component not in modules or not hasattr(modules[component], method):
+        raise ValueError(f"cannot park {name!r}; the pipeline's modules are {sorted(modules)}")
+    module = modules[component]
+    # `torch.compile(module)` wraps a module: it has a forward of its own, that takes anything,
+    # and passes the rest on.
+    original = getattr(module, "_orig_mod", module)
+    if method != "forward":
+        module = original
+    if original._compiled_call_impl is not None:
+        raise ValueError(
+            f"{component} was compiled in place, where the engine would be compiled with it; "
+            "let the engine compile its forward (compile_forward=torch.compile)"
         )
-    return list(slots.values())
+    real = getattr(module, method)
+    if hasattr(real, _PARKS) or hasattr(getattr(original, method), _PARKS):
+        raise ValueError(f"{name} serves another engine already; close() that one, or submit to it")
+    return Slot(
+        name=f"{component}.{method}",
+        module=module,
+        method=method,
+        is_denoiser=method == "forward" and _ENCODERS.match(component) is None,
+        real=real,
+        signature=inspect.signature(getattr(original, method)),
+        attribute=module.__dict__.get(method),
+    )
 
 
 def _default_names(modules: dict[str, torch.nn.Module]) -> Iterable[str]:
