@@ -89,7 +89,7 @@ def _load_component(
     dtype: torch.dtype,
 ) -> Any:
     folder = opened.folder / name
-    paths, variant = select_weights(extents, str(dtype).removeprefix("torch."))
+    paths, variant = select_weights(name, extents, str(dtype).removeprefix("torch."))
     try:
         if not paths:
             raise NotMappableError("its weights have unusual names")

@@ -225,7 +225,7 @@ def _build(
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(model.read(path))
-    paths, _ = select_weights(headers, "float16")
+    paths, _ = select_weights(name, headers, "float16")
     try:
         build_model(cls, folder / name, _shapes(headers, paths), torch.float32)
     except NotMappableError:

@@ -151,7 +151,7 @@ def choose_names(
     chosen = [name for name in names if "/" not in name and is_kept_at_top(name)]
     for component in components:
         inside = [name for name in names if name.startswith(f"{component}/")]
-        chosen += _component_names(inside, dtype_name)
+        chosen += _component_names(component, inside, dtype_name)
     return sorted(chosen)
 
 
@@ -160,17 +160,16 @@ def is_kept_at_top(name: str) -> bool:
     return name == MODEL_INDEX or name.lower().startswith(_KEPT_AT_TOP)
 
 
-def _component_names(names: Sequence[str], dtype_name: str) -> Iterator[str]:
+def _component_names(component: str, names: Sequence[str], dtype_name: str) -> Iterator[str]:
     kept = [name for name in names if name.lower().endswith(_KEPT_SUFFIXES)]
     weights = [name for name in kept if name.endswith(WEIGHTS_SUFFIX)]
-    chosen, variant = select_weights(weights, dtype_name)
+    chosen, variant = select_weights(component, weights, dtype_name)
     for name in kept:
-        found = variant_of(name)
-        if found is None:
+        if name in weights:
             # Weights by unusual names are taken only where there are no others.
-            if name not in weights or not chosen:
+            if name in chosen or not chosen:
                 yield name
-        elif found == (variant or ""):
+        elif variant_of(name) in (None, variant or ""):
             yield name
 
 
