@@ -87,7 +87,11 @@ def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
     """
     contents = _contents(plan)
     total = sum(each.size_bytes for each in (*contents.loras, *contents.model))
-    with beside(out, force=force) as part, progress("packing", total) as report:
+    marker = TORCHSERVE_MANIFEST_NAME if plan.is_folder else None
+    with (
+        beside(out, force=force, marker=marker) as part,
+        progress("packing", total) as report,
+    ):
         if plan.is_folder:
             with Copier() as copier:
                 _write(DirWriter(part, copier), plan, contents, report)

@@ -6,6 +6,7 @@ One pass: weights are read once, hashed, and written once, straight into their f
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import tempfile
@@ -52,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--smoke-prompt {arguments.smoke_prompt!a}: wanted text in UTF-8")
     is_folder = arguments.format == "dir"
     out: Path = arguments.out / (arguments.name if is_folder else f"{arguments.name}.mar")
-    if out.exists() and not arguments.force:
+    if os.path.lexists(out) and not arguments.force:
         raise UsageError(f"{out} exists; pass --force to replace it")
     if arguments.model_id is None:
         _pack(arguments, arguments.pipeline, out)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -51,14 +53,48 @@ def command(
         arguments = parser.parse_args(argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else MISUSED
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names and licences are of any script
     try:
-        return run(arguments)
+        with _ended_as_by_hand():
+            code = run(arguments)
+            sys.stdout.flush()
+        return code
     except UsageError as error:
         return _complain(parser.prog, error, MISUSED)
     except (ServingError, OSError) as error:
+        _drop_unwritten()
         return _complain(parser.prog, error, FAILED)
     except KeyboardInterrupt:
         return _complain(parser.prog, "interrupted; nothing half done counts as finished", FAILED)
+
+
+@contextmanager
+def _ended_as_by_hand() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, which removes what is half done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        each: signal.signal(each, signal.default_int_handler)
+        for each in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(each) == signal.SIG_DFL
+    }
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+def _drop_unwritten() -> None:
+    """Forget what stdout still holds and cannot write: Python would try again, and exit by 120."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _complain(program: str, error: object, code: int) -> int:
@@ -96,21 +132,41 @@ def progress(label: str, total_bytes: int) -> Iterator[Progress]:
 
 
 @contextmanager
-def beside(target: Path, *, force: bool) -> Iterator[Path]:
+def beside(target: Path, *, force: bool, marker: str | None = None) -> Iterator[Path]:
     """Give a path of `target`'s name in a hidden folder beside it; move it into place at the end.
 
-    What is written there is a file or a folder; what else it holds goes with the hidden folder.
-    Raises: UsageError, where `target` exists and `force` is not given.
+    What is written there is a file, or a folder in which there is a file `marker`; with `force`
+    it replaces its like and nothing else. What else the hidden folder holds goes with it.
+    Raises: UsageError, where `target` exists and may not be replaced.
     """
-    if target.exists() and not force:
-        raise UsageError(f"{target} exists; pass --force to replace it")
+    _check_replaceable(target, force, marker)
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
-        part = stage / target.name
+        part, replaced = stage / target.name, stage / "replaced"
         yield part
-        if target.is_dir() and not target.is_symlink():
-            os.replace(target, stage / "replaced")
-        os.replace(part, target)
+        _check_replaceable(target, force, marker)  # somebody else may have been quicker
+        try:
+            if target.is_dir():
+                os.replace(target, replaced)
+            os.replace(part, target)
+        except BaseException:
+            if replaced.exists():
+                os.replace(replaced, target)
+            raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _check_replaceable(target: Path, force: bool, marker: str | None) -> None:
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise UsageError(f"{target} exists; pass --force to replace it")
+    if marker is None:
+        is_alike, wanted = not target.is_dir(), "a file"
+    else:
+        is_alike = (target / marker).is_file() and not target.is_symlink()
+        wanted = f"a folder with {marker}"
+    if not is_alike:
+        raise UsageError(f"{target} is not {wanted}: --force does not replace it; remove it first")

@@ -128,22 +128,27 @@ def choose_archive(store: Path, name: str | None) -> Path:
 
     Raises: ServerError.
     """
-    archives = {
-        path.name: path
+    found = [
+        (path.name, path)
         for path in sorted(store.glob("*/"))
         if (path / TORCHSERVE_MANIFEST_NAME).exists()
-    }
-    archives.update((path.stem, path) for path in sorted(store.glob("*.mar")))
-    names = ", ".join(sorted(archives)) or "none"
-    if name:
-        if name not in archives:
-            raise ServerError(f"{store} has no archive called {name}; it has: {names}")
-        return archives[name]
-    if not archives:
+    ]
+    found += [(path.stem, path) for path in sorted(store.glob("*.mar"))]
+    names = sorted({each for each, _ in found})
+    if name and name not in names:
+        raise ServerError(
+            f"{store} has no archive called {name}; it has: {', '.join(names) or 'none'}"
+        )
+    if not found:
         raise ServerError(f"{store} has no archive; `make archive` builds the embedded one")
-    if len(archives) > 1:
-        raise ServerError(f"{store} has several archives; choose one with NAME=: {names}")
-    return next(iter(archives.values()))
+    if not name and len(names) > 1:
+        raise ServerError(
+            f"{store} has several archives; choose one with NAME=: {', '.join(names)}"
+        )
+    chosen = [path for each, path in found if each == (name or names[0])]
+    if len(chosen) > 1:
+        raise ServerError(f"{chosen[0]} and {chosen[1]} have one name: remove the older one")
+    return chosen[0]
 
 
 def curl_line(server: TorchServer, fields: dict[str, object], output: str) -> str:

@@ -58,6 +58,10 @@ def test_the_only_archive_is_chosen_and_several_must_be_named(tmp_path: Path) ->
     assert choose_archive(tmp_path, "second") == second
     with pytest.raises(ServerError, match="no archive called third; it has: first, second"):
         choose_archive(tmp_path, "third")
+    (tmp_path / "first" / TORCHSERVE_MANIFEST_NAME).parent.mkdir(parents=True)
+    (tmp_path / "first" / TORCHSERVE_MANIFEST_NAME).touch()
+    with pytest.raises(ServerError, match="have one name: remove the older one"):
+        choose_archive(tmp_path, "first")
 
 
 def test_a_folder_is_an_archive_too(tmp_path: Path) -> None:
