@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 
 from handler.errors import ArchiveError
+from handler.fields import show, shown_name
 from handler.zip_directory import ZipMember
 from handler.zipread import CHUNK_BYTES, ZipReader
 
@@ -51,6 +52,7 @@ WEIGHTS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
 CODE_SUFFIXES = (".py", ".pyc", ".so", ".pyd", ".dll", ".dylib")
 MAX_SMALL_FILE_BYTES = 256 << 20
+MAX_MODEL_INDEX_BYTES = 1 << 20
 MAX_SMALL_FILES_BYTES = 1 << 30
 LIBRARIES = ("diffusers", "transformers")
 _CLASS_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
@@ -111,13 +113,16 @@ def check_model_index(index: object, label: str) -> dict[str, object]:
     problems = []
     if not isinstance(class_name, str) or not _CLASS_NAME.fullmatch(class_name):
         problems.append(
-            f"_class_name is {class_name!r}: the name of a diffusers pipeline is wanted"
+            f"_class_name is {show(class_name)}: the name of a diffusers pipeline is wanted"
         )
     for name, value in index.items():
         if name.startswith("_") or not isinstance(value, list):
             continue
         if not _is_known_class(value) or not _CLASS_NAME.fullmatch(name):
-            problems.append(f"{name} is {value!r}: only classes of diffusers and transformers load")
+            problems.append(
+                f"{shown_name(name)} is {show(value)}: "
+                "only classes of diffusers and transformers load"
+            )
     if problems:
         raise ArchiveError(f"{label}: {MODEL_INDEX} is refused: {'; '.join(problems)}")
     return index
@@ -199,6 +204,8 @@ def _open_folder(folder: Path) -> OpenedPipeline:
         for file in files:
             path = Path(parent, file)
             name = path.relative_to(root).as_posix()
+            if not path.is_file():
+                raise ArchiveError(f"{path} is no file: put the file itself there")
             names.append(name)
             if name.endswith(WEIGHTS_SUFFIX):
                 weights[name] = Extent(path, 0, path.stat().st_size)
@@ -275,10 +282,10 @@ def check_names(names: Iterable[str], label: str) -> None:
 
 def _check_small(members: Mapping[str, ZipMember], label: str) -> None:
     for name, member in members.items():
-        if member.size_bytes > MAX_SMALL_FILE_BYTES:
+        most_bytes = MAX_MODEL_INDEX_BYTES if name == MODEL_INDEX else MAX_SMALL_FILE_BYTES
+        if member.size_bytes > most_bytes:
             raise ArchiveError(
-                f"{label}: {name} claims {member.size_bytes} bytes; "
-                f"files other than weights may have {MAX_SMALL_FILE_BYTES}"
+                f"{label}: {name} claims {member.size_bytes} bytes; it may have {most_bytes}"
             )
     total = sum(member.size_bytes for member in members.values())
     if total > MAX_SMALL_FILES_BYTES:
@@ -299,6 +306,11 @@ def _check_space(members: Mapping[str, ZipMember], folder: Path, label: str) -> 
 
 
 def _check_index_file(folder: Path, label: str) -> None:
+    size_bytes = (folder / MODEL_INDEX).stat().st_size
+    if size_bytes > MAX_MODEL_INDEX_BYTES:
+        raise ArchiveError(
+            f"{label}: {MODEL_INDEX} has {size_bytes} bytes; it may have {MAX_MODEL_INDEX_BYTES}"
+        )
     try:
         index = json.loads((folder / MODEL_INDEX).read_bytes())
     except (ValueError, RecursionError) as error:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,14 @@ from handler.errors import ArchiveError
 from handler.safetensors_map import map_tensors
 from handler.variants import select_weights
 
-__all__ = ["NotMappableError", "build_model", "load_components", "resolve_class"]
+__all__ = [
+    "NotMappableError",
+    "build_model",
+    "check_pipeline_class",
+    "check_vocabulary",
+    "load_components",
+    "resolve_class",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +44,7 @@ def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any
         if not isinstance(value, list) or value[0] is None or name.startswith("_"):
             continue
         cls = resolve_class(name, value[0], value[1])
+        check_vocabulary(name, cls, (each.name for each in (opened.folder / name).glob("*")))
         if not issubclass(cls, torch.nn.Module):
             continue
         extents = {
@@ -79,6 +88,51 @@ def resolve_class(name: str, library: str, class_name: str) -> type:
     if not issubclass(found, bases):
         raise ArchiveError(f"{name}: {library}.{class_name} is no model, scheduler or tokenizer")
     return found
+
+
+def check_pipeline_class(index: Mapping[str, object]) -> None:
+    """Check that diffusers has the pipeline of `index`, with all the components that it wants.
+
+    Raises: ArchiveError.
+    """
+    import diffusers
+
+    name = str(index["_class_name"])
+    found = getattr(diffusers, name, None)
+    if (
+        not isinstance(found, type)
+        or not issubclass(found, diffusers.DiffusionPipeline)
+        or found is diffusers.DiffusionPipeline
+    ):
+        raise ArchiveError(f"diffusers {diffusers.__version__} has no pipeline {name}")
+    cls: Any = found
+    wanted = {
+        each.name
+        for each in inspect.signature(cls).parameters.values()
+        if each.default is each.empty and each.kind is not each.VAR_KEYWORD
+    }
+    if missing := sorted(wanted - index.keys() - {*cls._optional_components}):
+        raise ArchiveError(f"{name} needs components that the pipeline lacks: {', '.join(missing)}")
+
+
+def check_vocabulary(name: str, cls: type, files: Iterable[str]) -> None:
+    """Refuse a tokenizer whose `files` hold no words: transformers makes an empty one of that.
+
+    Every prompt would become the same numbers. Raises: ArchiveError.
+    """
+    import transformers
+
+    if not issubclass(cls, transformers.PreTrainedTokenizerBase):
+        return
+    names: dict[str, str] = cls.vocab_files_names  # type: ignore[attr-defined]
+    if not names:  # it reads letters, not words
+        return
+    known = {*names.values(), "tokenizer.json", "vocab.json", "vocab.txt"}
+    known.discard("merges.txt")
+    if not any(file in known or file.endswith((".model", ".tiktoken")) for file in files):
+        raise ArchiveError(
+            f"{name}: has no vocabulary ({', '.join(sorted(known))}): get the tokenizer's files"
+        )
 
 
 def _load_component(

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 __all__ = [
     "MAX_NAME_CHARS",
     "FieldReader",
+    "first_lines",
     "nearest",
     "number_range",
     "show",
@@ -50,6 +51,13 @@ def show(value: object) -> str:
     if isinstance(value, (list, tuple)):
         return f"a list of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def first_lines(error: BaseException, num_lines: int = 3, num_chars: int = 400) -> str:
+    """What a library says of its error, as one line of bounded length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:num_lines]) or type(error).__name__
+    return text if len(text) <= num_chars else f"{text[:num_chars]}…"
 
 
 def shown_name(name: str) -> str:

@@ -21,6 +21,7 @@ import torch
 
 from handler.archive import LORA_FOLDER, MODEL_INDEX, Extent, OpenedPipeline, open_pipeline
 from handler.errors import ArchiveError, ConfigError
+from handler.fields import first_lines
 from handler.request import PipelineTraits
 from handler.safetensors_map import map_tensors
 from handler.schedulers import compatible_schedulers, least_steps
@@ -81,10 +82,12 @@ def load_pipeline(model_dir: Path, config: HandlerConfig, gpu_id: int | None) ->
 
     Raises: ArchiveError, ConfigError.
     """
-    with open_pipeline(model_dir) as opened:
-        return load_opened(
-            opened, sorted((model_dir / LORA_FOLDER).glob("*.safetensors")), config, gpu_id
-        )
+    try:
+        with open_pipeline(model_dir) as opened:
+            loras = sorted((model_dir / LORA_FOLDER).glob("*.safetensors"))
+            return load_opened(opened, loras, config, gpu_id)
+    except OSError as error:
+        raise ArchiveError(f"{model_dir}: cannot be opened: {error}") from error
 
 
 def load_opened(
@@ -103,8 +106,7 @@ def load_opened(
             raise
         except Exception as error:
             # Whatever the libraries make of a wrong file ends the start with one clear line.
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise ArchiveError(f"the pipeline does not load: {reason}") from error
+            raise ArchiveError(f"the pipeline does not load: {first_lines(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cpu":
         pipeline.to(device)
@@ -147,15 +149,11 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
-    import diffusers
     from diffusers import DiffusionPipeline
 
-    from handler.components import load_components
+    from handler.components import check_pipeline_class, load_components
 
-    class_name = str(json.loads((opened.folder / MODEL_INDEX).read_bytes())["_class_name"])
-    pipeline_class = getattr(diffusers, class_name, None)
-    if not isinstance(pipeline_class, type) or not issubclass(pipeline_class, DiffusionPipeline):
-        raise ArchiveError(f"diffusers {diffusers.__version__} has no pipeline {class_name}")
+    check_pipeline_class(json.loads((opened.folder / MODEL_INDEX).read_bytes()))
     components = load_components(opened, dtype)
     return DiffusionPipeline.from_pretrained(
         os.fspath(opened.folder),
@@ -174,8 +172,9 @@ def _load_loras(pipeline: Any, paths: Sequence[Path]) -> None:
         try:
             pipeline.load_lora_weights(state, adapter_name=path.stem)
         except (AttributeError, ValueError, RuntimeError, KeyError, ImportError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise ArchiveError(f"{path}: this LoRA does not fit the pipeline: {reason}") from error
+            raise ArchiveError(
+                f"{path}: this LoRA does not fit the pipeline: {first_lines(error)}"
+            ) from error
     if paths:
         pipeline.set_adapters([path.stem for path in paths])
 

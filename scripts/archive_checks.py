@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from handler.archive import MODEL_INDEX, MODEL_ZIP, check_model_index, check_names
 from handler.config import HandlerConfig
-from handler.errors import ArchiveError, ServingError
+from handler.errors import ArchiveError, ConfigError, ServingError
+from handler.fields import first_lines
 from handler.safetensors_map import Header
 from scripts.archive_reader import ArchiveView, Reader, read_headers
 from scripts.console import Progress
@@ -25,7 +26,9 @@ from scripts.pipeline_files import component_classes
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["check_archive", "check_models", "read_manifest"]
+__all__ = ["check_archive", "check_models", "read_config", "read_manifest"]
+
+CONFIG_NAME = "model-config.yaml"
 
 
 def read_manifest(view: ArchiveView) -> dict[str, Any] | None:
@@ -45,8 +48,8 @@ def check_archive(view: ArchiveView, report: Progress) -> Iterator[str]:
     manifest = read_manifest(view)
     if view.outer is not None:
         yield from _check_torchserve(view.outer)
-        yield from _check_config(view.outer)
         yield from _check_manifest(view, manifest, report)
+    yield from _problems(lambda: read_config(view))
     yield from _problems(lambda: check_names(view.model.sizes, "the pipeline"))
     yield from _check_components(view.model)
     if manifest:
@@ -79,14 +82,15 @@ def _check_torchserve(outer: Reader) -> Iterator[str]:
             yield f"{TORCHSERVE_MANIFEST_NAME} names {name} as {key}, which is missing"
 
 
-def _check_config(outer: Reader) -> Iterator[str]:
-    if "model-config.yaml" not in outer.sizes:
-        return
+def read_config(view: ArchiveView) -> HandlerConfig:
+    """Return an archive's configuration, as its worker will read it. Raises: ConfigError."""
+    if view.outer is None or CONFIG_NAME not in view.outer.sizes:
+        return HandlerConfig()
     try:
-        config = parse_yaml(outer.read("model-config.yaml"), "it") or {}
-        HandlerConfig.from_mapping(config.get("handler"))
+        config = parse_yaml(view.outer.read(CONFIG_NAME), "it") or {}
+        return HandlerConfig.from_mapping(config.get("handler"))
     except (ServingError, AttributeError) as error:
-        yield f"model-config.yaml: {error}"
+        raise ConfigError(f"{CONFIG_NAME}: {error}") from error
 
 
 def _check_manifest(
@@ -184,6 +188,7 @@ def check_models(view: ArchiveView) -> Iterator[str]:
 
     The models are built around tensors that have a shape and no memory: nothing is loaded.
     """
+    from handler.components import check_pipeline_class
     from handler.loading import quiet_libraries
 
     try:
@@ -191,6 +196,7 @@ def check_models(view: ArchiveView) -> Iterator[str]:
         headers = read_headers(view.model)
     except ServingError:
         return  # reported by check_archive
+    yield from _problems(lambda: check_pipeline_class(index))
     with tempfile.TemporaryDirectory(prefix="verify-") as folder, quiet_libraries():
         for name, (library, class_name) in component_classes(index).items():
             inside = {path: head for path, head in headers.items() if path.startswith(f"{name}/")}
@@ -200,8 +206,7 @@ def check_models(view: ArchiveView) -> Iterator[str]:
                 yield str(error)
             except Exception as error:
                 # What a library raises about a wrong configuration is of any kind.
-                first = (str(error).strip() or type(error).__name__).split("\n")
-                yield f"{name}: its weights do not fit its configuration: {' '.join(first[:3])}"
+                yield f"{name}: its weights do not fit its configuration: {first_lines(error)}"
 
 
 def _build(
@@ -214,14 +219,22 @@ def _build(
 ) -> None:
     import torch
 
-    from handler.components import NotMappableError, build_model, resolve_class
+    from handler.components import (
+        NotMappableError,
+        build_model,
+        check_vocabulary,
+        resolve_class,
+    )
     from handler.variants import select_weights
 
     cls = resolve_class(name, library, class_name)
+    prefix = f"{name}/"
+    inside = (path.removeprefix(prefix) for path in model.sizes if path.startswith(prefix))
+    check_vocabulary(name, cls, inside)
     if not issubclass(cls, torch.nn.Module):
         return
     for path in model.sizes:
-        if path.startswith(f"{name}/") and path.endswith(".json"):
+        if path.startswith(prefix) and path.endswith(".json"):
             target = folder / path
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(model.read(path))

@@ -141,7 +141,7 @@ class ArchiveView:
     """An opened archive.
 
     `outer` holds what TorchServe unpacks, None for a bare pipeline; `model` the pipeline's files.
-    `place` is the file in which model.zip lies stored, with its offset and its size, where it does.
+    `place` is where a zip with the pipeline lies: a file, with the zip's offset and its size.
     """
 
     path: Path
@@ -179,6 +179,7 @@ def _open_folder(path: Path, stack: ExitStack) -> ArchiveView:
         inner = ZipReader(stack.enter_context(archive.open("rb")), label=str(archive))
         place = (archive, 0, archive.stat().st_size)
         return ArchiveView(path, reader, _rooted(inner, str(archive)), place)
+    _check_place(reader, str(path))
     return ArchiveView(path, reader, _rooted(reader, str(path)))
 
 
@@ -188,7 +189,9 @@ def _open_file(path: Path, stack: ExitStack) -> ArchiveView:
     if member is None:
         model = _rooted(reader, str(path))
         is_bare = TORCHSERVE_MANIFEST_NAME not in reader.members
-        return ArchiveView(path, None if is_bare else reader, model)
+        if not is_bare:
+            _check_place(reader, str(path))
+        return ArchiveView(path, None if is_bare else reader, model, (path, 0, path.stat().st_size))
     label = f"{path}: {MODEL_ZIP}"
     if member.is_stored:
         file = stack.enter_context(path.open("rb"))
@@ -201,6 +204,16 @@ def _open_file(path: Path, stack: ExitStack) -> ArchiveView:
     return ArchiveView(
         path, reader, _rooted(inner, label), (folder / MODEL_ZIP, 0, member.size_bytes)
     )
+
+
+def _check_place(reader: Reader, label: str) -> None:
+    """Refuse an archive whose pipeline is unpacked where the worker does not look for it."""
+    prefix = pipeline_prefix(reader.sizes, label)
+    if prefix not in ("", "model/"):
+        raise ArchiveError(
+            f"{label}: its pipeline is in {prefix}, where no worker looks: it opens {MODEL_ZIP} "
+            "or model/; pack it with python -m scripts.build_archive"
+        )
 
 
 def _rooted(reader: Reader, label: str) -> Reader:

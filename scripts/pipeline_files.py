@@ -193,5 +193,7 @@ def _walk(folder: Path) -> Iterator[str]:
     """Yield the paths of files below `folder`, hidden ones left out."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
+        if path.is_symlink() and not path.exists():
+            raise ArchiveError(f"{path} is a link to nothing: download it again")
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
             yield name.as_posix()

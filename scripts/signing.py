@@ -26,7 +26,7 @@ def sign(archive: Path, private_key: Path, signature: Path) -> None:
     try:
         config = _model_signing().signing.Config()
         config.use_elliptic_key_signer(private_key=private_key).sign(archive, signature)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:  # the last for keys of other kinds
         raise ArchiveError(
             f"{private_key} does not sign: {error}; make a key with: "
             "openssl ecparam -name prime256v1 -genkey -noout -out private.pem"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from handler.archive import LORA_FOLDER, open_pipeline, open_zip
 from handler.errors import ArchiveError, ServingError
-from scripts.archive_checks import check_archive, check_models, read_manifest
+from scripts.archive_checks import check_archive, check_models, read_config, read_manifest
 from scripts.archive_reader import ArchiveView, open_archive
 from scripts.choosing import add_archive, chosen_archive
 from scripts.console import DONE, FAILED, command, printable, progress
@@ -57,8 +58,8 @@ def verify(path: Path, *, key: Path | None = None, is_smoke: bool = False) -> li
 
 def _smoke(view: ArchiveView) -> list[str]:
     """Load the pipeline as a worker does and draw one picture of few steps."""
-    from handler.config import HandlerConfig
     from handler.loading import describe, load_opened
+    from handler.request import check_against_pipeline
 
     manifest = read_manifest(view) or {}
     prompt = manifest.get("smoke_prompt") or _SMOKE_PROMPT
@@ -69,8 +70,11 @@ def _smoke(view: ArchiveView) -> list[str]:
         opening = open_zip(archive, start=start, size_bytes=size_bytes)
     try:
         with opening as opened, TemporaryDirectory(prefix="verify-") as folder:
-            loaded = load_opened(opened, _copy_loras(view, Path(folder)), HandlerConfig(), None)
-        multiple = describe(loaded.pipeline).size_multiple_px
+            config = replace(read_config(view), device=None, dtype=None)  # as this machine can
+            loaded = load_opened(opened, _copy_loras(view, Path(folder)), config, None)
+        traits = describe(loaded.pipeline)
+        check_against_pipeline(config, traits)
+        multiple = traits.size_multiple_px
         side_px = max(64 // multiple, 1) * multiple
         image = loaded.pipeline(
             prompt, num_inference_steps=_SMOKE_STEPS, height=side_px, width=side_px

@@ -107,7 +107,7 @@ def test_an_empty_folder_says_what_is_missing(tmp_path: Path) -> None:
         ({"model_index.json": b"{"}, "is no JSON"),
         ({"model_index.json": b"[" * 100_000}, "is no JSON"),
         ({"model_index.json": b"[]"}, "holds no JSON object"),
-        ({"model_index.json": b"{}"}, "_class_name is None"),
+        ({"model_index.json": b"{}"}, "_class_name is null"),
     ],
 )
 def test_refuses_what_could_run_code_or_is_no_pipeline(

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +237,53 @@ def test_what_a_library_cannot_read_is_one_line(tmp_path: Path) -> None:
     message = refusal(tmp_path / "m")
     assert message.startswith("the pipeline does not load: ")
     assert "\n" not in message
+
+
+def test_a_tokenizer_without_words_is_refused(tmp_path: Path) -> None:
+    """transformers makes an empty one of it, for which all prompts are equal."""
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    (pipeline / "tokenizer" / "tokenizer.json").unlink()
+    zip_pipeline(pipeline, tmp_path / "m" / "model.zip")
+    assert refusal(tmp_path / "m").startswith("tokenizer: has no vocabulary (tokenizer.json")
+
+
+def _link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nothing")
+
+
+def _make_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("damage", [_link_to_nothing, _make_fifo])
+def test_what_is_no_file_is_refused(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    pipeline = save_pipeline(tmp_path / "m" / "model")
+    damage(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    assert "is no file" in refusal(tmp_path / "m")
+
+
+@pytest.mark.parametrize("is_zipped", [False, True])
+def test_an_index_of_any_length_is_refused_in_one_short_line(
+    tmp_path: Path, is_zipped: bool
+) -> None:
+    pipeline = save_pipeline(tmp_path / "m" / "model")
+    index = json.loads((pipeline / "model_index.json").read_bytes())
+    for num_letters, words in ((300_000, "only classes of"), (2 << 20, "it may have 1048576")):
+        text = json.dumps({**index, "unet": ["x", "y" * num_letters]})
+        (pipeline / "model_index.json").write_text(text)
+        if is_zipped:
+            shutil.make_archive(str(tmp_path / "m" / "model"), "zip", pipeline)
+        message = refusal(tmp_path / "m")
+        assert words in message
+        assert len(message) < 500
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path, scratch: Path) -> None:
+    model_dir = packed(tmp_path)
+    scratch.rmdir()
+    assert "cannot be opened: [Errno 2] No such file" in refusal(model_dir)
 
 
 def test_never_asks_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from safetensors.torch import load_file, save_file
 
+from handler.errors import ArchiveError
 from scripts.archive_writer import ArchivePlan, write_archive
 from scripts.console import DONE, FAILED, MISUSED
 from scripts.verify_archive import main, verify
@@ -278,6 +280,13 @@ def test_truncation_is_named(tmp_path: Path) -> None:
     assert "cut off" in verify(mar)[0]
 
 
+def edit_index(pipeline: Path, **changes: object) -> None:
+    """Change entries of model_index.json; None removes one."""
+    path = pipeline / "model_index.json"
+    index = {**json.loads(path.read_bytes()), **changes}
+    path.write_text(json.dumps({k: v for k, v in index.items() if v is not None}))
+
+
 def _zip_folder(folder: Path, out: Path) -> Path:
     shutil.make_archive(str(out.with_suffix("")), "zip", folder)
     return out
@@ -293,6 +302,10 @@ def _zip_folder(folder: Path, out: Path) -> Path:
         (lambda p: (p / "unet/config.json").write_text('{"layers_per_block": "x"}'), "unet: "),
         (lambda p: (p / "vae/config.json").write_text("{"), "vae: "),
         (lambda p: (p / UNET).write_bytes(b"short"), f"{UNET}: too short"),
+        (lambda p: (p / "tokenizer/tokenizer.json").unlink(), "tokenizer: has no vocabulary"),
+        (lambda p: edit_index(p, _class_name="NoSuch"), "has no pipeline NoSuch"),
+        (lambda p: edit_index(p, _class_name="DiffusionPipeline"), "has no pipeline Diffusion"),
+        (lambda p: edit_index(p, vae=None), "components that the pipeline lacks: vae"),
     ],
 )
 def test_a_bad_pipeline_is_named(
@@ -334,6 +347,47 @@ def test_a_pipeline_that_draws_nothing_fails_the_smoke_test(tmp_path: Path) -> N
     mar = pack(tmp_path, pipeline)
     assert verify(mar) == []
     assert verify(mar, is_smoke=True) == ["the picture has one colour only"]
+
+
+def test_a_bare_zip_draws(tmp_path: Path) -> None:
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    assert verify(_zip_folder(pipeline, tmp_path / "pipeline.zip"), is_smoke=True) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"), [("model", "PIPELINE.json is missing"), ("pipe", "no worker looks")]
+)
+def test_a_pipeline_must_lie_where_the_worker_looks(
+    tmp_path: Path, folder: str, words: str
+) -> None:
+    def unzip_inside(files: dict[str, bytes]) -> None:
+        with zipfile.ZipFile(io.BytesIO(files.pop("model.zip"))) as inner:
+            files.update({f"{folder}/{name}": inner.read(name) for name in inner.namelist()})
+        del files["MAR-INF/PIPELINE.json"]
+
+    (problem,) = verify(rewrite(pack(tmp_path), unzip_inside))
+    assert words in problem
+
+
+def test_the_packed_configuration_is_tried(tmp_path: Path) -> None:
+    mar = pack(tmp_path, settings={"scheduler": "nonsense", "device": "cuda"})
+    (problem,) = verify(mar, is_smoke=True)
+    assert "scheduler: 'nonsense' is not one of" in problem
+
+
+def test_a_key_of_another_kind_signs_nothing(tmp_path: Path) -> None:
+    key = ed25519.Ed25519PrivateKey.generate()
+    private = tmp_path / "private.pem"
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
+    with pytest.raises(ArchiveError, match=r"does not sign: .* make a key with"):
+        pack(tmp_path, sign_key=private)
+    assert not (tmp_path / "tiny.mar").exists()
 
 
 def test_signatures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
