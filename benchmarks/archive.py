@@ -273,11 +273,9 @@ def measure(
         tell(raw["upstream_packing_s"])
         opened = measure_opening(upstream.archive, folder, "open-upstream", rounds)
         raw["upstream_opening"] = tell(opened)
-        for name, archive in (
-            ("upstream_float32", upstream.archive),
-            ("upstream_float16", in_float16(upstream.archive, folder / "bench-float16.mar")),
-        ):
-            raw[name] = tell(measure_serving(archive, folder, rounds))
+        raw["upstream_float32"] = tell(measure_serving(upstream.archive, folder, rounds))
+        in_half = in_float16(upstream.archive, folder / "bench-float16.mar")
+        raw["upstream_float16"] = tell(measure_serving(in_half, folder, rounds))
     raw["load_after"] = os.getloadavg()[0]
     return [*our_figures(raw), *(upstream_figures(raw) if with_upstream else ())], raw
 

@@ -9,6 +9,7 @@ beside it.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import logging
@@ -29,12 +30,14 @@ from handler.zipread import CHUNK_BYTES, ZipReader
 
 __all__ = [
     "LORA_FOLDER",
+    "MANIFEST_NAME",
     "MODEL_INDEX",
     "MODEL_ZIP",
     "PICKLE_SUFFIXES",
     "WEIGHTS_SUFFIX",
     "Extent",
     "OpenedPipeline",
+    "check_loras",
     "check_model_index",
     "check_names",
     "open_pipeline",
@@ -47,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_ZIP = "model.zip"
 LORA_FOLDER = "lora"
+MANIFEST_NAME = "MAR-INF/PIPELINE.json"
 MODEL_INDEX = "model_index.json"
 WEIGHTS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
@@ -266,6 +270,24 @@ def _below_prefix(reader: ZipReader) -> dict[str, ZipMember]:
         for name, member in reader.members.items()
         if name.startswith(prefix)
     }
+
+
+def check_loras(model_dir: Path, paths: Iterable[Path]) -> None:
+    """Compare LoRAs with our manifest, where it lists them: they lie outside of the zip.
+
+    Raises: ArchiveError.
+    """
+    manifest = model_dir / MANIFEST_NAME
+    try:
+        members = json.loads(manifest.read_bytes())["members"] if manifest.exists() else {}
+        listed = {name: each["sha256"] for name, each in members.items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise ArchiveError(f"{manifest} is damaged: {error!r}") from error
+    for path in paths:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != listed.get(f"{LORA_FOLDER}/{path.name}", digest):
+            raise ArchiveError(f"{path} is damaged: it does not match {MANIFEST_NAME}")
 
 
 def check_names(names: Iterable[str], label: str) -> None:

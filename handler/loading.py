@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from handler.archive import LORA_FOLDER, MODEL_INDEX, Extent, OpenedPipeline, open_pipeline
+from handler.archive import (
+    LORA_FOLDER,
+    MODEL_INDEX,
+    Extent,
+    OpenedPipeline,
+    check_loras,
+    open_pipeline,
+)
 from handler.errors import ArchiveError, ConfigError
 from handler.fields import first_lines
 from handler.request import PipelineTraits
@@ -85,6 +92,7 @@ def load_pipeline(model_dir: Path, config: HandlerConfig, gpu_id: int | None) ->
     try:
         with open_pipeline(model_dir) as opened:
             loras = sorted((model_dir / LORA_FOLDER).glob("*.safetensors"))
+            check_loras(model_dir, loras)
             return load_opened(opened, loras, config, gpu_id)
     except OSError as error:
         raise ArchiveError(f"{model_dir}: cannot be opened: {error}") from error

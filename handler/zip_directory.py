@@ -13,12 +13,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from handler.errors import ArchiveError
+from handler.fields import show
 
 __all__ = ["ZipMember", "check_name", "read_directory"]
 
 STORED, DEFLATED = 0, 8
 MAX_MEMBERS = 20_000
 MAX_DIRECTORY_BYTES = 16 << 20
+_MAX_PART_BYTES = 255  # what file systems take
 MAX_DEFLATE_RATIO = 1032  # what the deflate format can reach at most
 
 _END = struct.Struct("<4s4H2LH")
@@ -67,12 +69,13 @@ def check_name(name: str) -> None:
     if (
         not name
         or len(name) > 1024
+        or any(len(part.encode(errors="replace")) > _MAX_PART_BYTES for part in parts)
         or "\\" in name
-        or any(ord(letter) < 32 for letter in name)
+        or any(ord(letter) < 32 or "\ud800" <= letter <= "\udfff" for letter in name)
         or ":" in parts[0]
         or any(part in ("", ".", "..") for part in parts)
     ):
-        raise ArchiveError(f"the member name {name!r} is refused: it is no plain relative path")
+        raise ArchiveError(f"the member name {show(name)} is refused: it is no plain relative path")
 
 
 def read_directory(

@@ -40,6 +40,7 @@ is whole: scripts.verify_archive. LoRAs are active from the start, all of them, 
 """
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_UNUSUAL = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -103,9 +104,13 @@ def _pairs(flag: str, values: Sequence[str]) -> list[tuple[str, str]]:
 
 def _loras(values: Sequence[str]) -> list[tuple[str, str]]:
     """Read ``NAME=FILE`` or ``FILE``, whose name then is the file's."""
-    return _pairs(
-        "--lora", [value if "=" in value else f"{Path(value).stem}={value}" for value in values]
-    )
+    named = []
+    for value in values:
+        if "=" in value and not Path(value).is_file():
+            named.append(value)
+        else:
+            named.append(f"{_UNUSUAL.sub('_', Path(value).stem)[:64]}={value}")
+    return _pairs("--lora", named)
 
 
 def _settings(values: Sequence[str]) -> dict[str, object]:

@@ -15,9 +15,13 @@ __all__ = ["parse_json", "parse_yaml"]
 def parse_json(text: str | bytes, label: str) -> Any:
     """Return what the JSON `text` says. Raises: ArchiveError, which begins with `label`."""
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise ArchiveError(f"{label} is no JSON: {error}") from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number there")
 
 
 def parse_yaml(text: str | bytes, label: str) -> Any:

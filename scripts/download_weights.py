@@ -16,6 +16,7 @@ from pathlib import Path
 
 from handler.archive import MODEL_INDEX, check_model_index, pickled
 from handler.errors import ArchiveError, ServingError
+from handler.fields import first_lines
 from handler.zip_directory import check_name
 from scripts.console import DONE, UsageError, command
 from scripts.documents import parse_json
@@ -231,8 +232,9 @@ def _explain(error: Exception, model_id: str, revision: str, token: str | None) 
         status = error.response.status_code if error.response is not None else "no status"
         hint = "; HF_TOKEN is not valid" if status == 401 else ""
         return f"the hub answered {status} for {model_id}{hint}"
-    first = (str(error).strip() or type(error).__name__).split("\n")[0]
-    return f"{model_id} could not be fetched: {first}; run the same command to go on"
+    return (
+        f"{model_id} could not be fetched: {first_lines(error, 1)}; run the same command to go on"
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:

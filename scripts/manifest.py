@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from handler.archive import MANIFEST_NAME
 from handler.safetensors_map import Header
 from scripts import __version__
 from scripts.pipeline_files import component_classes, read_source_note
@@ -33,7 +34,6 @@ __all__ = [
 ]
 
 ARCHIVE_ROOT = "MAR-INF"
-MANIFEST_NAME = f"{ARCHIVE_ROOT}/PIPELINE.json"
 TORCHSERVE_MANIFEST_NAME = f"{ARCHIVE_ROOT}/MANIFEST.json"
 FORMAT = 1
 _LICENCE_BYTES = 64 << 10

@@ -256,6 +256,7 @@ def _content(folder: Path) -> dict[str, bytes]:
     ("arguments", "code", "words"),
     [
         (["--set", "heigth=512"], FAILED, "height"),
+        (["--lora", "/no/run=3.x/a.safetensors"], MISUSED, "--lora /no/run="),
         (["--set", "height=7.5"], FAILED, "height"),
         (["--set", "height"], MISUSED, "--set height=: wanted NAME=VALUE"),
         (["--set", "height=8", "--set", "height=16"], MISUSED, "given twice"),
@@ -287,6 +288,25 @@ def test_what_is_wrong_is_said_and_leaves_nothing(
     assert words in error
     assert error.rstrip().count("\n") == 0 or "usage:" in error
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_lora_is_called_like_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "run=3" / "style.v2.safetensors"
+    path.parent.mkdir()
+    save_file({"unet.lora.weight": torch.ones(2)}, path)
+    with zipfile.ZipFile(build(tmp_path, "--lora", str(path))) as mar:
+        assert "lora/style_v2.safetensors" in mar.namelist()
+
+
+def test_a_name_that_is_no_text_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    (pipeline / "unet" / "a\udcff.json").write_text("{}")
+    assert main(["--pipeline", str(pipeline), "--name", "t", "--out", str(tmp_path)]) == FAILED
+    error = capsys.readouterr().err
+    assert "the member name" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -316,6 +317,21 @@ def test_packed_loras_are_active(tmp_path: Path) -> None:
     styled = pipeline(**example_kwargs("stable_diffusion", 0)).images
     plain = shared("stable_diffusion")(**example_kwargs("stable_diffusion", 0)).images
     assert np.abs(styled - plain).max() > 1e-3
+
+
+def test_a_damaged_lora_is_refused(tmp_path: Path) -> None:
+    """It lies beside model.zip, whose checksums do not cover it."""
+    model_dir, name = packed(tmp_path), "lora/style.safetensors"
+    (model_dir / "lora").mkdir()
+    save_file({"other.weight": torch.ones(2)}, model_dir / name)
+    (model_dir / "MAR-INF").mkdir()
+    manifest = model_dir / "MAR-INF" / "PIPELINE.json"
+    digest = hashlib.sha256((model_dir / name).read_bytes()).hexdigest()
+    for sha256, words in ((digest, "does not fit"), ("0" * 64, "is damaged: it does not match")):
+        manifest.write_text(json.dumps({"members": {name: {"sha256": sha256}}}))
+        assert words in refusal(model_dir)
+    manifest.write_text("{}")
+    assert "PIPELINE.json is damaged" in refusal(model_dir)
 
 
 def test_a_lora_that_does_not_fit_is_named(tmp_path: Path) -> None:
