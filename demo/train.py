@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, default=Path("demo/runs/default"), help="goes on from what is there"
     )
     parser.add_argument("--steps", type=int, default=20_000)
-    parser.add_argument("--decay-steps", type=int, default=1_500, help="at the end")
+    parser.add_argument("--decay-steps", type=int, default=10_000, help="at the end")
     parser.add_argument("--batch-size", type=int, default=16, help="of all workers together")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--lr", type=float, default=1.5e-3)
