@@ -1,7 +1,7 @@
 """Takes CRC-32s and puts that of a whole together from those of its parts.
 
-`crc32` is `zlib.crc32` by Intel's ISA-L: 28 to 60 GB/s of one core where zlib has 6.6 GB/s, which
-is slower than a copy and was half the time that opening an archive took.
+`crc32` is `zlib.crc32` by Intel's ISA-L: 28 to 60 GB/s of one core where zlib has 6.6 GB/s, with
+which checking 2.6 GB took 0.4 s of the second that opening them took.
 """
 
 from __future__ import annotations
