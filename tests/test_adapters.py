@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -12,8 +11,8 @@ import torch
 from peft import LoraConfig
 
 from handler.adapters import AdapterSets, scales_adapters
-from handler.engine import InFlightEngine
 from handler.ticket import Ticket
+from tests.engine_tools import opened
 from tests.pipelines import build, example_kwargs, image_of
 
 # What peft says of every second adapter.
@@ -84,15 +83,6 @@ def expected(index: int, adapters: Set, scale: float | None = None) -> torch.Ten
 
 def difference(ticket: Ticket, image: torch.Tensor) -> float:
     return float((image_of(ticket.result()) - image).abs().max())
-
-
-@contextmanager
-def opened(pipeline: Any, **options: Any) -> Iterator[InFlightEngine]:
-    engine = InFlightEngine(pipeline, **options)
-    try:
-        yield engine
-    finally:
-        engine.close()
 
 
 SETS: list[Set] = [None, {"a": 1.0}, {"b": 0.5}, {"a": 0.3, "b": 0.8}, {}]
