@@ -30,8 +30,8 @@ def _axis(span: tuple[float, float], room_px: float) -> list[tuple[float, float]
 
 
 @cache
-def templates(shape: str, size: str | None, position: str | None) -> tuple[Tensor, Tensor, Tensor]:
-    """All masks (N, 576) that the terms allow, their log prior (N,) and squared norms (N,)."""
+def templates(shape: str, size: str | None, position: str | None) -> tuple[Tensor, ...]:
+    """All masks (N, 576) that the terms allow, their log prior, areas and squared norms (N,)."""
     radii = RADII_PX if size is None else SIZES[size]
     spans = ANYWHERE if position is None else POSITIONS[position]
     masks: list[NDArray[np.float32]] = []
@@ -43,7 +43,7 @@ def templates(shape: str, size: str | None, position: str | None) -> tuple[Tenso
                 masks.append(cached_coverage(shape, radius, x, y).ravel())
                 priors.append(x_share * y_share / len(radii))
     stack = torch.from_numpy(np.stack(masks))
-    return stack, torch.tensor(priors).log(), stack.square().sum(dim=1)
+    return stack, torch.tensor(priors).log(), stack.sum(dim=1), stack.square().sum(dim=1)
 
 
 @cache
@@ -80,18 +80,18 @@ def posterior_mean(wish: Wish, noisy: Tensor, alpha: Tensor) -> Tensor:
     backs, steps = _colors(wish.color, wish.background)
     pixels, signal = noisy.flatten(1), alpha.sqrt()
     # Of |noisy - signal (back + mask step)|^2 what depends on the colours alone, then the rest.
+    # Masks meet the picture's three channels and never the pairs of colours, which are many.
     plain = signal * (backs @ pixels.sum(dim=1)) - alpha * SIZE_PX**2 * backs.square().sum(1) / 2
-    along = steps @ pixels - signal * (backs * steps).sum(dim=1, keepdim=True)
-    lengths = steps.square().sum(dim=1, keepdim=True)
+    overlaps = alpha * (backs * steps).sum(dim=1, keepdim=True)
+    lengths = alpha * steps.square().sum(dim=1, keepdim=True) / 2
     logits, masks = [], []
     for shape in SHAPES if wish.shape is None else (wish.shape,):
-        stack, log_prior, squares = templates(shape, wish.size, wish.position)
-        match = signal * (along @ stack.T) - alpha * lengths * squares / 2
+        stack, log_prior, areas, squares = templates(shape, wish.size, wish.position)
+        match = signal * steps @ (pixels @ stack.T) - overlaps * areas - lengths * squares
         prior = _shown(shape, wish.color, wish.background)[:, None] + log_prior
         logits.append(prior + (plain[:, None] + match) / (1 - alpha))
         masks.append(stack)
     chances = torch.cat(logits, dim=1)
     chances = torch.softmax(chances.flatten(), dim=0).view_as(chances)
-    expected_masks = chances @ torch.cat(masks)
-    mean = (chances.sum(dim=1) @ backs)[:, None] + steps.T @ expected_masks
+    mean = (chances.sum(dim=1) @ backs)[:, None] + (steps.T @ chances) @ torch.cat(masks)
     return mean.view(3, SIZE_PX, SIZE_PX)

@@ -12,6 +12,8 @@ from demo.rollout import Rollout, noised, picture_of
 
 MAX_SNR_WEIGHT = 15.0
 TIME_POWER = 0.8
+# Prompts left out where a picture is seen only once.
+PROMPT_DROPOUT = 0.1
 # How much the difference that guidance multiplies counts beside the two predictions themselves.
 DIFFERENCE_WEIGHT = 2.0
 # Below this time the noise leaves no doubt about the picture, and a prompt adds nothing to it.
@@ -51,19 +53,46 @@ def rollout_batch(rollout: Rollout) -> Batch:
     )
 
 
-def exact_targets(batch: Batch, alphas: Tensor) -> tuple[Tensor, Tensor]:
-    """The v, each (N, 3, 24, 24), that a perfect network says with the prompt and without."""
-    with_prompt, without = [], []
-    for noisy, time_, example in zip(
-        batch.noisy, batch.times.tolist(), batch.examples, strict=True
-    ):
-        alpha = alphas[time_]
-        mean = posterior_mean(example.wish, noisy, alpha)
-        is_open = time_ >= MIN_OPEN_TIME
-        free_mean = posterior_mean(grammar.Wish(), noisy, alpha) if is_open else mean
-        for means, value in ((with_prompt, mean), (without, free_mean)):
-            means.append((alpha.sqrt() * noisy - value) / (1 - alpha).sqrt())
-    return torch.stack(with_prompt), torch.stack(without)
+def drop_prompts(rng: random.Random, batch: Batch) -> Batch:
+    """`batch` with a tenth of its prompts left out: those examples are to become anything."""
+    examples = [
+        grammar.Example("", grammar.Wish(), example.sprite)
+        if rng.random() < PROMPT_DROPOUT
+        else example
+        for example in batch.examples
+    ]
+    return Batch(batch.noisy, batch.times, examples)
+
+
+def exact_targets(batch: Batch, wishes: list[grammar.Wish], alphas: Tensor) -> Tensor:
+    """The v, (N, 3, 24, 24), that a perfect network says of each picture, given what is wished."""
+    targets = []
+    for noisy, alpha, wish in zip(batch.noisy, alphas[batch.times], wishes, strict=True):
+        mean = posterior_mean(wish, noisy, alpha)
+        targets.append((alpha.sqrt() * noisy - mean) / (1 - alpha).sqrt())
+    return torch.stack(targets)
+
+
+def prompted_wishes(batch: Batch) -> list[grammar.Wish]:
+    """What the prompts ask for."""
+    return [example.wish for example in batch.examples]
+
+
+def free_wishes(batch: Batch) -> list[grammar.Wish]:
+    """What is asked for without the prompts: nothing, but the picture itself where it is plain."""
+    return [
+        grammar.Wish() if time_ >= MIN_OPEN_TIME else example.wish
+        for time_, example in zip(batch.times.tolist(), batch.examples, strict=True)
+    ]
+
+
+def plain_loss(predicted: Tensor, target: Tensor, snr: Tensor) -> Tensor:
+    """Squared error of v, a scalar, of predictions and targets (N, 3, 24, 24).
+
+    Weighted by `snr` (N,), the pictures' signal over noise, as in min-SNR (Hang et al., 2023), but
+    never to zero.
+    """
+    return _weighted((predicted - target).square(), snr)
 
 
 def guided_loss(
@@ -71,13 +100,15 @@ def guided_loss(
 ) -> Tensor:
     """Squared error of v, with the prompt, without, and of the difference of the two: a scalar.
 
-    Each prediction and target is (N, 3, 24, 24); `snr` (N,) is the pictures' signal over noise.
-
-    Guidance multiplies the error of the difference. Weighted by the noise level as in min-SNR (Hang
-    et al., 2023), but never to zero.
+    Each prediction and target is (N, 3, 24, 24), and weighted as in `plain_loss`. The difference is
+    there because guidance multiplies its error.
     """
     with_prompt, without = (p - t for p, t in zip(predicted, targets, strict=True))
     squares = with_prompt.square() + without.square()
     squares = squares + DIFFERENCE_WEIGHT * (with_prompt - without).square()
+    return _weighted(squares, snr) / 2
+
+
+def _weighted(squares: Tensor, snr: Tensor) -> Tensor:
     weight = (snr.clamp(max=MAX_SNR_WEIGHT) + 1) / (snr + 1)
-    return (weight * squares.mean(dim=(1, 2, 3))).mean() / 2
+    return (weight * squares.mean(dim=(1, 2, 3))).mean()

@@ -1,10 +1,11 @@
 """Train the demo pipeline on pictures that it renders itself: `python -m demo.train`.
 
-First the text encoder learns to read, then the UNet learns to draw with the text encoder as it is.
+First the text encoder learns to read, then the UNet learns to draw with the text encoder as it is:
+in the first half of the training from many noisy pictures, each seen once; in the second half from
+each seen twice, with its prompt and without, and from where sampling under guidance leads.
 
 Every worker is a process with one thread: a step waits for the others once, not in every layer.
-Every example is drawn from (seed, worker, step), so a stopped run goes on unchanged. Every noisy
-picture is seen twice, with its prompt and without: guidance multiplies the difference.
+Every example is drawn from (seed, worker, step), so a stopped run goes on unchanged.
 """
 
 import argparse
@@ -25,7 +26,17 @@ from tqdm import tqdm
 
 from demo.build import build_pipeline, save_pipeline
 from demo.grammar import MOSTLY_NAMED, OFTEN_OPEN, Openness
-from demo.lesson import Batch, draw_batch, exact_targets, guided_loss, rollout_batch
+from demo.lesson import (
+    Batch,
+    draw_batch,
+    drop_prompts,
+    exact_targets,
+    free_wishes,
+    guided_loss,
+    plain_loss,
+    prompted_wishes,
+    rollout_batch,
+)
 from demo.muon import Muon
 from demo.rollout import Rollout
 from demo.teach import teach, tokenize
@@ -34,8 +45,10 @@ NUM_WARMUP_STEPS = 100
 TEXT_ENCODER_FILE = "text_encoder.safetensors"
 ADAM_LR_SHARE = 0.6
 NUM_LOG_STEPS = 50
+# The end of the training, in which guidance counts: a network that cannot draw yet is led nowhere.
+SHARE_GUIDED = 0.5
 # The end of the training, in which prompts often leave terms open.
-SHARE_OFTEN_OPEN = 0.25
+SHARE_OFTEN_OPEN = 0.2
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +71,11 @@ def learning_rate_share(step: int, settings: Settings) -> float:
     rise = (step + 1) / NUM_WARMUP_STEPS
     fall = (settings.num_steps - step) / max(settings.num_decay_steps, 1)
     return max(0.0, min(1.0, rise, fall))
+
+
+def is_guided_at(step: int, settings: Settings) -> bool:
+    """First what single noisy pictures show is learned, then where guidance leads."""
+    return step >= (1 - SHARE_GUIDED) * settings.num_steps
 
 
 def openness_at(step: int, settings: Settings) -> Openness:
@@ -122,16 +140,57 @@ class Trainer:
         self.text_encoder = self.pipeline.text_encoder.requires_grad_(False)
         self.text_encoder.load_state_dict(load_file(settings.out / TEXT_ENCODER_FILE))
         self.alphas = self.pipeline.scheduler.alphas_cumprod
+        self.snr = self.alphas / (1 - self.alphas)
         self.unet = self.pipeline.unet.train()
         self.average = copy.deepcopy(self.unet).requires_grad_(False)
         self.optimizers = make_optimizers(self.unet, rank, settings.num_workers)
         self.rollout: Rollout | None = None
 
-    def draw(self, step: int) -> Batch:
+    def step(self, step: int) -> float:
+        """Learn from one batch; return the loss."""
+        settings = self.settings
+        seed = (settings.seed * settings.num_workers + self.rank) * 10_000_000 + step
+        lesson = self.guided_lesson if is_guided_at(step, settings) else self.plain_lesson
+        loss = lesson(step, random.Random(seed))
+        loss.backward()
+        mean_loss = average_gradients(self.unet, loss, settings.num_workers)
+        for optimizer, share in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.lr * share * learning_rate_share(step, settings)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        update_average(self.average, self.unet, step, settings.ema_decay)
+        return mean_loss
+
+    def plain_lesson(self, step: int, rng: random.Random) -> Tensor:
+        """Noisy pictures, each seen once, a few of them without their prompt: the loss."""
+        num = self.settings.batch_size // self.settings.num_workers
+        batch = draw_batch(rng, num, self.alphas, openness_at(step, self.settings))
+        batch = drop_prompts(rng, batch)
+        predicted = self.predict(batch.noisy, batch.times, [e.prompt for e in batch.examples])
+        target = exact_targets(batch, prompted_wishes(batch), self.alphas)
+        return plain_loss(predicted, target, self.snr[batch.times])
+
+    def guided_lesson(self, step: int, rng: random.Random) -> Tensor:
+        """Noisy pictures, each seen with its prompt and without: the loss. The rollout goes on."""
+        batch = self.draw_guided(step, rng)
+        num = len(batch.examples)
+        prompts = [example.prompt for example in batch.examples] + [""] * num
+        predicted = self.predict(batch.noisy.repeat(2, 1, 1, 1), batch.times.repeat(2), prompts)
+        with_prompt, without = predicted.chunk(2)
+        assert self.rollout is not None
+        num_walked = len(self.rollout.trajectories)
+        self.rollout.advance(with_prompt[:num_walked].detach(), without[:num_walked].detach())
+        targets = [
+            exact_targets(batch, wishes, self.alphas)
+            for wishes in (prompted_wishes(batch), free_wishes(batch))
+        ]
+        return guided_loss((with_prompt, without), tuple(targets), self.snr[batch.times])
+
+    def draw_guided(self, step: int, rng: random.Random) -> Batch:
         """This worker's examples: first those that the rollout has reached, as many drawn anew."""
         settings = self.settings
         num_pairs = settings.batch_size // settings.num_workers // 2
-        rng = random.Random((settings.seed * settings.num_workers + self.rank) * 10_000_000 + step)
         # Begun anew with every checkpoint, so that a resumed run needs no trajectories from before.
         openness = openness_at(step, settings)
         if step % settings.num_checkpoint_steps == 0 or self.rollout is None:
@@ -145,36 +204,13 @@ class Trainer:
             walked.examples + drawn.examples,
         )
 
-    def step(self, step: int) -> float:
-        """Learn from one batch, and let the rollout go on; return the loss."""
-        settings = self.settings
-        batch = self.draw(step)
-        predicted = self.predict(batch)
-        assert self.rollout is not None
-        num_walked = len(self.rollout.trajectories)
-        self.rollout.advance(*(v[:num_walked].detach() for v in predicted))
-        alphas = self.alphas[batch.times]
-        loss = guided_loss(predicted, exact_targets(batch, self.alphas), alphas / (1 - alphas))
-        loss.backward()
-        mean_loss = average_gradients(self.unet, loss, settings.num_workers)
-        for optimizer, share in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * share * learning_rate_share(step, settings)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        update_average(self.average, self.unet, step, settings.ema_decay)
-        return mean_loss
-
-    def predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The v that the network says with the prompts and without them."""
-        prompts = [example.prompt for example in batch.examples] + [""] * len(batch.examples)
+    def predict(self, noisy: Tensor, times: Tensor, prompts: list[str]) -> Tensor:
+        """The v, (N, 3, 24, 24), that the network says of noisy pictures with these prompts."""
         with torch.no_grad():
             states = self.text_encoder(tokenize(self.pipeline.tokenizer, prompts))[0]
         with torch.autocast("cpu", torch.bfloat16):
-            noisy, times = batch.noisy.repeat(2, 1, 1, 1), batch.times.repeat(2)
-            v = self.unet(noisy, times, states, return_dict=False)[0].float()
-        with_prompt, without = v.chunk(2)
-        return with_prompt, without
+            v: Tensor = self.unet(noisy, times, states, return_dict=False)[0]
+        return v.float()
 
     def save(self, num_done: int) -> None:
         """Write what resuming needs, and the averaged weights as a pipeline folder."""

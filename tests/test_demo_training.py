@@ -16,6 +16,7 @@ from demo.grammar import (
     HELD_OUT,
     MOSTLY_NAMED,
     OFTEN_OPEN,
+    Example,
     Wish,
     combinations,
     fulfil,
@@ -24,13 +25,26 @@ from demo.grammar import (
     vocabulary,
 )
 from demo.judge import judge_grid, score
-from demo.lesson import DIFFERENCE_WEIGHT, exact_targets, guided_loss, rollout_batch
+from demo.lesson import (
+    DIFFERENCE_WEIGHT,
+    MAX_SNR_WEIGHT,
+    MIN_OPEN_TIME,
+    PROMPT_DROPOUT,
+    draw_batch,
+    drop_prompts,
+    exact_targets,
+    free_wishes,
+    guided_loss,
+    plain_loss,
+    prompted_wishes,
+    rollout_batch,
+)
 from demo.muon import Muon, orthogonalize
 from demo.rollout import Rollout
 from demo.sprites import coverage, render
 from demo.teach import teach
 from demo.tokens import build_tokenizer
-from demo.train import Settings, Trainer, learning_rate_share, openness_at
+from demo.train import Settings, Trainer, is_guided_at, learning_rate_share, openness_at
 
 WISH = Wish("star", "red", "blue", "small", "top")
 
@@ -127,14 +141,16 @@ def test_with_exact_answers_guided_trajectories_end_in_clean_pictures() -> None:
                 assert score(wish, verdict).is_right, trajectory.example.prompt
                 assert verdict.misfit < 0.02, trajectory.example.prompt
                 judged += 1
-        rollout.advance(*exact_targets(rollout_batch(rollout), alphas))
+        batch = rollout_batch(rollout)
+        both = (prompted_wishes(batch), free_wishes(batch))
+        rollout.advance(*(exact_targets(batch, wishes, alphas) for wishes in both))
     assert judged >= 4
 
 
 def test_prompts_are_often_open_in_the_end_alone(tmp_path: Path) -> None:
     run = settings(tmp_path, num_steps=100)
     stages = [openness_at(step, run) for step in range(100)]
-    assert stages == [MOSTLY_NAMED] * 75 + [OFTEN_OPEN] * 25
+    assert stages == [MOSTLY_NAMED] * 80 + [OFTEN_OPEN] * 20
     triples = combinations(held_out=False)
     for openness in (MOSTLY_NAMED, OFTEN_OPEN):
         rng = random.Random(0)
@@ -142,6 +158,41 @@ def test_prompts_are_often_open_in_the_end_alone(tmp_path: Path) -> None:
         for term in ("shape", "color", "background"):
             share = sum(getattr(wish, term) is None for wish in wishes) / len(wishes)
             assert share == pytest.approx(getattr(openness, term), abs=0.03)
+
+
+def test_guidance_comes_in_the_second_half(tmp_path: Path) -> None:
+    run = settings(tmp_path, num_steps=100)
+    assert [is_guided_at(step, run) for step in range(100)] == [False] * 50 + [True] * 50
+
+
+def test_a_dropped_prompt_asks_for_anything_with_the_picture_as_it_was() -> None:
+    rng = random.Random(0)
+    alphas = build_scheduler().alphas_cumprod
+    batch = draw_batch(rng, 2_000, alphas, MOSTLY_NAMED)
+    dropped = drop_prompts(rng, batch)
+    pairs = list(zip(batch.examples, dropped.examples, strict=True))
+    empty = [(before, after) for before, after in pairs if before != after]
+    assert len(empty) / len(pairs) == pytest.approx(PROMPT_DROPOUT, abs=0.03)
+    assert all(after == Example("", Wish(), before.sprite) for before, after in empty)
+    assert torch.equal(dropped.noisy, batch.noisy)
+
+
+def test_without_a_prompt_nothing_is_asked_for_where_noise_hides_the_picture() -> None:
+    alphas = build_scheduler().alphas_cumprod
+    batch = draw_batch(random.Random(0), 40, alphas, MOSTLY_NAMED)
+    for time_, wish, example in zip(
+        batch.times.tolist(), free_wishes(batch), batch.examples, strict=True
+    ):
+        assert wish == (Wish() if time_ >= MIN_OPEN_TIME else example.wish)
+
+
+def test_the_plain_loss_counts_clear_pictures_less_but_never_nothing() -> None:
+    zeros, ones = torch.zeros(1, 3, 24, 24), torch.ones(1, 3, 24, 24)
+    snrs = torch.tensor([0.0, 1.0, MAX_SNR_WEIGHT, 100.0, 10_000.0])
+    losses = [plain_loss(ones, zeros, snr[None]).item() for snr in snrs]
+    assert losses[:3] == [1.0, 1.0, 1.0]
+    assert losses[2] > losses[3] > losses[4] > 0
+    assert plain_loss(ones, ones, snrs[:1]) == 0
 
 
 def test_the_loss_counts_what_guidance_multiplies() -> None:
@@ -157,7 +208,7 @@ def test_the_loss_counts_what_guidance_multiplies() -> None:
 @pytest.mark.parametrize("position", [None, "left", "bottom right", "center"])
 def test_the_templates_are_all_that_can_be_drawn(size: str | None, position: str | None) -> None:
     wish = Wish("heart", "red", "blue", size, position)
-    masks, log_prior, _ = templates("heart", size, position)
+    masks, log_prior, *_ = templates("heart", size, position)
     assert log_prior.exp().sum() == pytest.approx(1, abs=1e-4)
     known = {mask.tobytes() for mask in masks.numpy()}
     rng = random.Random(4)
@@ -224,7 +275,8 @@ def test_the_reading_lesson_teaches() -> None:
     assert after > before + 0.15
 
 
-def test_a_stopped_run_goes_on_unchanged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first", [0, 60], ids=["plain", "guided"])
+def test_a_stopped_run_goes_on_unchanged(tmp_path: Path, first: int) -> None:
     runs = []
     pipeline = build_pipeline(3)
     for name in ("whole", "stopped"):
@@ -232,14 +284,14 @@ def test_a_stopped_run_goes_on_unchanged(tmp_path: Path) -> None:
         out.mkdir()
         save_file(pipeline.text_encoder.state_dict(), out / training.TEXT_ENCODER_FILE)
         trainer = Trainer(0, settings(out, num_checkpoint_steps=2))
-        losses = [trainer.step(step) for step in range(2)]
+        losses = [trainer.step(first + step) for step in range(2)]
         if name == "stopped":
-            trainer.save(2)
+            trainer.save(first + 2)
             trainer = Trainer(0, settings(out, num_checkpoint_steps=2))
-            assert trainer.restore() == 2
+            assert trainer.restore() == first + 2
             saved = load_file(out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
             assert {tensor.dtype for tensor in saved.values()} == {torch.float16}
-        losses.append(trainer.step(2))
+        losses.append(trainer.step(first + 2))
         runs.append((losses, trainer.average.state_dict()))
     assert runs[0][0] == runs[1][0]
     for name, value in runs[0][1].items():
