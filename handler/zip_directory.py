@@ -45,6 +45,7 @@ class ZipMember:
     packed_bytes: int
     crc32: int
     is_stored: bool
+    has_descriptor: bool
     offset: int
 
 
@@ -239,7 +240,13 @@ class _Directory:
         if entry.is_folder and (packed != len(empty) or self._read(offset, packed) != empty):
             raise self._error(f"the folder {entry.name} holds bytes")
         return ZipMember(
-            entry.name, size, packed, entry.crc32, method == STORED, self.start + offset
+            entry.name,
+            size,
+            packed,
+            entry.crc32,
+            is_stored=method == STORED,
+            has_descriptor=bool(entry.flags & _FLAG_DESCRIPTOR),
+            offset=self.start + offset,
         )
 
     def _check_local(self, entry: _Entry) -> int:

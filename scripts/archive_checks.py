@@ -17,6 +17,7 @@ from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError, ServingError
 from handler.fields import first_lines
 from handler.safetensors_map import Header
+from handler.zipread import ZipReader
 from scripts.archive_reader import ArchiveView, Reader, read_headers
 from scripts.console import Progress
 from scripts.documents import parse_json, parse_yaml
@@ -47,6 +48,7 @@ def check_archive(view: ArchiveView, report: Progress) -> Iterator[str]:
     """Yield every problem of an archive that shows without loading its models."""
     manifest = read_manifest(view)
     if view.outer is not None:
+        yield from _check_unzipping(view.outer)
         yield from _check_torchserve(view.outer)
         yield from _check_manifest(view, manifest, report)
     yield from _problems(lambda: read_config(view))
@@ -61,6 +63,17 @@ def _problems(check: Any) -> Iterator[str]:
         check()
     except ServingError as error:
         yield str(error)
+
+
+def _check_unzipping(outer: Reader) -> Iterator[str]:
+    """Java reads a member as it comes, and cannot know where a stored one ends without its size."""
+    if isinstance(outer, ZipReader):
+        for member in outer.members.values():
+            if member.is_stored and member.has_descriptor:
+                yield (
+                    f"{member.name} is stored with its size behind it, which TorchServe cannot "
+                    "unzip; pack it again, into a file and not into a pipe"
+                )
 
 
 def _check_torchserve(outer: Reader) -> Iterator[str]:

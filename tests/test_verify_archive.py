@@ -220,6 +220,28 @@ def test_a_consistent_forgery_is_found_by_its_hash(tmp_path: Path) -> None:
     assert verify(mar) == [expected]
 
 
+class Pipe(io.BytesIO):
+    """Takes bytes as a pipe does: zipfile then writes every size behind its member."""
+
+    def tell(self) -> int:
+        raise OSError("a pipe has no place")
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_members_that_torchserve_cannot_unzip_are_named(tmp_path: Path, method: int) -> None:
+    mar = pack(tmp_path)
+    pipe = Pipe()
+    with zipfile.ZipFile(mar) as archive, zipfile.ZipFile(pipe, "w") as piped:
+        for name in archive.namelist():
+            how = zipfile.ZIP_STORED if name.endswith(".zip") else method
+            piped.writestr(name, archive.read(name), how)
+    mar.write_bytes(pipe.getvalue())
+    problems = verify(mar)
+    assert any("model.zip is stored with its size behind it" in each for each in problems)
+    stored_only = method == zipfile.ZIP_STORED
+    assert any("MANIFEST.json is stored" in each for each in problems) == stored_only
+
+
 def test_members_that_only_torchserve_would_see_are_named(tmp_path: Path) -> None:
     """It reads local headers one after the other, and the last of two of a name stays."""
     mar = pack(tmp_path)
