@@ -21,8 +21,7 @@ class Pace:
 
     def note(self, seconds: float, served: Sequence[Cost]) -> None:
         """A tick in which the denoiser served requests of these costs took `seconds`."""
-        rows, pixels = sum(cost.rows for cost in served), max(cost.pixels for cost in served)
-        self._ticks.append((seconds, Cost(max(1, rows), pixels)))
+        self._ticks.append((seconds, sum(served, Cost(0, 0))))
 
     def forget(self) -> None:
         """Nothing is in flight any more: what comes next may be faster."""
@@ -32,13 +31,13 @@ class Pace:
         """What `num_steps` of a request will surely take; 0 while too little was seen.
 
         The fastest tick counts, less the rows that may leave, and of those ticks only where nobody
-        drew more pixels than this request will.
+        drew a larger image than this request will.
         """
         if len(self._ticks) < _MIN_TICKS:
             return 0.0
         shares = [
-            seconds * min(1.0, cost.rows / of.rows)
+            seconds * min(1.0, cost.rows / max(1, of.rows))
             for seconds, of in self._ticks
-            if of.pixels <= cost.pixels
+            if of.image_pixels <= cost.image_pixels
         ]
         return num_steps * min(shares, default=0.0)

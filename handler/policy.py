@@ -17,9 +17,15 @@ class Cost:
     """Rows of the denoiser's batch: images, doubled by classifier-free guidance."""
     pixels: int
     """Pixels of all its images together."""
+    image_pixels: int = 0
+    """Pixels of its largest image; a row takes the longer the more there are."""
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.rows + other.rows, self.pixels + other.pixels)
+        return Cost(
+            self.rows + other.rows,
+            self.pixels + other.pixels,
+            max(self.image_pixels, other.image_pixels),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from handler.errors import Cancelled, TooLarge
 from handler.exclusive import SharedState
 from handler.forward import Failure
 from handler.parking import Parked, RequestGreenlet
-from handler.policy import Cost, Limits
+from handler.policy import Limits
 from handler.ticket import State, Ticket, release_frames
 from handler.view import make_view
 
@@ -106,11 +107,11 @@ class Runs:
             return
         rows = parked.num_rows
         if rows > self._limits.max_rows:
-            too_large = TooLarge(self._limits.refusal(Cost(rows, ticket.cost.pixels)))
+            too_large = TooLarge(self._limits.refusal(replace(ticket.cost, rows=rows)))
             ticket.cancelling = ticket.cancelling or too_large
             self.unwind(ticket)
         else:
-            ticket.cost = Cost(rows, ticket.cost.pixels)
+            ticket.cost = replace(ticket.cost, rows=rows)
 
     def _end(self, ticket: Ticket, state: State, outcome: Any) -> None:
         if ticket.run is not None:

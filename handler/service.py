@@ -276,7 +276,9 @@ class GenerationService:
                 self._answer(live, live.encoding.result(), "ok")
             else:
                 logger.error("encoding a picture failed", exc_info=error)
-                self._fail(live, EngineFault("the picture could not be encoded"))
+                self._fail(
+                    live, EngineFault("the picture could not be encoded; the server's log says why")
+                )
 
     def _await_encoders(self, ends_s: float | None) -> None:
         encoding = [c.encoding for c in self._live.values() if c.encoding is not None]

@@ -86,7 +86,8 @@ def estimate_cost(pipeline: Any, kwargs: Mapping[str, Any]) -> Cost:
     drawn_on = _image_size_px(given.get("image")) or (native, native)
     height, width = number("height", drawn_on[0]), number("width", drawn_on[1])
     guided = 2 if number("guidance_scale", 1.0) > 1.0 else 1
-    return Cost(rows=images * guided, pixels=int(images * height * width))
+    image_pixels = int(height * width)
+    return Cost(images * guided, images * image_pixels, image_pixels)
 
 
 def least_forwards(pipeline: Any, kwargs: Mapping[str, Any]) -> int:

@@ -352,7 +352,7 @@ def test_rows_that_turn_out_larger_are_counted_as_they_are() -> None:
         tickets = [engine.submit(toy_kwargs(i, guidance_scale=1.0)) for i in range(5)]
         assert tickets[0].cost.rows == 1
         step_until(engine, lambda: tickets[0].num_steps_done > 0)
-        assert engine.in_flight == Cost(15, 5 * 4096)
+        assert engine.in_flight == Cost(15, 5 * 4096, 4096)
         engine.run()
         too_large = engine.submit(toy_kwargs(9, num_images_per_prompt=3, guidance_scale=1.0))
         engine.run()

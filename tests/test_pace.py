@@ -5,7 +5,7 @@ from __future__ import annotations
 from handler.pace import Pace
 from handler.policy import Cost
 
-REQUEST = Cost(2, 64 * 64)
+REQUEST = Cost(2, 64 * 64, 64 * 64)
 
 
 def paced(*ticks: tuple[float, list[Cost]]) -> Pace:
@@ -35,17 +35,19 @@ def test_the_fastest_recent_tick_counts() -> None:
 def test_rows_that_may_leave_do_not_count() -> None:
     pace = paced(*[(1.0, [REQUEST] * 4)] * 16)
     assert pace.least_s(10, REQUEST) == 2.5
-    assert pace.least_s(10, Cost(4, 2 * 64 * 64)) == 5
-    assert pace.least_s(10, Cost(16, 8 * 64 * 64)) == 10, "nor those that come"
+    assert pace.least_s(10, Cost(4, 2 * 64 * 64, 64 * 64)) == 5
+    assert pace.least_s(10, Cost(16, 8 * 64 * 64, 64 * 64)) == 10, "nor those that come"
 
 
 def test_larger_pictures_tell_nothing_of_smaller_ones() -> None:
-    large = Cost(2, 128 * 128)
+    large = Cost(2, 128 * 128, 128 * 128)
     pace = paced(*[(1.0, [REQUEST, large])] * 16)
     assert pace.least_s(10, REQUEST) == 0
     assert pace.least_s(10, large) == 5
+    as_many_pixels = Cost(8, 4 * 64 * 64, 64 * 64)
+    assert pace.least_s(10, as_many_pixels) == 0, "of four small images each row is quick"
 
 
 def test_calls_without_rows_are_no_division_by_zero() -> None:
-    pace = paced(*[(1.0, [Cost(0, 64 * 64)])] * 16)
+    pace = paced(*[(1.0, [Cost(0, 64 * 64, 64 * 64)])] * 16)
     assert pace.least_s(10, REQUEST) == 10

@@ -246,7 +246,7 @@ def test_rows_are_images_doubled_by_guidance(
     kwargs: dict[str, Any], rows: int, images: int
 ) -> None:
     cost = estimate_cost(shared("stable_diffusion"), {**kwargs, "height": 24, "width": 40})
-    assert cost == Cost(rows, images * 24 * 40)
+    assert cost == Cost(rows, images * 24 * 40, 24 * 40)
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_rows_are_images_doubled_by_guidance(
 def test_a_picture_to_start_from_tells_the_size(image: Any) -> None:
     """Image-to-image takes no height and width; the memory that it takes has to be bounded too."""
     cost = estimate_cost(shared("stable_diffusion_img2img"), {"image": image})
-    assert cost == Cost(2, 24 * 40)
+    assert cost == Cost(2, 24 * 40, 24 * 40)
 
 
 @pytest.mark.parametrize("image", [[], None, 3, numpy.zeros(3)])
