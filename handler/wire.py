@@ -87,7 +87,7 @@ def read_call(
     message = open_message(payload, max_instances=config.max_instances)
     reader = FieldReader(message.shared, allow_text=payload.is_form)
     if message.shared.get("cancel") is not None:
-        return _read_cancel(reader)
+        return _read_cancel(reader, message)
     options = _read_options(reader, headers, message.envelope, config)
     problems = {**message.problems, **reader.problems}
     requests = []
@@ -123,9 +123,10 @@ def read_call(
     )
 
 
-def _read_cancel(reader: FieldReader) -> CancelCall:
+def _read_cancel(reader: FieldReader, message: Message) -> CancelCall:
     request_id = _read_id(reader, "cancel")
-    for name in reader.rest():
+    wrapped = {Envelope.KSERVE_V1: ["instances"], Envelope.KSERVE_V2: ["inputs"]}
+    for name in [*reader.rest(), *wrapped.get(message.envelope, ()), *message.problems]:
         reader.report("cancel", f"goes alone, without {show(name)}")
     if request_id is None or reader.problems:
         raise InvalidRequest(summarise(reader.problems), reader.problems)

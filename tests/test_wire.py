@@ -237,6 +237,7 @@ def test_what_is_no_request_id(request_id: object) -> None:
 
 def test_cancelling_goes_alone() -> None:
     assert "'prompt'" in problems(body(cancel="a"))["cancel"]
+    assert "'instances'" in problems({"body": {"instances": ["a"], "cancel": "a"}})["cancel"]
     assert call(body(cancel=None)).requests
 
 
