@@ -56,6 +56,7 @@ def start(arguments: argparse.Namespace) -> int:
                 f"{running.options.archive.name} is being served at {running.url}; `make stop` "
                 "first, or run a second one: RUN_DIR=.run/second PORT=9080 GRPC_PORT=9070"
             )
+        server.check(running)
         print("The archive or the settings have changed: restarting.")
         running.stop()
     try:

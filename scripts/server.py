@@ -118,18 +118,23 @@ class TorchServer:
             return None
         return str(json.loads((self.state_dir / "key_file.json").read_text())[kind]["key"])
 
-    def start(self) -> None:
-        """Start the frontend; return at once. Raises: ServerError."""
+    def check(self, replaced: TorchServer | None = None) -> None:
+        """Raise ServerError where this could not start, even when `replaced` has stopped."""
         if not is_loopback(self.options.address) and not self.options.auth:
             raise ServerError(
                 f"address {self.options.address} can be reached from other machines, and nothing "
                 "would protect the server: add AUTH=on (and a reverse proxy with TLS in front)"
             )
-        if taken := self.options.ports.taken():
+        freed = set() if replaced is None else set(asdict(replaced.options.ports).values())
+        if taken := sorted(set(self.options.ports.taken()) - freed):
             raise ServerError(
                 f"taken by another process: port {', '.join(map(str, taken))}; stop that one, or "
                 "choose others: PORT=9080 GRPC_PORT=9070"
             )
+
+    def start(self) -> None:
+        """Start the frontend; return at once. Raises: ServerError."""
+        self.check()
         environment = self._prepare_state()
         self._log_offset = self.log_file.stat().st_size if self.log_file.exists() else 0
         with self._console.open("wb") as console:
@@ -292,7 +297,9 @@ class TorchServer:
         for directory in (self.state_dir, tmp, temp, logs):
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.state_dir.chmod(0o700)  # Keys and unpacked weights are nobody else's.
-        (self.state_dir / "key_file.json").unlink(missing_ok=True)
+        # What a killed one left behind would be taken for this one's.
+        for leftover in (self._pid_file, self.state_dir / "key_file.json"):
+            leftover.unlink(missing_ok=True)
         (self.state_dir / "config.properties").write_text(self.options.properties_text())
         return {
             **({} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": OPENMP_SPINS}),

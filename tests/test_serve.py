@@ -188,6 +188,15 @@ def test_start_is_idempotent_and_stop_leaves_nothing(
         assert again is not None
         assert again.pid == server.pid
 
+        # What cannot be started is refused before what runs is stopped.
+        assert main([*arguments, "--address", "0.0.0.0"]) == 1
+        assert "add AUTH=on" in capsys.readouterr().err
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            taken = other.getsockname()[1]
+            assert main([*arguments, "--grpc-port", str(taken)]) == 1
+        assert f"port {taken}" in capsys.readouterr().err
+        assert server.is_ready()
+
         write_toy_archive(folder / "store", "second")
         assert main([*arguments, "--name", "second"]) == 1
         assert "toy.mar is being served" in capsys.readouterr().err
