@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,11 +60,13 @@ def _run(arguments: argparse.Namespace) -> int:
         _pack(arguments, arguments.pipeline, out)
     else:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{arguments.name}.", suffix=".part", dir=arguments.out
-        ) as folder:
-            download(arguments.model_id, revision=arguments.revision, out=Path(folder))
-            _pack(arguments, Path(folder), out)
+        is_full = arguments.dtype not in (None, "float16")
+        # Of one name for every attempt, so that the next goes on where this one stopped.
+        kind = "full" if is_full else "half"
+        folder = arguments.out / f".{arguments.model_id.replace('/', '--')}.{kind}.download"
+        download(arguments.model_id, revision=arguments.revision, out=folder, is_full=is_full)
+        _pack(arguments, folder, out)
+        shutil.rmtree(folder)
     return DONE
 
 

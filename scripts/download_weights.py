@@ -127,7 +127,8 @@ def _claim(out: Path, model_id: str, revision: str) -> None:
         raise UsageError(f"{out} is not empty and no download of ours: choose another folder")
     if note is not None and (note.get("model_id"), note.get("revision")) != (model_id, revision):
         raise UsageError(
-            f"{out} holds {note.get('model_id')} at {note.get('revision')}: choose another folder"
+            f"{out} holds {note.get('model_id')} at {note.get('revision')}: delete it, or choose "
+            "another folder"
         )
     if note is None:
         out.mkdir(parents=True, exist_ok=True)

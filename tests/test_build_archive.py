@@ -15,7 +15,7 @@ import diffusers
 import pytest
 import torch
 import yaml
-from safetensors.torch import load, load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
 import scripts
 from handler.config import HandlerConfig
@@ -33,6 +33,16 @@ from tests.hub import Model as HubModel
 
 ROOT = Path(__file__).parent.parent
 UNET = "unet/diffusion_pytorch_model.safetensors"
+
+
+def pipeline_files(tmp_path: Path) -> dict[str, bytes]:
+    """A tiny Stable Diffusion as a hub has it."""
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    return {
+        path.relative_to(pipeline).as_posix(): path.read_bytes()
+        for path in pipeline.rglob("*")
+        if path.is_file()
+    }
 
 
 def build(tmp_path: Path, *arguments: str, pipeline: Path | None = None) -> Path:
@@ -152,12 +162,7 @@ def test_the_hubs_cache_is_a_source_with_a_name(tmp_path: Path) -> None:
 
 
 def test_downloads_a_model_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = save_pipeline(tmp_path / "pipeline")
-    files = {
-        path.relative_to(pipeline).as_posix(): path.read_bytes()
-        for path in pipeline.rglob("*")
-        if path.is_file()
-    }
+    files = pipeline_files(tmp_path)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with serve_hub({"org/name": HubModel(files)}) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
@@ -169,6 +174,53 @@ def test_downloads_a_model_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert manifest(mar)["source"] == {"model_id": "org/name", "revision": REVISION}
     kept = build(tmp_path, "--force", pipeline=tmp_path / "kept")
     assert manifest(kept) == manifest(mar)
+
+
+def test_a_model_whose_download_was_cut_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = pipeline_files(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 256)
+    out = tmp_path / "out"
+    arguments = ["--model-id", "org/name", "--name", "tiny", "--out", str(out)]
+    with serve_hub({"org/name": HubModel(files)}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        hub.cut_at_byte = 5_000
+        assert main(arguments) == FAILED
+        assert "run the same command to go on" in capsys.readouterr().err
+        hub.cut_at_byte = None
+        hub.requests.clear()
+        assert main(arguments) == DONE
+    assert any(wanted for _, _, wanted in hub.requests), "it goes on in the middle of a file"
+    assert [path.name for path in out.iterdir()] == ["tiny.mar"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_full"),
+    [(None, False), ("float16", False), ("bfloat16", True), ("float32", True)],
+)
+def test_a_model_is_fetched_in_the_precision_that_it_is_packed_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str | None, is_full: bool
+) -> None:
+    """Weights that were halved once stay coarse, whatever they are converted to."""
+    files = pipeline_files(tmp_path)
+    halved = {
+        name.replace(".safetensors", ".fp16.safetensors"): save(
+            {key: tensor.half() for key, tensor in load(data).items()}
+        )
+        for name, data in files.items()
+        if name.endswith(".safetensors")
+    }
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    asked = [] if dtype is None else ["--dtype", dtype]
+    with serve_hub({"org/name": HubModel({**files, **halved})}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        arguments = ["--model-id", "org/name", "--name", "tiny", "--out", str(tmp_path), *asked]
+        assert main(arguments) == DONE
+    assert (UNET in hub.fetched()) == is_full
+    assert (UNET.replace(".safe", ".fp16.safe") in hub.fetched()) != is_full
 
 
 def test_the_worker_loads_it(tmp_path: Path) -> None:
