@@ -58,8 +58,11 @@ def verify(path: Path, *, key: Path | None = None, is_smoke: bool = False) -> li
 
 def _smoke(view: ArchiveView) -> list[str]:
     """Load the pipeline as a worker does and draw one picture of few steps."""
+    import torch
+
     from handler.loading import describe, load_opened
-    from handler.request import check_against_pipeline
+    from handler.request import check_against_pipeline, scheduler_class
+    from handler.schedulers import make_scheduler
 
     manifest = read_manifest(view) or {}
     prompt = manifest.get("smoke_prompt") or _SMOKE_PROMPT
@@ -76,9 +79,19 @@ def _smoke(view: ArchiveView) -> list[str]:
         check_against_pipeline(config, traits)
         multiple = traits.size_multiple_px
         side_px = max(64 // multiple, 1) * multiple
-        image = loaded.pipeline(
-            prompt, num_inference_steps=_SMOKE_STEPS, height=side_px, width=side_px
-        ).images[0]
+        if config.scheduler is not None:
+            name = scheduler_class(config.scheduler, traits)
+            assert name is not None  # checked above
+            loaded.pipeline.scheduler = make_scheduler(loaded.pipeline, name)
+        arguments = {
+            "prompt": prompt,
+            "num_inference_steps": max(_SMOKE_STEPS, traits.least_steps_with(config.scheduler)),
+            "height": side_px,
+            "width": side_px,
+            "generator": torch.Generator("cpu").manual_seed(0),
+        }
+        taken = {key: value for key, value in arguments.items() if key in traits.parameters}
+        image = loaded.pipeline(**taken).images[0]
     except ServingError as error:
         return [str(error)]
     except Exception as error:

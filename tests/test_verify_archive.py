@@ -397,6 +397,18 @@ def test_the_packed_configuration_is_tried(tmp_path: Path) -> None:
     assert "scheduler: 'nonsense' is not one of" in problem
 
 
+@pytest.mark.parametrize("settings", [{"scheduler": "euler"}, {"scheduler": "pndm"}, {}])
+def test_the_smoke_picture_has_the_steps_that_its_scheduler_needs(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """PNDM's Runge-Kutta start takes more steps than two."""
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    path = pipeline / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "skip_prk_steps": False}))
+    assert verify(pack(tmp_path, pipeline, settings=settings), is_smoke=True) == []
+
+
 def test_a_key_of_another_kind_signs_nothing(tmp_path: Path) -> None:
     key = ed25519.Ed25519PrivateKey.generate()
     private = tmp_path / "private.pem"
