@@ -2,6 +2,7 @@
 
 300 fixed prompts with fixed seeds, 100 of them for combinations that training never showed, judged
 term by term (demo/judge.py). With `--open` 60 prompts that leave colours, shape or all of it open.
+Exit code 1: fewer are right than is required of the setting, where something is.
 """
 
 import argparse
@@ -50,18 +51,27 @@ class Drawing:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How pictures are drawn; `scheduler` is a diffusers class name, None the pipeline's own."""
+    """How pictures are drawn, and what share of them has to be right: seen and held out.
+
+    `scheduler` is a diffusers class name, None the pipeline's own.
+    """
 
     name: str
     num_steps: int = 50
     guidance_scale: float = 7.5
     scheduler: str | None = None
     size_px: int = 768
+    required: tuple[float, float] = (0.0, 0.0)
 
 
 SETTINGS = (
-    Setting("the defaults: DDIM, 50 steps, guidance 7.5"),
-    Setting("DPM++ 2M, 20 steps", 20, scheduler="DPMSolverMultistepScheduler"),
+    Setting("the defaults: DDIM, 50 steps, guidance 7.5", required=(0.95, 0.9)),
+    Setting(
+        "DPM++ 2M, 20 steps",
+        num_steps=20,
+        scheduler="DPMSolverMultistepScheduler",
+        required=(0.85, 0.85),
+    ),
     Setting("UniPC, 20 steps", 20, scheduler="UniPCMultistepScheduler"),
     Setting("Euler, 20 steps", 20, scheduler="EulerDiscreteScheduler"),
     Setting("DDIM, 10 steps", 10),
@@ -102,7 +112,8 @@ def open_cases() -> list[Case]:
 
 
 def thin_out(every: Sequence[Case], num: int) -> list[Case]:
-    """`num` of the cases, evenly over both sides of the split."""
+    """`num` of the cases, evenly over both sides of the split; all where there are fewer."""
+    num = min(num, len(every))
     return [every[i * len(every) // num] for i in range(num)]
 
 
@@ -194,6 +205,20 @@ def evaluate(
     return result, drawings
 
 
+def shortfalls(result: dict[str, object], setting: Setting) -> list[str]:
+    """What `setting` requires and `result` does not reach, in words."""
+    found = []
+    for side, required in zip(("seen", "held_out"), setting.required, strict=True):
+        figures = result[side]
+        assert isinstance(figures, dict)
+        if figures["num"] and figures["all"] < required:
+            found.append(
+                f"{setting.name}: {100 * figures['all']:.1f} % of the {side.replace('_', '-')} "
+                f"combinations are right, {100 * required:.0f} % are required"
+            )
+    return found
+
+
 def contact_sheet(images: Sequence[Image.Image], num_columns: int, cell_px: int) -> Image.Image:
     """The pictures in rows, each `cell_px` wide, with a thin gap."""
     gap = 4
@@ -210,7 +235,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description=__doc__)
     parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="folder to judge")
     parser.add_argument("--settings", type=int, default=3, help="how many of the settings to try")
-    parser.add_argument("--only", type=int, help="try this one setting alone (0 = the defaults)")
+    parser.add_argument(
+        "--only",
+        type=int,
+        choices=range(len(SETTINGS)),
+        help="try this one setting alone (0 = the defaults)",
+    )
     parser.add_argument("--prompts", type=int, help="draw this many of them")
     parser.add_argument("--open", action="store_true", help="prompts that leave terms open")
     parser.add_argument("--batch-size", type=int, default=10)
@@ -223,16 +253,19 @@ def main(argv: list[str] | None = None) -> int:
     every = open_cases() if args.open else cases()
     chosen = every if args.prompts is None else thin_out(every, args.prompts)
     tried = SETTINGS[: args.settings] if args.only is None else (SETTINGS[args.only],)
-    results, drawings = [], []
+    results, drawings, missed = [], [], []
     for setting in tried:
         result, drawings = evaluate(args.pipeline, setting, chosen, args.batch_size)
         results.append(result)
+        missed += [] if args.open else shortfalls(result, setting)
     print(table(results))
     if args.json is not None:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     if args.sheet is not None:
         contact_sheet([d.image for d in drawings], 10, 96).save(args.sheet)
-    return 0
+    for line in missed:
+        print(f"error: {line}", file=sys.stderr)
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":

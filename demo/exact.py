@@ -55,12 +55,13 @@ def _color_pairs(color: str | None, background: str | None) -> list[tuple[str, s
 
 
 @cache
-def _shown(shape: str, color: str | None, background: str | None) -> Tensor:
+def _shown(wish: Wish, shape: str) -> Tensor:
     """Log prior (P,) of the colour pairs: minus infinity for those that training never shows."""
-    pairs = _color_pairs(color, background)
+    if wish.shape and wish.color and wish.background:
+        return torch.zeros(1)  # A wish for one combination has no others to fall back on.
+    pairs = _color_pairs(wish.color, wish.background)
     is_shown = [(front, shape, back) not in HELD_OUT for front, back in pairs]
-    # A wish for one held-out combination has no other pictures to fall back on.
-    return torch.tensor([0.0 if shown or len(pairs) == 1 else -torch.inf for shown in is_shown])
+    return torch.tensor([0.0 if shown else -torch.inf for shown in is_shown])
 
 
 @cache
@@ -88,7 +89,7 @@ def posterior_mean(wish: Wish, noisy: Tensor, alpha: Tensor) -> Tensor:
     for shape in SHAPES if wish.shape is None else (wish.shape,):
         stack, log_prior, areas, squares = templates(shape, wish.size, wish.position)
         match = signal * steps @ (pixels @ stack.T) - overlaps * areas - lengths * squares
-        prior = _shown(shape, wish.color, wish.background)[:, None] + log_prior
+        prior = _shown(wish, shape)[:, None] + log_prior
         logits.append(prior + (plain[:, None] + match) / (1 - alpha))
         masks.append(stack)
     chances = torch.cat(logits, dim=1)

@@ -67,7 +67,7 @@ class Settings:
 
 
 def learning_rate_share(step: int, settings: Settings) -> float:
-    """Rise, stay, fall linearly at the end. A run can be given its end at any time."""
+    """Rise, stay, fall linearly at the end."""
     rise = (step + 1) / NUM_WARMUP_STEPS
     fall = (settings.num_steps - step) / max(settings.num_decay_steps, 1)
     return max(0.0, min(1.0, rise, fall))
@@ -213,8 +213,16 @@ class Trainer:
         return v.float()
 
     def save(self, num_done: int) -> None:
-        """Write what resuming needs, and the averaged weights as a pipeline folder."""
+        """Write the averaged weights as a pipeline folder, then what resuming needs.
+
+        In this order: a run that is stopped in between does these steps again.
+        """
         out = self.settings.out
+        export = copy.copy(self.pipeline)
+        export.unet = copy.deepcopy(self.average)
+        save_pipeline(export, out / "pipeline.part")
+        shutil.rmtree(out / "pipeline", ignore_errors=True)
+        os.replace(out / "pipeline.part", out / "pipeline")
         state = {
             "step": num_done,
             "unet": self.unet.state_dict(),
@@ -223,11 +231,6 @@ class Trainer:
         }
         torch.save(state, out / "state.pt.part")
         os.replace(out / "state.pt.part", out / "state.pt")
-        export = copy.copy(self.pipeline)
-        export.unet = copy.deepcopy(self.average)
-        save_pipeline(export, out / "pipeline.part")
-        shutil.rmtree(out / "pipeline", ignore_errors=True)
-        os.replace(out / "pipeline.part", out / "pipeline")
 
     def restore(self) -> int:
         """Go on from the last checkpoint, if there is one; return how many steps are done."""

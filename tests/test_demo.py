@@ -25,6 +25,7 @@ from demo.evaluate import (
     evaluate,
     load,
     open_cases,
+    shortfalls,
     table,
     thin_out,
 )
@@ -247,5 +248,11 @@ def test_the_evaluation_counts_both_sides(tmp_path: Path) -> None:
     lines = table([result]).splitlines()
     assert lines[2].startswith("| tiny | seen | 2 |")
     assert lines[3].startswith("| tiny | held-out | 1 |")
+    all_right = {"num": 4, "all": 1.0}
+    half_right = {"num": 4, "all": 0.5}
+    wanted = Setting("tiny", required=(0.5, 0.6))
+    assert shortfalls({"seen": half_right, "held_out": all_right}, wanted) == []
+    (missed,) = shortfalls({"seen": half_right, "held_out": half_right}, wanted)
+    assert missed == "tiny: 50.0 % of the held-out combinations are right, 60 % are required"
     sheet = contact_sheet([d.image for d in drawings], num_columns=2, cell_px=48)
     assert sheet.size == (100, 100)

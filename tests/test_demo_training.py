@@ -106,7 +106,8 @@ def test_held_out_combinations_are_no_answer_unless_asked_for() -> None:
     truth = truth.permute(2, 0, 1)
     alpha = torch.tensor(0.9)
     assert (posterior_mean(wish, alpha.sqrt() * truth, alpha) - truth).abs().max() < 0.01
-    assert (posterior_mean(Wish(), alpha.sqrt() * truth, alpha) - truth).abs().max() > 0.2
+    for open_wish in (Wish(), Wish(shape, color), Wish(None, color, background)):
+        assert (posterior_mean(open_wish, alpha.sqrt() * truth, alpha) - truth).abs().max() > 0.2
 
 
 def test_a_trajectory_goes_where_the_scheduler_goes() -> None:
