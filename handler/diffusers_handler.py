@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import select
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +133,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         if self._alarm is not None:
             self._alarm.clear()
         ids: dict[int, str] = dict(context.request_ids)
-        for call_id in service.live_ids - set(ids.values()):
-            service.drop(call_id)
-            self._streaming.discard(call_id)
+        self._let_go_of(service.live_ids - set(ids.values()))
         for index, call_id in ids.items():
             if call_id not in service.live_ids and call_id not in self._lost:
                 service.open(call_id, data[index], _headers(context, index))
@@ -147,15 +145,25 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         return answers
 
     def _on_silence(self) -> None:
-        """TorchServe sends nothing although calls are live: it has let go of them all."""
+        """TorchServe sends nothing although calls are live: it has let go of them all.
+
+        Should its next message have come just now, `handle` finds its context as it was.
+        """
         assert self._alarm is not None
         is_sending, _, _ = select.select([self.context.cl_socket], [], [], 0)
         if is_sending:
             self._alarm.set()
             return
         self._lost = set(self._streaming)
-        self.context.request_ids = {}
-        self.handle([], self.context)
+        service = self._serving()
+        self._let_go_of(service.live_ids)
+        service.advance(self.config.cycle_ms / 1000)
+        self._emit_metrics(self.context)
+
+    def _let_go_of(self, call_ids: Iterable[str]) -> None:
+        for call_id in call_ids:
+            self._serving().drop(call_id)
+            self._streaming.discard(call_id)
 
     def _warm_up_calls(self) -> list[dict[str, Any]]:
         """The arguments of a short request of every size that must not be slow at first."""
