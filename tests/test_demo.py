@@ -182,7 +182,7 @@ def test_it_draws_what_the_prompts_say(pipeline: DiffusionPipeline) -> None:
     setting = Setting("quick", num_steps=16, size_px=768)
     drawings = list(draw(pipeline, thin_out(cases(), 12), setting, batch_size=6))
     right = [drawing.score.is_right for drawing in drawings]
-    assert sum(right) >= 10, [(d.case.prompt, d.verdict) for d in drawings if not d.score.is_right]
+    assert sum(right) >= 11, [(d.case.prompt, d.verdict) for d in drawings if not d.score.is_right]
 
 
 def test_the_seed_decides_what_the_prompt_leaves_open(pipeline: DiffusionPipeline) -> None:
