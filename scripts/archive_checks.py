@@ -12,24 +12,28 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handler.archive import MODEL_INDEX, MODEL_ZIP, check_model_index, check_names
+from handler.archive import MODEL_INDEX, MODEL_ZIP, check_names
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError, ServingError
 from handler.fields import first_lines
 from handler.safetensors_map import Header
 from handler.zipread import ZipReader
-from scripts.archive_reader import ArchiveView, Reader, read_headers
+from scripts.archive_reader import ArchiveView, Reader, read_headers, read_index
 from scripts.console import Progress
 from scripts.documents import parse_json, parse_yaml
-from scripts.manifest import FORMAT, MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME, installed_versions
+from scripts.manifest import (
+    CONFIG_NAME,
+    FORMAT,
+    MANIFEST_NAME,
+    TORCHSERVE_MANIFEST_NAME,
+    installed_versions,
+)
 from scripts.pipeline_files import component_classes
 
 if TYPE_CHECKING:
     import torch
 
 __all__ = ["check_archive", "check_models", "read_config", "read_manifest"]
-
-CONFIG_NAME = "model-config.yaml"
 
 
 def read_manifest(view: ArchiveView) -> dict[str, Any] | None:
@@ -160,14 +164,10 @@ def _compare(
             yield f"{prefix}{name} does not match its SHA-256 in the manifest"
 
 
-def _index(model: Reader) -> dict[str, object]:
-    return check_model_index(parse_json(model.read(MODEL_INDEX), MODEL_INDEX), "the pipeline")
-
-
 def _check_components(model: Reader) -> Iterator[str]:
     """Every component must have files, and every safetensors file a header that is true."""
     try:
-        index = _index(model)
+        index = read_index(model)
     except ServingError as error:
         yield str(error)
         return
@@ -205,7 +205,7 @@ def check_models(view: ArchiveView) -> Iterator[str]:
     from handler.loading import quiet_libraries
 
     try:
-        index = _index(view.model)
+        index = read_index(view.model)
         headers = read_headers(view.model)
     except ServingError:
         return  # reported by check_archive

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from handler.archive import MODEL_INDEX, MODEL_ZIP, pipeline_prefix
+from handler.archive import MODEL_INDEX, MODEL_ZIP, check_model_index, pipeline_prefix
 from handler.errors import ArchiveError
 from handler.safetensors_map import Header, parse_header
 from handler.zipread import CHUNK_BYTES, ZipReader
+from scripts.documents import parse_json
 from scripts.manifest import TORCHSERVE_MANIFEST_NAME
 
-__all__ = ["ArchiveView", "FolderReader", "Reader", "open_archive", "read_headers"]
+__all__ = ["ArchiveView", "FolderReader", "Reader", "open_archive", "read_headers", "read_index"]
 
 
 class Reader(Protocol):
@@ -157,6 +158,11 @@ def read_headers(model: Reader) -> dict[str, Header]:
         for name, size in model.sizes.items()
         if name.endswith(".safetensors")
     }
+
+
+def read_index(model: Reader) -> dict[str, object]:
+    """Return the checked model_index.json of a pipeline. Raises: ArchiveError."""
+    return check_model_index(parse_json(model.read(MODEL_INDEX), MODEL_INDEX), "the pipeline")
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from scripts.copying import Copier
 from scripts.dirwriter import DirWriter
 from scripts.documents import parse_json, parse_yaml
 from scripts.manifest import (
+    CONFIG_NAME,
     MANIFEST_NAME,
     TORCHSERVE_MANIFEST_NAME,
     build_manifest,
@@ -184,7 +185,7 @@ def _leading_members(plan: ArchivePlan) -> dict[str, bytes]:
     members = {
         TORCHSERVE_MANIFEST_NAME: torchserve_manifest(plan.name, plan.version),
         ENTRY_NAME: entry.read_bytes(),
-        "model-config.yaml": _config(plan),
+        CONFIG_NAME: _config(plan),
         "requirements.txt": _requirements(),
     }
     for path in sorted(package.rglob("*.py")):
@@ -197,7 +198,7 @@ def _config(plan: ArchivePlan) -> bytes:
 
     Its own bytes, comments and all, unless `plan.settings` change it.
     """
-    path = plan.config or _ROOT / "config" / "model-config.yaml"
+    path = plan.config or _ROOT / "config" / CONFIG_NAME
     if not path.is_file():
         raise UsageError(f"{path} is missing: the model's configuration")
     data = path.read_bytes()

@@ -9,15 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from handler.archive import MODEL_INDEX, check_model_index, pickled
-from handler.config import HandlerConfig
+from handler.archive import pickled
 from handler.errors import ArchiveError, ConfigError
-from scripts.archive_checks import read_manifest
-from scripts.archive_reader import ArchiveView, open_archive, read_headers
+from scripts.archive_checks import read_config, read_manifest
+from scripts.archive_reader import ArchiveView, open_archive, read_headers, read_index
 from scripts.choosing import add_archive, chosen_archive
 from scripts.console import DONE, command, printable
-from scripts.documents import parse_json, parse_yaml
-from scripts.manifest import TORCHSERVE_MANIFEST_NAME, component_facts
+from scripts.documents import parse_json
+from scripts.manifest import CONFIG_NAME, TORCHSERVE_MANIFEST_NAME, component_facts
 from scripts.signing import signature_path
 
 __all__ = ["inspect", "main"]
@@ -43,7 +42,7 @@ def inspect(path: Path) -> dict[str, Any]:
     """Return the facts about the archive `path`. Raises: ArchiveError."""
     with open_archive(path) as view:
         manifest = read_manifest(view) or {}
-        index = _index(view)
+        index = read_index(view.model)
         components = component_facts(index, read_headers(view.model))
         num_parameters = sum(facts.get("parameters", 0) for facts in components.values())
         weights_bytes = sum(facts.get("size_bytes", 0) for facts in components.values())
@@ -77,11 +76,6 @@ def inspect(path: Path) -> dict[str, Any]:
         }
 
 
-def _index(view: ArchiveView) -> dict[str, object]:
-    index = parse_json(view.model.read(MODEL_INDEX), f"{view.path}: {MODEL_INDEX}")
-    return check_model_index(index, str(view.path))
-
-
 def _size(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
@@ -113,13 +107,11 @@ def _torchserve(view: ArchiveView) -> dict[str, Any] | None:
 
 def _settings(view: ArchiveView) -> dict[str, Any]:
     """Return what a request gets by default and what it may ask for at most."""
-    if view.outer is None or "model-config.yaml" not in view.outer.sizes:
+    if view.outer is None or CONFIG_NAME not in view.outer.sizes:
         return {"defaults": None, "limits": None}
     try:
-        text = view.outer.read("model-config.yaml")
-        section = (parse_yaml(text, "model-config.yaml") or {}).get("handler")
-        config = HandlerConfig.from_mapping(section)
-    except (ConfigError, AttributeError):
+        config = read_config(view)
+    except ConfigError:
         return {"defaults": None, "limits": None}
     return {
         "defaults": {name: getattr(config, name) for name in _DEFAULTS},

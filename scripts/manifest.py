@@ -21,6 +21,7 @@ from scripts.zipwriter import Written
 
 __all__ = [
     "ARCHIVE_ROOT",
+    "CONFIG_NAME",
     "FORMAT",
     "MANIFEST_NAME",
     "TORCHSERVE_MANIFEST_NAME",
@@ -35,6 +36,7 @@ __all__ = [
 
 ARCHIVE_ROOT = "MAR-INF"
 TORCHSERVE_MANIFEST_NAME = f"{ARCHIVE_ROOT}/MANIFEST.json"
+CONFIG_NAME = "model-config.yaml"
 FORMAT = 1
 _LICENCE_BYTES = 64 << 10
 
@@ -58,7 +60,7 @@ def torchserve_manifest(name: str, version: str) -> bytes:
                 "handler": "torchserve_entry.py",
                 "modelVersion": version,
                 "requirementsFile": "requirements.txt",
-                "configFile": "model-config.yaml",
+                "configFile": CONFIG_NAME,
             },
             "archiverVersion": "0.12.0",
         }
