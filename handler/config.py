@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import TypeVar, cast
 
 from handler.errors import ConfigError
-from handler.fields import nearest, number_range, show
+from handler.messages import nearest, number_range, show
 
 __all__ = ["OUTPUT_FORMATS", "HandlerConfig"]
 

@@ -22,18 +22,21 @@ import numpy.typing as npt
 from PIL import Image
 from ts.torch_handler.base_handler import BaseHandler
 
+from handler.arguments import pipeline_arguments
 from handler.config import HandlerConfig
+from handler.describe import describe
 from handler.engine import BUCKETS, InFlightEngine
 from handler.errors import ConfigError, RequestError, ServingError
-from handler.loading import describe, load_pipeline
+from handler.library_logs import keep_prompts_out_of_the_log
+from handler.loading import load_pipeline
 from handler.metrics import emit
-from handler.prompts import pipeline_arguments
 from handler.replies import Reply
-from handler.request import GenerationRequest, PipelineTraits, check_against_pipeline
+from handler.request import GenerationRequest, check_against_pipeline
 from handler.service import GenerationService, draw_seed
 from handler.silence import SilenceAlarm
 from handler.speed import SpeedUp, make_plan
 from handler.stream import INTERRUPTED
+from handler.traits import PipelineTraits
 from handler.wire import Call, read_call
 
 __all__ = ["DiffusersHandler"]
@@ -88,7 +91,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self.config = HandlerConfig.from_mapping(model_config.get("handler"))
         self._is_continuous = bool(model_config.get("continuousBatching", False))
         _check_workers(model_config, is_continuous=self._is_continuous)
-        _keep_prompts_out_of_the_log()
+        keep_prompts_out_of_the_log()
         properties = context.system_properties
         loaded = load_pipeline(Path(properties["model_dir"]), self.config, properties.get("gpu_id"))
         self.traits = describe(loaded.pipeline)
@@ -267,13 +270,3 @@ def _check_workers(model_config: Mapping[str, Any], *, is_continuous: bool) -> N
             "model-config.yaml: continuousBatching needs minWorkers: 1 and maxWorkers: 1, since "
             "requests share forwards inside one worker (TorchServe hangs with two)"
         )
-
-
-def _keep_prompts_out_of_the_log() -> None:
-    """Pipelines warn of truncated prompts by quoting them; progress bars are for terminals."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()

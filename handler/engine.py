@@ -24,12 +24,13 @@ import torch
 
 from handler import policy
 from handler.adapters import AdapterSets, scales_adapters
+from handler.cost import Cost
 from handler.errors import Cancelled, DeadlineExceeded
 from handler.forward import BatchedForward, Counters
 from handler.intake import make_ticket
 from handler.pace import Pace
 from handler.parking import Parked, find_slots
-from handler.policy import Cost, Limits
+from handler.policy import Limits
 from handler.runs import Runs
 from handler.ticket import State, StepEnd, Ticket
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from handler.adapters import AdapterSets
+from handler.cost import estimate_cost, least_forwards
 from handler.errors import DeadlineExceeded, TooLarge
 from handler.pace import Pace
 from handler.policy import Limits
 from handler.schedulers import make_scheduler
+from handler.signature import unknown_arguments
 from handler.ticket import StepEnd, Ticket
-from handler.view import estimate_cost, least_forwards, unknown_arguments
 
 __all__ = ["make_ticket"]
 

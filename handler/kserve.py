@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from handler.fields import FieldReader, show, shown_name
+from handler.fields import FieldReader
+from handler.messages import show, shown_name
 from handler.request import ALIASES, FIELD_NAMES
 from handler.rows import Payload
 

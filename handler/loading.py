@@ -6,10 +6,8 @@ components. A component that cannot be mapped is loaded by diffusers itself, fro
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,19 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from handler.archive import (
-    LORA_FOLDER,
-    MODEL_INDEX,
-    Extent,
-    OpenedPipeline,
-    check_loras,
-    open_pipeline,
-)
+from handler.archive import Extent, OpenedPipeline, check_loras, open_pipeline
+from handler.contents import LORA_FOLDER, MODEL_INDEX
 from handler.errors import ArchiveError, ConfigError
-from handler.fields import first_lines
-from handler.request import PipelineTraits
+from handler.library_logs import quiet_libraries
+from handler.messages import first_lines
 from handler.safetensors_map import map_tensors
-from handler.schedulers import compatible_schedulers, least_steps
 
 if TYPE_CHECKING:
     from handler.config import HandlerConfig
@@ -40,10 +31,8 @@ __all__ = [
     "LoadedPipeline",
     "choose_device",
     "choose_dtype",
-    "describe",
     "load_opened",
     "load_pipeline",
-    "quiet_libraries",
 ]
 
 logger = logging.getLogger(__name__)
@@ -133,29 +122,6 @@ def _offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = was_offline
 
 
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' progress bars, and transformers' tables, out of the log."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = [
-        library
-        for library in (diffusers_logging, transformers_logging)
-        if library.is_progress_bar_enabled()
-    ]
-    for library in libraries:
-        library.disable_progress_bar()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        for library in libraries:
-            library.enable_progress_bar()
-
-
 def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
     from diffusers import DiffusionPipeline
 
@@ -185,73 +151,3 @@ def _load_loras(pipeline: Any, paths: Sequence[Path]) -> None:
             ) from error
     if paths:
         pipeline.set_adapters([path.stem for path in paths])
-
-
-def describe(pipeline: Any) -> PipelineTraits:
-    """Say what requests may ask of `pipeline`."""
-    return PipelineTraits(
-        schedulers=compatible_schedulers(pipeline),
-        size_multiple_px=_size_multiple_px(pipeline),
-        parameters=frozenset(inspect.signature(type(pipeline).__call__).parameters) - {"self"},
-        least_steps=least_steps(pipeline),
-    )
-
-
-def _size_multiple_px(pipeline: Any) -> int:
-    """Return what height and width must be multiples of, to come out exactly as asked.
-
-    The latents' scale, times the patch that the transformer cuts them into; and never less than
-    the pipeline's own check wants (Stable Diffusion's is 8 whatever its VAE).
-    """
-    scale = getattr(pipeline, "vae_scale_factor", None)
-    scale = scale or getattr(pipeline, "movq_scale_factor", None) or 8
-    return math.lcm(int(scale) * _patch_size(pipeline), _checked_multiple_px(pipeline))
-
-
-def _patch_size(pipeline: Any) -> int:
-    if hasattr(pipeline, "_pack_latents"):
-        return 2
-    config = getattr(getattr(pipeline, "transformer", None), "config", {})
-    sizes = config.get("patch_size") or config.get("all_patch_size") or 1
-    return sizes if isinstance(sizes, int) else max(int(size) for size in sizes)
-
-
-def _checked_multiple_px(pipeline: Any) -> int:
-    """Return the smallest power of two whose odd multiples pass the pipeline's check_inputs."""
-    check = getattr(pipeline, "check_inputs", None)
-    if check is None:
-        return 1
-    parameters = inspect.signature(check).parameters
-    if not {"height", "width"} <= parameters.keys():
-        return 1
-    known = {"prompt": "a", "callback_steps": 1, "callback_on_step_end_tensor_inputs": []}
-    fixed = {
-        name: known.get(name)
-        for name, each in parameters.items()
-        if name not in ("height", "width")
-        and (name in known or each.default is inspect.Parameter.empty)
-        and each.kind is not inspect.Parameter.VAR_KEYWORD
-    }
-    for power in range(9):
-        side_px = 33 << power
-        try:
-            with _quiet_diffusers():
-                check(**fixed, height=side_px, width=side_px)
-        except (ValueError, TypeError, AttributeError) as error:
-            if "divisible" in str(error):
-                continue
-        return 1 << power
-    return 1
-
-
-@contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """Keep warnings about sizes that nobody asked for out of the log."""
-    from diffusers.utils import logging as diffusers_logging
-
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(level)

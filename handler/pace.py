@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
-from handler.policy import Cost
+from handler.cost import Cost
 
 __all__ = ["Pace"]
 

@@ -6,26 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-__all__ = ["Admission", "Candidate", "Cost", "Limits", "admit", "choose", "expired"]
+from handler.cost import Cost
 
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """What one request occupies while it is in flight."""
-
-    rows: int
-    """Rows of the denoiser's batch: images, doubled by classifier-free guidance."""
-    pixels: int
-    """Pixels of all its images together."""
-    image_pixels: int = 0
-    """Pixels of its largest image; a row takes the longer the more there are."""
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.rows + other.rows,
-            self.pixels + other.pixels,
-            max(self.image_pixels, other.image_pixels),
-        )
+__all__ = ["Admission", "Candidate", "Limits", "admit", "choose", "expired"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,24 +7,23 @@ at once out. It knows nothing of HTTP, TorchServe or torch.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 
 from handler.config import HandlerConfig
 from handler.errors import ConfigError, InvalidRequest
-from handler.fields import FieldReader, nearest, show, summarise
+from handler.fields import FieldReader
+from handler.messages import nearest, show, summarise
+from handler.traits import PipelineTraits, scheduler_choices, scheduler_class, short_name
 
 __all__ = [
     "ALIASES",
     "CALL_FIELDS",
     "FIELD_NAMES",
     "MAX_SEED",
-    "SCHEDULER_SHORT_NAMES",
     "GenerationRequest",
-    "PipelineTraits",
     "check_against_pipeline",
     "parse_fields",
-    "scheduler_class",
 ]
 
 # The largest integer that every JSON reader keeps exact.
@@ -49,32 +48,6 @@ CALL_FIELDS = frozenset(
     ["output_format", "request_id", "deadline_s", "stream", "previews", "cancel"]
 )
 
-SCHEDULER_SHORT_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "ddim": "DDIMScheduler",
-        "ddpm": "DDPMScheduler",
-        "deis": "DEISMultistepScheduler",
-        "dpm++": "DPMSolverMultistepScheduler",
-        "dpm++_2s": "DPMSolverSinglestepScheduler",
-        "dpm++_sde": "DPMSolverSDEScheduler",
-        "dpm2": "KDPM2DiscreteScheduler",
-        "dpm2_a": "KDPM2AncestralDiscreteScheduler",
-        "edm_dpm++": "EDMDPMSolverMultistepScheduler",
-        "edm_euler": "EDMEulerScheduler",
-        "euler": "EulerDiscreteScheduler",
-        "euler_a": "EulerAncestralDiscreteScheduler",
-        "flow_euler": "FlowMatchEulerDiscreteScheduler",
-        "flow_heun": "FlowMatchHeunDiscreteScheduler",
-        "heun": "HeunDiscreteScheduler",
-        "lcm": "LCMScheduler",
-        "lms": "LMSDiscreteScheduler",
-        "pndm": "PNDMScheduler",
-        "sa": "SASolverScheduler",
-        "tcd": "TCDScheduler",
-        "unipc": "UniPCMultistepScheduler",
-    }
-)
-
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
@@ -97,41 +70,6 @@ class GenerationRequest:
         return tuple(range(self.seed, self.seed + self.num_images))
 
 
-@dataclass(frozen=True, slots=True)
-class PipelineTraits:
-    """What a loaded pipeline can do, as far as a request may ask for it."""
-
-    schedulers: tuple[str, ...]
-    """Class names of the schedulers that it may run with."""
-    size_multiple_px: int
-    """Heights and widths are multiples of this."""
-    parameters: frozenset[str]
-    """Names of its ``__call__``'s arguments."""
-    least_steps: Mapping[str, int] = field(default_factory=dict)
-    """Steps that a scheduler needs, by class name, for those that need more than one."""
-
-    def least_steps_with(self, scheduler: str | None) -> int:
-        """The steps that a scheduler needs at least, by either name; None is the pipeline's own."""
-        name = scheduler or next(iter(self.schedulers), "")
-        return self.least_steps.get(scheduler_class(name, self) or "", 1)
-
-
-def scheduler_class(name: str, traits: PipelineTraits) -> str | None:
-    """The class name for a short or a class name; None if the pipeline cannot run with it."""
-    short = name.strip().lower().replace(" ", "_").replace("-", "_")
-    known = SCHEDULER_SHORT_NAMES.get(short, name.strip())
-    return known if known in traits.schedulers else None
-
-
-def _scheduler_choices(traits: PipelineTraits) -> list[str]:
-    return [_short_name(class_name) for class_name in traits.schedulers]
-
-
-def _short_name(class_name: str) -> str:
-    short_of = {known: short for short, known in SCHEDULER_SHORT_NAMES.items()}
-    return short_of.get(class_name, class_name)
-
-
 def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> None:
     """Raise ConfigError if the configured defaults do not fit the loaded pipeline."""
     problems = []
@@ -140,7 +78,7 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
         if size_px % multiple:
             problems.append(f"{name}: {_not_a_multiple(size_px, multiple)}")
     if config.scheduler is not None and scheduler_class(config.scheduler, traits) is None:
-        choices = ", ".join(_scheduler_choices(traits))
+        choices = ", ".join(scheduler_choices(traits))
         problems.append(f"scheduler: {show(config.scheduler)} is not one of {choices}")
     least = traits.least_steps_with(config.scheduler)
     if config.num_inference_steps < least:
@@ -263,7 +201,7 @@ def _read_scheduler(
         return None if default is None else scheduler_class(default, traits)
     class_name = scheduler_class(name, traits)
     if class_name is None:
-        choices = _scheduler_choices(traits)
+        choices = scheduler_choices(traits)
         match = nearest(name, choices)
         hint = f"did you mean {match}? " if match else ""
         reader.report(
@@ -284,7 +222,7 @@ def _check_steps(
     if num_steps < least and not {"num_inference_steps", "scheduler"} & reader.problems.keys():
         reader.report(
             "num_inference_steps",
-            f"{num_steps} is too few for {_short_name(scheduler or traits.schedulers[0])};"
+            f"{num_steps} is too few for {short_name(scheduler or traits.schedulers[0])};"
             f" allowed: {least} to {config.max_num_inference_steps}",
         )
 

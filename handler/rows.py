@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from handler.errors import InvalidRequest, TooLarge
-from handler.fields import show, shown_name
+from handler.messages import show, shown_name
 
 __all__ = ["HOW_TO_SEND", "Payload", "media_type", "open_row"]
 

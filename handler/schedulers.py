@@ -6,7 +6,7 @@ from typing import Any
 
 import diffusers
 
-from handler.request import SCHEDULER_SHORT_NAMES
+from handler.traits import SCHEDULER_SHORT_NAMES
 
 __all__ = ["compatible_schedulers", "least_steps", "make_scheduler"]
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
+from handler.arguments import pipeline_arguments
 from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
 from handler.errors import (
@@ -27,12 +28,12 @@ from handler.errors import (
 from handler.metrics import Meter
 from handler.outcome import Result
 from handler.preview import Previewer
-from handler.prompts import pipeline_arguments
 from handler.replies import Reply, cancel_reply, error_reply, success_reply
-from handler.request import GenerationRequest, PipelineTraits
+from handler.request import GenerationRequest
 from handler.results import as_request_error, pipeline_fault, result_of
 from handler.stream import EventStream
 from handler.ticket import State, StepEnd, Ticket
+from handler.traits import PipelineTraits
 from handler.wire import Call, CancelCall, read_call
 
 __all__ = ["GenerationService", "draw_seed"]

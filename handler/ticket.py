@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from greenlet import greenlet
 
-from handler.policy import Cost
+from handler.cost import Cost
 
 __all__ = ["State", "StepEnd", "Ticket", "release_frames"]
 

@@ -15,16 +15,12 @@ from dataclasses import dataclass
 from handler.accept import EVENT_STREAM, MEDIA_TYPES, negotiate
 from handler.config import OUTPUT_FORMATS, HandlerConfig
 from handler.errors import InvalidRequest, RequestError
-from handler.fields import FieldReader, show, summarise
+from handler.fields import FieldReader
 from handler.kserve import Envelope, Message, open_message
-from handler.request import (
-    ALIASES,
-    CALL_FIELDS,
-    GenerationRequest,
-    PipelineTraits,
-    parse_fields,
-)
+from handler.messages import show, summarise
+from handler.request import ALIASES, CALL_FIELDS, GenerationRequest, parse_fields
 from handler.rows import HOW_TO_SEND, Payload, media_type, open_row
+from handler.traits import PipelineTraits
 
 __all__ = ["Call", "CancelCall", "Envelope", "read_call"]
 

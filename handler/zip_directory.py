@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from handler.errors import ArchiveError
-from handler.fields import show
+from handler.messages import show
 
 __all__ = ["ZipMember", "check_name", "read_directory"]
 

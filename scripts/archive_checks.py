@@ -12,10 +12,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from handler.archive import MODEL_INDEX, MODEL_ZIP, check_names
 from handler.config import HandlerConfig
+from handler.contents import MODEL_INDEX, MODEL_ZIP, check_names
 from handler.errors import ArchiveError, ConfigError, ServingError
-from handler.fields import first_lines
+from handler.messages import first_lines
 from handler.safetensors_map import Header
 from handler.zipread import ZipReader
 from scripts.archive_reader import ArchiveView, Reader, read_headers, read_index
@@ -202,7 +202,7 @@ def check_models(view: ArchiveView) -> Iterator[str]:
     The models are built around tensors that have a shape and no memory: nothing is loaded.
     """
     from handler.components import check_pipeline_class
-    from handler.loading import quiet_libraries
+    from handler.library_logs import quiet_libraries
 
     try:
         index = read_index(view.model)

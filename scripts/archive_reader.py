@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from handler.archive import MODEL_INDEX, MODEL_ZIP, check_model_index, pipeline_prefix
+from handler.contents import MODEL_INDEX, MODEL_ZIP, check_model_index, pipeline_prefix
 from handler.errors import ArchiveError
 from handler.safetensors_map import Header, parse_header
 from handler.zipread import CHUNK_BYTES, ZipReader

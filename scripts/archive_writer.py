@@ -10,8 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from handler.archive import LORA_FOLDER, MODEL_INDEX, MODEL_ZIP, check_model_index
 from handler.config import HandlerConfig
+from handler.contents import LORA_FOLDER, MODEL_INDEX, MODEL_ZIP, check_model_index
 from handler.errors import ArchiveError, ConfigError
 from scripts.console import Progress, UsageError, beside, progress
 from scripts.copying import Copier

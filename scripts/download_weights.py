@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from handler.archive import MODEL_INDEX, check_model_index, pickled
+from handler.contents import MODEL_INDEX, check_model_index, pickled
 from handler.errors import ArchiveError, ServingError
-from handler.fields import first_lines
+from handler.messages import first_lines
 from handler.zip_directory import check_name
 from scripts.console import DONE, UsageError, command
 from scripts.documents import parse_json

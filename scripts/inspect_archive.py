@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from handler.archive import pickled
+from handler.contents import pickled
 from handler.errors import ArchiveError, ConfigError
 from scripts.archive_checks import read_config, read_manifest
 from scripts.archive_reader import ArchiveView, open_archive, read_headers, read_index

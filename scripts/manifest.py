@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from handler.archive import MANIFEST_NAME
+from handler.contents import MANIFEST_NAME
 from handler.safetensors_map import Header
 from scripts import __version__
 from scripts.pipeline_files import component_classes, read_source_note

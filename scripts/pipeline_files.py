@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from handler.archive import MODEL_INDEX, WEIGHTS_SUFFIX, check_model_index, pickled
+from handler.contents import MODEL_INDEX, WEIGHTS_SUFFIX, check_model_index, pickled
 from handler.errors import ArchiveError
 from handler.variants import select_weights, variant_of
 from scripts.documents import parse_json

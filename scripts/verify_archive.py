@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from handler.archive import LORA_FOLDER, open_pipeline, open_zip
+from handler.archive import open_pipeline, open_zip
+from handler.contents import LORA_FOLDER
 from handler.errors import ArchiveError, ServingError
 from scripts.archive_checks import check_archive, check_models, read_config, read_manifest
 from scripts.archive_reader import ArchiveView, open_archive
@@ -60,9 +61,11 @@ def _smoke(view: ArchiveView) -> list[str]:
     """Load the pipeline as a worker does and draw one picture of few steps."""
     import torch
 
-    from handler.loading import describe, load_opened
-    from handler.request import check_against_pipeline, scheduler_class
+    from handler.describe import describe
+    from handler.loading import load_opened
+    from handler.request import check_against_pipeline
     from handler.schedulers import make_scheduler
+    from handler.traits import scheduler_class
 
     manifest = read_manifest(view) or {}
     prompt = manifest.get("smoke_prompt") or _SMOKE_PROMPT

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from handler.cost import Cost
 from handler.forward import BatchedForward, Failure
 from handler.parking import Parked, Slot
-from handler.policy import Cost
 from handler.ticket import Ticket
 
 

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from handler.archive import check_model_index, open_pipeline
+from handler.archive import open_pipeline
+from handler.contents import check_model_index
 from handler.errors import ArchiveError
 from tests.archives import INDEX, members, safetensors, write_model_zip, zip_bytes
 

@@ -13,9 +13,9 @@ import diffusers
 import pytest
 import torch
 
+from handler.cost import Cost
 from handler.engine import InFlightEngine
 from handler.errors import TooLarge
-from handler.policy import Cost
 from handler.ticket import State, StepEnd
 from tests.clock import Clock
 from tests.engine_tools import (

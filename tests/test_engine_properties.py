@@ -25,9 +25,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handler.cost import Cost
 from handler.engine import BUCKETS, InFlightEngine
 from handler.errors import Cancelled, DeadlineExceeded, TooLarge
-from handler.policy import Cost
 from handler.schedulers import compatible_schedulers, make_scheduler
 from handler.ticket import State, StepEnd, Ticket
 from tests.pipelines import build

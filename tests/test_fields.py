@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handler.fields import FieldReader, show, shown_name, summarise
+from handler.fields import FieldReader
+from handler.messages import show, shown_name, summarise
 
 NAN, INFINITY = float("nan"), float("inf")
 # Python refuses to write an integer of so many digits.

@@ -21,8 +21,9 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from handler.config import HandlerConfig
+from handler.describe import describe
 from handler.errors import ArchiveError, ConfigError
-from handler.loading import choose_device, choose_dtype, describe, load_pipeline
+from handler.loading import choose_device, choose_dtype, load_pipeline
 from scripts.zip_weights import zip_pipeline
 from tests.archives import save_pipeline
 from tests.pipelines import FAMILIES, build, example_kwargs, shared

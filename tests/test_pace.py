@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from handler.cost import Cost
 from handler.pace import Pace
-from handler.policy import Cost
 
 REQUEST = Cost(2, 64 * 64, 64 * 64)
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from greenlet import GreenletExit
 
+from handler.cost import Cost
 from handler.parking import Parked, RequestGreenlet, Slot, find_slots
-from handler.policy import Cost
 from handler.ticket import Ticket
 from tests.pipelines import build, shared
 from tests.toy_pipeline import toy

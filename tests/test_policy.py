@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from handler.policy import Admission, Cost, Limits, admit, choose, expired
+from handler.cost import Cost
+from handler.policy import Admission, Limits, admit, choose, expired
 
 NOTHING = Cost(0, 0)
 

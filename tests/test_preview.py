@@ -15,7 +15,7 @@ from diffusers import AutoencoderTiny
 from PIL import Image
 
 from handler.preview import Previewer
-from handler.view import call_defaults
+from handler.signature import call_defaults
 from tests.pipelines import FAMILIES, build, example_kwargs, shared
 
 DEMO = Path(__file__).parent.parent / "demo" / "pipeline"

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from handler.loading import describe
-from handler.prompts import pipeline_arguments, prompt_warnings
+from handler.arguments import pipeline_arguments
+from handler.describe import describe
+from handler.prompts import prompt_warnings
 from handler.request import GenerationRequest
 from tests.pipelines import FAMILIES, build, shared
 from tests.tiny_models import MAX_TOKENS

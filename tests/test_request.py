@@ -9,14 +9,8 @@ import pytest
 
 from handler.config import HandlerConfig
 from handler.errors import ConfigError, InvalidRequest
-from handler.request import (
-    MAX_SEED,
-    SCHEDULER_SHORT_NAMES,
-    GenerationRequest,
-    PipelineTraits,
-    check_against_pipeline,
-    parse_fields,
-)
+from handler.request import MAX_SEED, GenerationRequest, check_against_pipeline, parse_fields
+from handler.traits import SCHEDULER_SHORT_NAMES, PipelineTraits
 
 CONFIG = HandlerConfig()
 PARAMETERS = frozenset(

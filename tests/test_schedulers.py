@@ -8,8 +8,8 @@ import diffusers
 import pytest
 import torch
 
-from handler.request import SCHEDULER_SHORT_NAMES
 from handler.schedulers import compatible_schedulers, least_steps, make_scheduler
+from handler.traits import SCHEDULER_SHORT_NAMES
 from tests.pipelines import FAMILIES, build, example_kwargs, image_of, shared
 
 SD_SCHEDULERS = compatible_schedulers(shared("stable_diffusion"))

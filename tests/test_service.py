@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from PIL import Image
 
 from handler.config import HandlerConfig
+from handler.cost import Cost
+from handler.describe import describe
 from handler.engine import InFlightEngine
 from handler.errors import EngineFault, InvalidRequest, OutOfMemory, RequestError
 from handler.forward import Counters
-from handler.loading import describe
-from handler.policy import Cost
 from handler.replies import Reply
 from handler.request import GenerationRequest
 from handler.results import as_request_error

@@ -12,16 +12,11 @@ import torch
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
-from handler.policy import Cost
+from handler.cost import Cost, estimate_cost, least_forwards
 from handler.schedulers import make_scheduler
+from handler.signature import call_defaults, unknown_arguments
 from handler.ticket import StepEnd, Ticket
-from handler.view import (
-    call_defaults,
-    estimate_cost,
-    least_forwards,
-    make_view,
-    unknown_arguments,
-)
+from handler.view import make_view
 from tests.pipelines import build, example_kwargs, image_of, shared
 from tests.toy_pipeline import ToyPipeline, toy, toy_kwargs
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from handler.config import OUTPUT_FORMATS, HandlerConfig
 from handler.errors import InvalidRequest, RequestError
-from handler.request import CALL_FIELDS, FIELD_NAMES, PipelineTraits
+from handler.request import CALL_FIELDS, FIELD_NAMES
 from handler.rows import HOW_TO_SEND
+from handler.traits import PipelineTraits
 from handler.wire import Call, CancelCall, Envelope, read_call
 
 CONFIG = HandlerConfig()

@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from handler.request import SCHEDULER_SHORT_NAMES
 from handler.schedulers import make_scheduler
+from handler.traits import SCHEDULER_SHORT_NAMES
 from scripts.instance import REPOSITORY
 from scripts.server import TorchServer
 from tests.server.client import Answer, curl, pixels, post_json
