@@ -40,7 +40,7 @@ DEFAULT         := stable_diffusion
 DEFAULT_ARCHIVE := $(STORE)/$(DEFAULT).mar
 EMBEDDED        := $(STORE)/.embedded
 DEFAULT_SOURCES := $(shell find demo/pipeline -type f 2>/dev/null) config/model-config.yaml \
-	$(wildcard handler/*.py)
+	$(shell find handler -name '*.py' 2>/dev/null)
 
 START = $(SERVE) start --run-dir $(RUN_DIR) --store $(STORE) --port $(PORT) \
 	--grpc-port $(GRPC_PORT) --address $(ADDRESS) --auth $(AUTH)

@@ -32,9 +32,9 @@ import yaml
 from benchmarks.archive_figures import our_figures, upstream_figures
 from benchmarks.report import Figure, write_report
 from benchmarks.systems import System, one_at_a_time
-from handler.crc32 import crc32
-from scripts.instance import Options, Ports
-from scripts.server import TorchServer
+from handler.zips.crc32 import crc32
+from scripts.torchserve.options import Options, Ports
+from scripts.torchserve.process import TorchServer
 
 _CONFIG = Path("config/model-config.yaml")
 _T = TypeVar("_T")

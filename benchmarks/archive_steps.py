@@ -83,7 +83,7 @@ def import_libraries() -> None:
 def open_ours(model_dir: Path) -> dict[str, float]:
     """From TorchServe's unpacked folder to weights on the CPU, in the archive's precision."""
     from handler.config import HandlerConfig
-    from handler.loading import load_pipeline
+    from handler.loading.pipeline import load_pipeline
 
     import_libraries()
     begun_s = time.perf_counter()
@@ -112,7 +112,7 @@ def open_upstream(model_dir: Path) -> dict[str, float]:
 def hold(model_dir: Path) -> dict[str, float]:
     """Load, read every weight once, say so, and stay until told to go."""
     from handler.config import HandlerConfig
-    from handler.loading import load_pipeline
+    from handler.loading.pipeline import load_pipeline
 
     pipeline = load_pipeline(model_dir, HandlerConfig(dtype="float16"), None).pipeline
     for module in pipeline.components.values():

@@ -28,9 +28,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from benchmarks.report import Figure, Spread, write_report
-from handler.channels_last import put_channels_last
-from handler.speed import compile_forward
-from scripts.server import OPENMP_SPINS
+from handler.acceleration.channels_last import put_channels_last
+from handler.acceleration.speed import compile_forward
+from scripts.torchserve.process import OPENMP_SPINS
 
 PIPELINE = "demo/pipeline"
 SIZE_PX = 768

@@ -26,8 +26,8 @@ from diffusers import DiffusionPipeline
 from benchmarks.report import Figure, Spread, write_report
 from demo.build import build_pipeline
 from handler.engine import InFlightEngine
-from handler.schedulers import make_scheduler
-from handler.ticket import Ticket
+from handler.engine.ticket import Ticket
+from handler.pipelines.schedulers import make_scheduler
 
 DEMO = "demo/pipeline"
 NUM_REQUESTS = 16

@@ -25,9 +25,8 @@ import torch
 from benchmarks.engine import TimedEngine
 from benchmarks.report import Figure, Spread, write_report
 from benchmarks.shapes import MODELS, Model, build, call_arguments, count_flops
+from handler.acceleration.speed import SpeedUp, make_plan
 from handler.config import HandlerConfig
-from handler.loading import LoadedPipeline
-from handler.speed import SpeedUp, make_plan
 
 STEPS = (30, 50, 70)
 # Dense, half precision, of the chip's name as torch tells it.
@@ -203,7 +202,7 @@ def measure(
     runs.append(run_compiled(work, count, mode, backend))
     _tell(model, runs[-1])
     config = HandlerConfig(speed=speed)
-    plan = make_plan(config, LoadedPipeline(pipeline, device, dtype))
+    plan = make_plan(config, pipeline, device, dtype)
     for num_in_flight in in_flight:
         torch.compiler.reset()
         _forget_peak_memory()

@@ -13,8 +13,8 @@ from pathlib import Path
 import yaml
 
 from scripts import build_archive
-from scripts.instance import Options, Ports
-from scripts.server import TorchServer
+from scripts.torchserve.options import Options, Ports
+from scripts.torchserve.process import TorchServer
 
 __all__ = ["System", "one_at_a_time", "ours"]
 

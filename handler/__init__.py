@@ -1,21 +1,20 @@
 """Everything that runs inside a TorchServe worker; packed whole into every archive.
 
-A request's way, and the modules it passes:
+====================  =====================================================================
+`diffusers_handler`   TorchServe's contexts, cycles and streams
+`torchserve_entry`    the file that TorchServe imports
+`watchdog`            notices that TorchServe sends no more cycles
+`service`             from a request to its reply
+`acceleration`        forwards made cheaper
+`engine`              requests in flight
+`pipelines`           what we know of diffusers' pipelines
+`batching`            arguments of several module calls put together: pure tensor code
+`loading`             from an unpacked archive to a pipeline
+`api`                 what a client may send and gets back; no torch, no diffusers
+`zips`                reading untrusted zip files
+`config`, `errors`    settings of the operator; every error, with its HTTP status
+====================  =====================================================================
 
-=================  ============================================================================
-cycles             `diffusers_handler` (TorchServe's contexts), `torchserve_entry`, `silence`
-requests in        `wire` → `rows`, `kserve`, `accept`, `request` → `fields`
-from row to reply  `service` → `prompts`, `stream`, `preview`, `metrics`
-in flight          `engine` → `intake` → `view`, `schedulers`, `pace`; `policy`, `ticket`
-one request        `runs` → `parking`, `view`, `adapters`, `exclusive`
-one forward        `forward` → `merging`, `fingerprints`, `proof`; `prepared`
-replies out        `results`, `replies` → `encoding`, `metadata`, `outcome`
-made fast          `speed` → `channels_last`, `prepared`
-opening            `loading` → `archive`, `components` → `variants`, `safetensors_map`
-zips               `zipread` → `zip_directory`, `crc32`
-everywhere         `config`, `errors`
-=================  ============================================================================
-
-Only `diffusers_handler` and `metrics` know TorchServe; `policy`, `request`, `wire`, `config` and
-`replies` import neither torch nor diffusers.
+Imports go downward only: ``diffusers_handler → service, acceleration → engine → pipelines,
+batching → api → errors``, and ``loading → zips, errors, config``; `loading` and `api` never meet.
 """

@@ -22,22 +22,22 @@ import numpy.typing as npt
 from PIL import Image
 from ts.torch_handler.base_handler import BaseHandler
 
-from handler.arguments import pipeline_arguments
+from handler.acceleration.speed import SpeedUp, make_plan
+from handler.api.call import Call, read_call
+from handler.api.replies import Reply
+from handler.api.request import GenerationRequest, check_against_pipeline
+from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
-from handler.describe import describe
 from handler.engine import BUCKETS, InFlightEngine
 from handler.errors import ConfigError, RequestError, ServingError
 from handler.library_logs import keep_prompts_out_of_the_log
-from handler.loading import load_pipeline
-from handler.metrics import emit
-from handler.replies import Reply
-from handler.request import GenerationRequest, check_against_pipeline
-from handler.service import GenerationService, draw_seed
-from handler.silence import SilenceAlarm
-from handler.speed import SpeedUp, make_plan
-from handler.stream import INTERRUPTED
-from handler.traits import PipelineTraits
-from handler.wire import Call, read_call
+from handler.loading.pipeline import load_pipeline
+from handler.pipelines.arguments import pipeline_arguments
+from handler.pipelines.describe import describe
+from handler.service.event_stream import INTERRUPTED
+from handler.service.generation import GenerationService, draw_seed
+from handler.service.metrics import emit
+from handler.watchdog import SilenceAlarm
 
 __all__ = ["DiffusersHandler"]
 
@@ -97,7 +97,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self.traits = describe(loaded.pipeline)
         check_against_pipeline(self.config, self.traits)
         self.pipeline, self.device = loaded.pipeline, loaded.device
-        speed_up = SpeedUp(self.pipeline, make_plan(self.config, loaded), self.config.max_rows)
+        plan = make_plan(self.config, loaded.pipeline, loaded.device, loaded.dtype)
+        speed_up = SpeedUp(self.pipeline, plan, self.config.max_rows)
         self._engine = InFlightEngine(
             self.pipeline,
             max_rows=self.config.max_rows,

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.instance import ServerError
 from scripts.serve import curl_line
-from scripts.server import TorchServer
+from scripts.torchserve.options import ServerError
+from scripts.torchserve.process import TorchServer
 
 __all__ = ["main"]
 

@@ -14,18 +14,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from handler.contents import MODEL_INDEX, check_model_index, pickled
 from handler.errors import ArchiveError, ServingError
+from handler.loading.contents import MODEL_INDEX, check_model_index, pickled
 from handler.messages import first_lines
-from handler.zip_directory import check_name
-from scripts.console import DONE, UsageError, command
-from scripts.documents import parse_json
-from scripts.pipeline_files import (
+from handler.zips.central_directory import check_name
+from scripts.archive.pipeline_files import (
     SOURCE_NOTE,
     choose_names,
     component_classes,
     read_source_note,
 )
+from scripts.console import DONE, UsageError, command
+from scripts.documents import parse_json
 
 __all__ = ["download", "main"]
 

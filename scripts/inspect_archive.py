@@ -9,15 +9,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from handler.contents import pickled
 from handler.errors import ArchiveError, ConfigError
-from scripts.archive_checks import read_config, read_manifest
-from scripts.archive_reader import ArchiveView, open_archive, read_headers, read_index
-from scripts.choosing import add_archive, chosen_archive
+from handler.loading.contents import pickled
+from scripts.archive.checks import read_config, read_manifest
+from scripts.archive.manifest import CONFIG_NAME, TORCHSERVE_MANIFEST_NAME, component_facts
+from scripts.archive.reader import ArchiveView, open_archive, read_headers, read_index
+from scripts.archive.signing import signature_path
+from scripts.archive.store import add_archive, chosen_archive
 from scripts.console import DONE, command, printable
 from scripts.documents import parse_json
-from scripts.manifest import CONFIG_NAME, TORCHSERVE_MANIFEST_NAME, component_facts
-from scripts.signing import signature_path
 
 __all__ = ["inspect", "main"]
 
@@ -84,7 +84,7 @@ def _size(path: Path) -> int:
 
 def _is_mapped(view: ArchiveView) -> bool:
     """Say whether the worker can map the weights where TorchServe puts them."""
-    from handler.zipread import ZipReader
+    from handler.zips.reader import ZipReader
 
     if view.place is None:
         return True

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.instance import LOOPBACK, Options, Ports, ServerError, example_prompt
-from scripts.manifest import TORCHSERVE_MANIFEST_NAME
-from scripts.server import READY_TIMEOUT_S, TorchServer
+from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
+from scripts.torchserve.options import LOOPBACK, Options, Ports, ServerError, example_prompt
+from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 
 __all__ = ["choose_archive", "curl_line", "main"]
 

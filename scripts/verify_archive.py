@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from handler.archive import open_pipeline, open_zip
-from handler.contents import LORA_FOLDER
 from handler.errors import ArchiveError, ServingError
-from scripts.archive_checks import check_archive, check_models, read_config, read_manifest
-from scripts.archive_reader import ArchiveView, open_archive
-from scripts.choosing import add_archive, chosen_archive
+from handler.loading.contents import LORA_FOLDER
+from handler.loading.model_dir import open_pipeline, open_zip
+from scripts.archive.checks import check_archive, check_models, read_config, read_manifest
+from scripts.archive.reader import ArchiveView, open_archive
+from scripts.archive.signing import check_signature, signature_path
+from scripts.archive.store import add_archive, chosen_archive
 from scripts.console import DONE, FAILED, command, printable, progress
-from scripts.signing import check_signature, signature_path
 
 __all__ = ["main", "verify"]
 
@@ -61,11 +61,11 @@ def _smoke(view: ArchiveView) -> list[str]:
     """Load the pipeline as a worker does and draw one picture of few steps."""
     import torch
 
-    from handler.describe import describe
-    from handler.loading import load_opened
-    from handler.request import check_against_pipeline
-    from handler.schedulers import make_scheduler
-    from handler.traits import scheduler_class
+    from handler.api.request import check_against_pipeline
+    from handler.api.traits import scheduler_class
+    from handler.loading.pipeline import load_opened
+    from handler.pipelines.describe import describe
+    from handler.pipelines.schedulers import make_scheduler
 
     manifest = read_manifest(view) or {}
     prompt = manifest.get("smoke_prompt") or _SMOKE_PROMPT

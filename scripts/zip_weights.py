@@ -6,11 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from scripts.archive.copying import Copier
+from scripts.archive.members import payload, write_payload
+from scripts.archive.pipeline_files import list_pipeline
+from scripts.archive.zip_writer import ZipWriter
 from scripts.console import DONE, beside, command, progress
-from scripts.copying import Copier
-from scripts.packing import payload, write_payload
-from scripts.pipeline_files import list_pipeline
-from scripts.zipwriter import ZipWriter
 
 __all__ = ["main", "zip_pipeline"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.client import post_json
-from tests.server.traffic import ENDLESS, cancel, watching
+from tests.support.client import post_json
+from tests.support.traffic import ENDLESS, cancel, watching
 
 
 @pytest.mark.parametrize("where", ["field", "header"])

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from scripts.instance import Options, Ports
-from scripts.server import TorchServer
-from tests.server.client import curl
-from tests.toy_archive import write_toy_archive
+from scripts.torchserve.options import Options, Ports
+from scripts.torchserve.process import TorchServer
+from tests.support.client import curl
+from tests.support.toy_archive import write_toy_archive
 
 # The body says how many cycles the request is to last, and "stream N" to stream that long.
 HANDLER = """

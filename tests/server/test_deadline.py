@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.server.client import post_json
-from tests.server.traffic import ENDLESS, SSE
+from tests.support.client import post_json
+from tests.support.traffic import ENDLESS, SSE
 
 SHORT: dict[str, object] = {"prompt": "a heart", "seed": 3, "num_inference_steps": 3}
 

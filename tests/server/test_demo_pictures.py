@@ -9,8 +9,7 @@ from PIL import Image
 
 from demo.grammar import Wish
 from demo.judge import judge, score
-from tests.server.client import post_json
-from tests.server.test_replies import MEDIA_TYPES, decode
+from tests.support.client import MEDIA_TYPES, decode, post_json
 
 PROMPT = "a red circle on a blue background"
 WISH = Wish(shape="circle", color="red", background="blue")

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.server import TorchServer
-from tests.server.client import curl, post_json
+from scripts.torchserve.process import TorchServer
+from tests.support.client import curl, post_json
 
 JSON = ("-H", "Content-Type: application/json")
 INVALID_FIELDS: dict[str, tuple[dict[str, object], set[str]]] = {

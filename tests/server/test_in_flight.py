@@ -12,12 +12,12 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from handler.schedulers import make_scheduler
-from handler.traits import SCHEDULER_SHORT_NAMES
-from scripts.instance import REPOSITORY
-from scripts.server import TorchServer
-from tests.server.client import Answer, curl, pixels, post_json
-from tests.server.traffic import ENDLESS, cancel, watching
+from handler.api.traits import SCHEDULER_SHORT_NAMES
+from handler.pipelines.schedulers import make_scheduler
+from scripts.repository import REPOSITORY
+from scripts.torchserve.process import TorchServer
+from tests.support.client import Answer, curl, pixels, post_json
+from tests.support.traffic import ENDLESS, cancel, watching
 
 # Of 255. The most that was seen in hundreds of pictures is 1: a value next to a rounding edge.
 BOUND = 1

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from scripts.instance import REPOSITORY, Ports
-from scripts.server import TorchServer
-from tests.toy_archive import write_toy_archive
+from scripts.repository import REPOSITORY
+from scripts.torchserve.options import Ports
+from scripts.torchserve.process import TorchServer
+from tests.support.toy_archive import write_toy_archive
 
 
 def make(*arguments: str) -> subprocess.CompletedProcess[str]:

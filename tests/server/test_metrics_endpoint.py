@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import yaml
 
-from handler.metrics import COUNTERS, GAUGES, HISTOGRAMS
-from scripts.instance import REPOSITORY
-from scripts.server import TorchServer
-from tests.server.client import curl, post_json
-from tests.server.traffic import cancel, metrics, until, watching
+from handler.service.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from scripts.repository import REPOSITORY
+from scripts.torchserve.process import TorchServer
+from tests.support.client import curl, post_json
+from tests.support.traffic import cancel, metrics, until, watching
 
 OURS = {**COUNTERS, **GAUGES, **HISTOGRAMS}
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from handler.api.request import ALIASES, CALL_FIELDS
 from handler.config import OUTPUT_FORMATS, HandlerConfig
-from handler.request import ALIASES, CALL_FIELDS
-from scripts.instance import REPOSITORY
-from scripts.server import TorchServer
+from scripts.repository import REPOSITORY
+from scripts.torchserve.process import TorchServer
 
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)

@@ -12,18 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scripts.server import TorchServer
-from tests.server.client import curl, pixels, post_json
+from scripts.torchserve.process import TorchServer
+from tests.support.client import MEDIA_TYPES, curl, decode, pixels, post_json
 
 REQUEST = {"prompt": "a yellow star on a blue background", "seed": 11}
-MEDIA_TYPES = {
-    "png": "image/png",
-    "jpeg": "image/jpeg",
-    "webp": "image/webp",
-    "npy": "application/x-npy",
-    "json": "application/json",
-    "array": "application/json",
-}
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +23,6 @@ def reference(url: str) -> np.ndarray:
     answer = post_json(url, REQUEST)
     assert answer.status == 200, answer.body
     return pixels(answer.body).astype(int)
-
-
-def decode(output_format: str, body: bytes) -> np.ndarray:
-    if output_format == "npy":
-        return np.load(io.BytesIO(body), allow_pickle=False)
-    if output_format == "array":
-        return np.array(json.loads(body), dtype="uint8")
-    if output_format == "json":
-        return pixels(base64.b64decode(json.loads(body)["images"][0]))
-    return pixels(body)
 
 
 @pytest.mark.parametrize("output_format", MEDIA_TYPES)

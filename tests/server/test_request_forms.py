@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scripts.server import TorchServer
-from tests.server.client import curl, grpc_predict, pixels, post_json
+from scripts.torchserve.process import TorchServer
+from tests.support.client import curl, grpc_predict, pixels, post_json
 
 PROMPT = "a red heart on a white background"
 JSON = ("-H", "Content-Type: application/json")

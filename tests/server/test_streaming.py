@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from handler.diffusers_handler import _SILENT_AFTER_S
-from scripts.server import TorchServer
-from tests.server.client import curl, pixels, post_json
-from tests.server.traffic import ENDLESS, SSE, metrics, until, watching
+from scripts.torchserve.process import TorchServer
+from tests.support.client import curl, pixels, post_json
+from tests.support.traffic import ENDLESS, SSE, metrics, until, watching
 
 FIELDS: dict[str, object] = {"prompt": "a heart", "seed": 5, "num_inference_steps": 6}
 # Long, but of many short ticks.

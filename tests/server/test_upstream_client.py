@@ -10,8 +10,8 @@ import pytest
 import requests
 from PIL import Image
 
-from scripts.server import TorchServer
-from tests.server.conftest import QUICK, serve
+from scripts.torchserve.process import TorchServer
+from tests.support.serving import QUICK, serve
 
 
 @pytest.fixture(scope="module")

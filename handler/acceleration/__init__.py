@@ -1,0 +1,1 @@
+"""Forwards made cheaper: memory formats, lower precision, compiled and captured code."""

@@ -1,0 +1,221 @@
+"""Requests in: one row of TorchServe's data and its headers become a checked `Call`.
+
+    row ─▶ rows.open_row ─▶ kserve.open_message ─▶ request.parse_fields ─▶ Call
+           what was sent    its wrapping           one prompt's fields
+
+Here are the fields that steer the call itself: output format, id, deadline, stream, cancel.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from handler.api.accept import EVENT_STREAM, MEDIA_TYPES, negotiate
+from handler.api.body import HOW_TO_SEND, Payload, media_type, open_row
+from handler.api.fields import FieldReader
+from handler.api.kserve import Envelope, Message, open_message
+from handler.api.request import ALIASES, CALL_FIELDS, GenerationRequest, parse_fields
+from handler.api.traits import PipelineTraits
+from handler.config import OUTPUT_FORMATS, HandlerConfig
+from handler.errors import InvalidRequest, RequestError
+from handler.messages import show, summarise
+
+__all__ = ["Call", "CancelCall", "Envelope", "read_call"]
+
+MIN_DEADLINE_S, MAX_DEADLINE_S = 0.001, 86400.0
+_IMAGE_FORMATS = ("png", "jpeg", "webp")
+_OUTPUT_CHOICES = {**{name: name for name in OUTPUT_FORMATS}, "jpg": "jpeg"}
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_REQUEST_ID_RULE = "1 to 128 of the characters A-Z a-z 0-9 . _ : -"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """Everything that one row asks for. KServe calls may hold several requests."""
+
+    requests: tuple[GenerationRequest, ...]
+    envelope: Envelope
+    output_format: str
+    """One of OUTPUT_FORMATS; in a KServe call, how the pictures inside the reply are encoded."""
+    request_id: str | None
+    """The id that the client chose, if it did."""
+    deadline_s: float | None
+    stream: bool
+    preview_every: int
+    """A preview every so many steps; 0 is none."""
+    envelope_id: str | None
+    """The ``id`` of a KServe v2 request."""
+
+
+@dataclass(frozen=True, slots=True)
+class CancelCall:
+    """``{"cancel": "<id>"}``: end the live request of that id."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    output_format: str
+    request_id: str | None
+    deadline_s: float | None
+    stream: bool
+    preview_every: int
+
+
+def read_call(
+    row: Mapping[str, object],
+    headers: Mapping[str, str],
+    config: HandlerConfig,
+    traits: PipelineTraits,
+    *,
+    draw_seed: Callable[[], int],
+) -> Call | CancelCall:
+    """Read one row of TorchServe's data; `headers` have lower-cased names.
+
+    Raises:
+        RequestError: the one thing that it raises, for any input: InvalidRequest with every
+            problem, or TooLarge.
+    """
+    payload = open_row(row, headers, max_body_bytes=config.max_body_bytes)
+    message = open_message(payload, max_instances=config.max_instances)
+    reader = FieldReader(message.shared, allow_text=payload.is_form)
+    if message.shared.get("cancel") is not None:
+        return _read_cancel(reader, message)
+    options = _read_options(reader, headers, message.envelope, config)
+    problems = {**message.problems, **reader.problems}
+    requests = []
+    for instance in message.instances:
+        for name in CALL_FIELDS & instance.fields.keys():
+            problems[instance.path + name] = "counts for the whole body: put it beside instances"
+        try:
+            request = parse_fields(
+                {**reader.rest(), **_without_call_fields(instance.fields)},
+                config,
+                traits,
+                is_form=payload.is_form,
+                draw_seed=draw_seed,
+            )
+        except InvalidRequest as error:
+            for name, problem in error.fields.items():
+                path = "" if _is_shared(name, message) else instance.path
+                problems.setdefault(path + name, problem)
+        else:
+            requests.append(request)
+            _check_image_count(request, options, message.envelope, problems)
+    if problems:
+        raise _invalid(problems, payload, headers)
+    return Call(
+        requests=tuple(requests),
+        envelope=message.envelope,
+        output_format=options.output_format,
+        request_id=options.request_id,
+        deadline_s=options.deadline_s,
+        stream=options.stream,
+        preview_every=options.preview_every,
+        envelope_id=message.envelope_id,
+    )
+
+
+def _read_cancel(reader: FieldReader, message: Message) -> CancelCall:
+    request_id = _read_id(reader, "cancel")
+    wrapped = {Envelope.KSERVE_V1: ["instances"], Envelope.KSERVE_V2: ["inputs"]}
+    for name in [*reader.rest(), *wrapped.get(message.envelope, ()), *message.problems]:
+        reader.report("cancel", f"goes alone, without {show(name)}")
+    if request_id is None or reader.problems:
+        raise InvalidRequest(summarise(reader.problems), reader.problems)
+    return CancelCall(request_id)
+
+
+def _read_id(reader: FieldReader, name: str) -> str | None:
+    value = reader.take(name)
+    if value is None or (isinstance(value, str) and _REQUEST_ID.fullmatch(value)):
+        return value
+    reader.report(name, f"{show(value)} is no id; allowed are {_REQUEST_ID_RULE}")
+    return None
+
+
+def _read_options(
+    reader: FieldReader, headers: Mapping[str, str], envelope: Envelope, config: HandlerConfig
+) -> _Options:
+    reader.take("cancel")
+    request_id = _read_id(reader, "request_id")
+    header_id = headers.get("x-request-id")
+    if request_id is None and header_id is not None:
+        if _REQUEST_ID.fullmatch(header_id):
+            request_id = header_id
+        else:
+            reader.report(
+                "X-Request-Id", f"{show(header_id)} is no id; allowed are {_REQUEST_ID_RULE}"
+            )
+    max_deadline_s = MAX_DEADLINE_S if config.deadline_s is None else config.deadline_s
+    deadline_s = reader.number("deadline_s", low=MIN_DEADLINE_S, high=max_deadline_s)
+    output_format, accepts_stream = _read_output_format(reader, headers, envelope, config)
+    stream = reader.boolean("stream")
+    if stream is None:
+        stream = accepts_stream
+    if stream and not headers:
+        # Only gRPC has none, and its unary calls have one reply.
+        reader.report("stream", "only over HTTP, not over gRPC")
+    if stream and envelope is not Envelope.PLAIN:
+        reader.report("stream", "only plain requests are streamed, not KServe's")
+    previews = reader.integer("previews", low=0, high=config.max_num_inference_steps)
+    if previews and not stream:
+        reader.report("previews", f'needs "stream": true or Accept: {EVENT_STREAM}')
+    return _Options(
+        output_format=output_format,
+        request_id=request_id,
+        deadline_s=config.deadline_s if deadline_s is None else deadline_s,
+        stream=stream,
+        preview_every=previews or 0,
+    )
+
+
+def _read_output_format(
+    reader: FieldReader, headers: Mapping[str, str], envelope: Envelope, config: HandlerConfig
+) -> tuple[str, bool]:
+    """The output format, and whether the Accept header asks for a stream."""
+    chosen = reader.choice("output_format", _OUTPUT_CHOICES)
+    if envelope is not Envelope.PLAIN:
+        # The protocol fixes the reply's type; its pictures are PNG unless the body says otherwise.
+        if chosen == "array":
+            reader.report("output_format", "KServe replies hold png, jpeg, webp or npy, no array")
+        return ("png" if chosen is None or chosen == "json" else chosen), False
+    accept = headers.get("accept", "")
+    negotiated = negotiate(accept, config.default_output)
+    if chosen is not None:
+        return chosen, negotiated.stream
+    if negotiated.output_format is None:
+        known = ", ".join(dict.fromkeys(MEDIA_TYPES.values()))
+        reader.report("Accept", f"{show(accept)} allows none of {known}, {EVENT_STREAM}")
+    return negotiated.output_format or config.default_output, negotiated.stream
+
+
+def _check_image_count(
+    request: GenerationRequest, options: _Options, envelope: Envelope, problems: dict[str, str]
+) -> None:
+    is_one_image = envelope is Envelope.PLAIN and options.output_format in _IMAGE_FORMATS
+    if is_one_image and request.num_images > 1:
+        problems["num_images"] = (
+            f"{request.num_images} pictures do not fit into one {options.output_format};"
+            ' ask for JSON: Accept: application/json or "output_format": "json"'
+        )
+
+
+def _without_call_fields(fields: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if name not in CALL_FIELDS}
+
+
+def _is_shared(name: str, message: Message) -> bool:
+    return any(known in message.shared for known in (name, *ALIASES.get(name, ())))
+
+
+def _invalid(
+    problems: dict[str, str], payload: Payload, headers: Mapping[str, str]
+) -> RequestError:
+    is_urlencoded = media_type(headers) == "application/x-www-form-urlencoded"
+    if payload.is_form and is_urlencoded and problems.get("prompt") == "is missing":
+        problems["prompt"] = HOW_TO_SEND
+    return InvalidRequest(summarise(problems), problems)

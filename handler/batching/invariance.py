@@ -1,0 +1,126 @@
+"""Which kinds of group were seen to keep their rows apart, and in which of their arguments.
+
+No table of modules says which of them look at one row for all. So a group is compared with one of
+its calls run alone, and that proves only what differed between them: as long as all timesteps were
+equal, nothing tells whether a module read them all or the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from handler.batching.merging import Arguments, edges, output_members
+
+__all__ = ["Places", "Proofs", "agree", "is_finite", "witnesses"]
+
+# Largest difference between a row computed in a batch and alone, relative to the largest value of
+# the output. Kernels round differently at other batch sizes; a module that mixes rows is far off.
+_ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
+_ROUNDING_HALF = 5e-2
+
+_MAX_KEYS = 4096
+
+Places = frozenset[Hashable]
+
+
+class Proofs:
+    """What was proven of every kind of group, a kind being its key."""
+
+    def __init__(self) -> None:
+        self.unmergeable: set[Hashable] = set()
+        self._unseen: dict[Hashable, Places] = {}
+
+    def differences(
+        self, key: Hashable, calls: Sequence[Arguments], rows: Sequence[int]
+    ) -> list[Places] | None:
+        """Where each call differs from the first, as far as that was not proven before.
+
+        None if nothing is left to prove. Rows are compared at their first and last: one that a
+        module might read for all.
+        """
+        unseen = self._unseen.get(key)
+        if unseen is not None and (not unseen or len(calls) == 1):
+            return None
+        ends = [edges(call, n, unseen) for call, n in zip(calls, rows, strict=True)]
+        different: list[set[Hashable]] = [set() for _ in calls]
+        for place in ends[0]:
+            for found, differs in zip(different, _differ([e[place] for e in ends]), strict=True):
+                if differs:
+                    found.add(place)
+        if unseen is not None and not any(different):
+            return None
+        return [frozenset(found) for found in different]
+
+    def proven(self, key: Hashable, call: Arguments, rows: int, places: Places) -> None:
+        """Remember that groups of this kind keep apart what differed in `places`."""
+        unseen = self._unseen.get(key)
+        if unseen is None:
+            unseen = frozenset(edges(call, rows))
+            _make_room(self._unseen)
+        self._unseen[key] = unseen - places
+
+    def refuted(self, key: Hashable) -> None:
+        """Remember that calls of this kind have to run alone."""
+        _make_room(self.unmergeable)
+        self.unmergeable.add(key)
+
+
+def witnesses(differences: Sequence[Places]) -> list[int]:
+    """The calls to run alone, so that each difference is seen in one of them; at least the last."""
+    left = frozenset[Hashable]().union(*differences)
+    chosen: list[int] = []
+    while left or not chosen:
+        most = max(range(len(differences)), key=lambda i: (len(differences[i] & left), i))
+        chosen.append(most)
+        left -= differences[most]
+    return chosen
+
+
+def is_finite(output: Any) -> bool:
+    if isinstance(output, torch.Tensor):
+        return not output.is_floating_point() or bool(output.isfinite().all())
+    return all(is_finite(member) for _, member in output_members(output) or ())
+
+
+def agree(together: Any, alone: Any, precision: torch.dtype | None = None) -> bool:
+    """Whether two outputs of a module are equal up to rounding, wherever they hold tensors.
+
+    `precision` is what the module computes in; its outputs may have a finer dtype.
+    """
+    if isinstance(alone, torch.Tensor):
+        if not isinstance(together, torch.Tensor) or together.shape != alone.shape:
+            return False
+        if not alone.is_floating_point():
+            return bool(torch.equal(together, alone))
+        if not alone.numel():
+            return True
+        bound = max(_ROUNDING.get(d, _ROUNDING_HALF) for d in (alone.dtype, precision) if d)
+        difference = (together.float() - alone.float()).abs().amax()
+        return bool(difference <= bound * alone.abs().amax().float() + 1e-6)
+    if type(together) is not type(alone):
+        return False
+    ours, theirs = output_members(together), output_members(alone)
+    if ours is None or theirs is None:
+        return True
+    return [name for name, _ in ours] == [name for name, _ in theirs] and all(
+        agree(mine, other, precision) for (_, mine), (_, other) in zip(ours, theirs, strict=True)
+    )
+
+
+def _differ(rows: Sequence[torch.Tensor]) -> list[bool]:
+    """Which of `rows` are not equal to the first; waits for the device once."""
+    first = rows[0]
+    if any(row.shape != first.shape for row in rows):
+        return [not torch.equal(row, first) for row in rows]
+    together = torch.stack(list(rows)).reshape(len(rows), -1)
+    differs: list[bool] = (together != together[:1]).any(1).tolist()
+    return differs
+
+
+def _make_room(keys: set[Hashable] | dict[Hashable, Places]) -> None:
+    """Forget all keys when they are too many: they hold what requests choose."""
+    if len(keys) >= _MAX_KEYS:
+        keys.clear()

@@ -1,0 +1,279 @@
+"""Run many calls of one unmodified diffusers pipeline at once, a forward of the denoiser for all.
+
+Every request runs the pipeline's own ``__call__`` in a greenlet of its own. Where that calls a
+module, the greenlet parks; a tick runs one forward for all parked calls that fit together, hands
+each its rows, and lets each run on to its next call::
+
+    request A ─▶ pipeline.__call__ ─▶ unet(x_A, t=981) ┐ park
+    request B ─▶ pipeline.__call__ ─▶ unet(x_B, t=401) ┤ park    merge ─▶ forward ─▶ split
+    request C ─▶ pipeline.__call__ ─▶ unet(x_C, t= 21) ┘ park      │
+        ▲───────────────── its rows to each ───────────────────────┘
+
+One thread runs all of it. Whoever owns the engine calls `step` from that thread and nothing else
+happens: no locks, no timers, and the same arrivals give the same ticks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from handler.engine import policy
+from handler.engine.forward import BatchedForward, Counters
+from handler.engine.parking import Parked, find_slots
+from handler.engine.policy import Limits
+from handler.engine.runs import Runs
+from handler.engine.submission import make_ticket
+from handler.engine.tick_times import Pace
+from handler.engine.ticket import State, StepEnd, Ticket
+from handler.errors import Cancelled, DeadlineExceeded
+from handler.pipelines.adapters import AdapterSets, scales_adapters
+from handler.pipelines.cost import Cost
+
+__all__ = ["BUCKETS", "InFlightEngine"]
+
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+"""Row counts to pad to, for forwards that are compiled or captured for a few shapes."""
+
+
+class InFlightEngine:
+    """Serves calls of `pipeline`, any number in flight, from the thread that calls `step`.
+
+    Args:
+        pipeline: any diffusers pipeline; left as it was by `close`.
+        modules: what to park (``"unet"``, ``"vae.decode"``); by default found by their names.
+        max_rows, max_pixels: what may be in flight at once, as `Cost` counts it.
+        max_overtakes: how many may pass one that waits for room, before nobody may.
+        exact: run every request's rows alone, bit-equal to the pipeline called directly.
+        buckets: row counts to pad forwards to, such as `BUCKETS`; none: no padding.
+        compile_forward: wraps each denoiser's real forward, such as `torch.compile`.
+        clock: seconds; deadlines and times are read from it and nothing else.
+
+    Raises:
+        ValueError: another engine serves the pipeline, the pipeline moves its modules between
+            devices, or a name in `modules` is wrong.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        *,
+        modules: Sequence[str] | None = None,
+        max_rows: int = 16,
+        max_pixels: int | None = None,
+        max_overtakes: int = 16,
+        exact: bool = False,
+        buckets: Sequence[int] = (),
+        compile_forward: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.pipeline = pipeline
+        self.exact = exact
+        self.clock = clock
+        self.limits = Limits(max_rows, max_pixels, max_overtakes)
+        # Up to the rows that may be in flight: a larger bucket would not fit either.
+        capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
+        self._forward = BatchedForward(clock, max_rows, capped, self._activate_adapters)
+        self._adapters = AdapterSets(pipeline)
+        self._runs = Runs(pipeline, self.limits, self._adapters, clock)
+        self._waiting: list[Ticket] = []
+        self._is_at_work = False
+        self._closed = False
+        self._pace = Pace()
+        self._slots = find_slots(pipeline, modules)
+        for slot in self._slots:
+            if compile_forward is not None and slot.is_denoiser:
+                slot.real = compile_forward(slot.real)
+        for slot in self._slots:
+            slot.install()
+
+    @property
+    def counters(self) -> Counters:
+        """What was done so far: forwards, rows, retries."""
+        return self._forward.counters
+
+    @property
+    def num_held_up(self) -> int:
+        """Requests that the next step would leave waiting."""
+        return len(self._waiting) - len(self._admission().joining)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to report."""
+        return bool(self._waiting or self._runs.parked or self._runs.ended)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._runs.parked)
+
+    @property
+    def in_flight(self) -> Cost:
+        """What the running requests occupy together."""
+        return sum((ticket.cost for ticket in self._runs.parked), Cost(0, 0))
+
+    def submit(
+        self,
+        kwargs: Mapping[str, Any],
+        *,
+        scheduler: str | Any | None = None,
+        deadline_s: float | None = None,
+        exact: bool | None = None,
+        adapters: Mapping[str, float] | None = None,
+        on_step: Callable[[StepEnd], None] | None = None,
+    ) -> Ticket:
+        """Queue one call of the pipeline with exactly these keyword arguments.
+
+        `scheduler` is a diffusers class name or a short name (``"euler"``), or a scheduler object
+        to copy. `deadline_s` is in seconds from now. `adapters` maps the names of
+        loaded adapters to weights. Give each call its own `generator`.
+
+        Raises:
+            ValueError: an argument, the scheduler or an adapter that the pipeline does not have.
+            TooLarge: it would never fit.
+            DeadlineExceeded: its steps would surely last longer, at the present pace.
+            RuntimeError: the engine is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the engine is closed")
+        ticket = make_ticket(
+            self.pipeline,
+            kwargs,
+            scheduler=scheduler,
+            deadline_s=deadline_s,
+            exact=self.exact if exact is None else exact,
+            adapters=adapters,
+            on_step=on_step,
+            limits=self.limits,
+            adapter_sets=self._adapters,
+            pace=self._pace,
+            now_s=self.clock(),
+        )
+        self._waiting.append(ticket)
+        return ticket
+
+    def step(self) -> list[Ticket]:
+        """One tick: drop who is out of time, admit, one forward a group. Returns who ended."""
+        started_s, served = self.clock(), list[Cost]()
+        try:
+            with self._at_work():
+                self._expire()
+                self._admit()
+                served = self._tick()
+        finally:
+            seconds = self.clock() - started_s
+            self.counters.tick_s += seconds
+        if served:
+            self._pace.note(seconds, served)
+        if not self._runs.parked:
+            self._pace.forget()
+        ended, self._runs.ended = self._runs.ended, []
+        return ended
+
+    def run(self) -> list[Ticket]:
+        """Step until nothing is left; returns who ended, in that order."""
+        ended = self.step()
+        while self.has_work:
+            ended += self.step()
+        return ended
+
+    def cancel(self, ticket: Ticket, reason: BaseException | None = None) -> bool:
+        """End `ticket` with `reason` (by default `Cancelled`); False if it had ended already.
+
+        Its rows are free at once. Called from within a request (an `on_step`), as soon as its turn
+        comes in this step or the next.
+        """
+        if ticket.ended:
+            return False
+        ticket.cancelling = ticket.cancelling or reason or Cancelled("the request was cancelled")
+        if not self._is_at_work:
+            with self._at_work():
+                self._end(ticket)
+        return True
+
+    def close(self) -> None:
+        """Cancel what is left and give the pipeline its methods back."""
+        if self._is_at_work:
+            raise RuntimeError("the engine cannot be closed from within a request")
+        self._closed = True
+        for ticket in [*self._waiting, *self._runs.parked]:
+            self.cancel(ticket, Cancelled("the engine was closed"))
+        for slot in self._slots:
+            slot.remove()
+        self._adapters.restore()
+        self._slots = []
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """While requests' code may run: with grad mode off, and once at a time."""
+        if self._is_at_work:
+            raise RuntimeError("the engine cannot be stepped from within a request")
+        self._is_at_work = True
+        try:
+            # Grad mode belongs to the thread: off here, greenlets may enter and leave `no_grad`
+            # in any order and only ever restore what is off already.
+            with torch.no_grad():
+                yield
+        finally:
+            self._is_at_work = False
+
+    def _expire(self) -> None:
+        live = [*self._waiting, *self._runs.parked]
+        for ticket in policy.expired(live, self.clock()):
+            ticket.cancelling = ticket.cancelling or DeadlineExceeded(
+                f"the deadline passed after {ticket.num_steps_done} steps"
+            )
+        for ticket in live:
+            if ticket.cancelling is not None:
+                self._end(ticket)
+
+    def _admission(self) -> policy.Admission:
+        """Who would join now; calls that must be alone join one by one."""
+        if self._runs.is_exclusive:
+            is_free = bool(self._waiting) and not self._runs.parked
+            return policy.Admission((0,) if is_free else (), {})
+        return policy.admit(self._waiting, self.in_flight, self.limits)
+
+    def _admit(self) -> None:
+        admission = self._admission()
+        for place, times in admission.overtaken.items():
+            self._waiting[place].overtaken += times
+        for ticket in [self._waiting[place] for place in admission.joining]:
+            self._waiting.remove(ticket)
+            # It joins the end of the line: served at the latest when all before it have been.
+            ticket.last_tick = self.counters.ticks
+            self._runs.start(ticket)
+
+    def _tick(self) -> list[Cost]:
+        """Give every parked call that may run one forward, and let its request run on.
+
+        Returns the costs of those that the denoiser served.
+        """
+        self.counters.ticks += 1
+        for ticket in policy.choose(list(self._runs.parked), self.limits):
+            ticket.last_tick = self.counters.ticks
+        calls = [p for t, p in self._runs.parked.items() if t.last_tick == self.counters.ticks]
+        served = [call.ticket.cost for call in calls if call.slot.is_denoiser]
+        for group in self._forward.group(calls):
+            for call, result in zip(group.calls, self._forward.run(group), strict=True):
+                if call.slot.is_denoiser:
+                    call.ticket.denoised_s = self.clock()
+                self._runs.resume(call.ticket, result)
+        return served
+
+    def _end(self, ticket: Ticket) -> None:
+        """End a ticket that is cancelled, wherever it is."""
+        if ticket.state is State.WAITING:
+            self._waiting.remove(ticket)
+        self._runs.unwind(ticket)
+
+    def _activate_adapters(self, calls: Sequence[Parked]) -> None:
+        scaled = any(scales_adapters(call.ticket.kwargs) for call in calls)
+        self._adapters.activate(calls[0].ticket.adapters, scaled=scaled)

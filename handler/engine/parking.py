@@ -1,0 +1,211 @@
+"""Find the calls of a pipeline that can wait for company, and make them wait.
+
+A parked call is a request's greenlet that stands inside ``module.forward(...)`` until the engine
+hands it its result. The instance attribute in front of the real method is the only thing replaced.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+
+from handler.batching.merging import num_rows
+from handler.engine.ticket import Ticket
+from handler.pipelines.adapters import scales_adapters
+
+__all__ = ["Parked", "RequestGreenlet", "Slot", "find_slots"]
+
+_log = logging.getLogger(__name__)
+
+_MAX_EXITS = 100
+
+# Marks the methods that an engine has put in front of the real ones.
+_PARKS = "_parks_requests"
+
+# Combined pipelines put the name of the pipeline inside in front: prior_prior, decoder_vqgan.
+_DENOISERS = re.compile(r"(\w+_)?(unet|transformer|prior|decoder)(_\d+)?$")
+_ENCODERS = re.compile(r"(\w+_)?(controlnet|text_encoder|image_encoder|adapter)(_\d+)?$")
+_AUTOENCODERS = re.compile(r"(\w+_)?(vae|movq|vqvae|vqgan)$")
+
+
+class RequestGreenlet(greenlet):
+    """The greenlet in which one request runs the pipeline's ``__call__``.
+
+    Made in the engine's own context, which every call that parks has to share.
+    """
+
+    def __init__(self, ticket: Ticket, call: Callable[[], Any]) -> None:
+        super().__init__(call)
+        self.ticket = ticket
+        self.context = _thread_context()
+
+    def exit(self) -> None:
+        """Unwind from wherever it stands; what it raises on its way out is nobody's result."""
+        self.parent = getcurrent()
+        # A pipeline that parks again on its way out is told once more, though not for ever.
+        for _ in range(_MAX_EXITS):
+            with suppress(Exception):
+                self.throw(GreenletExit)
+            if self.dead:
+                return
+        _log.error("request %d does not end when told to, and is abandoned", self.ticket.serial)
+
+
+@dataclass(eq=False, slots=True)
+class Slot:
+    """A method of a module that is parked: ``unet.forward``, ``vae.decode``."""
+
+    name: str
+    module: torch.nn.Module
+    method: str
+    is_denoiser: bool
+    real: Callable[..., Any]
+    """What serves batches: the module's own method, or faster code that may round otherwise."""
+    signature: inspect.Signature
+    attribute: Callable[..., Any] | None
+    """What the module itself had under this name; None where its class has the method."""
+    plain: Callable[..., Any] = field(init=False)
+    """The module's own method, for calls that must not differ from the pipeline called alone."""
+
+    def __post_init__(self) -> None:
+        self.plain = self.real
+
+    def install(self) -> None:
+        """Put `park` in front of the real method."""
+        real = self.real
+
+        @functools.wraps(real)
+        def parked(*args: Any, **kwargs: Any) -> Any:
+            return park(self, args, kwargs)
+
+        setattr(parked, _PARKS, True)
+        setattr(self.module, self.method, parked)
+
+    def remove(self) -> None:
+        """Leave the module as it was before `install`."""
+        if self.attribute is None:
+            self.module.__dict__.pop(self.method, None)
+        else:
+            setattr(self.module, self.method, self.attribute)
+
+
+@dataclass(eq=False, slots=True)
+class Parked:
+    """One call of one request, waiting for its result."""
+
+    slot: Slot
+    ticket: Ticket
+    bound: inspect.BoundArguments
+    num_rows: int
+    """Its batch size; 0 for a call without tensors."""
+
+
+def park(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Wait for the engine's result of this call; calls that cannot wait are run where they stand.
+
+    Those are: a call from outside any request; a call under a thread's context that differs from
+    the engine's (gradients, inference mode, autocast), since that context would follow the thread
+    and not the request; a text encoder between the scaling and unscaling of its LoRA weights.
+    """
+    current = getcurrent()
+    if not isinstance(current, RequestGreenlet) or _thread_context() != current.context:
+        return slot.plain(*args, **kwargs)
+    if not slot.is_denoiser and scales_adapters(current.ticket.kwargs):
+        return slot.plain(*args, **kwargs)
+    engine = current.parent
+    assert engine is not None
+    bound = slot.signature.bind(*args, **kwargs)
+    rows = num_rows(bound.arguments) or 0
+    return engine.switch(Parked(slot, current.ticket, bound, rows))
+
+
+def find_slots(pipeline: Any, names: Iterable[str] | None = None) -> list[Slot]:
+    """The methods of `pipeline` to park, found by diffusers' component names or given by `names`.
+
+    A name is a component (``"unet"``, meaning its forward) or a component's method
+    (``"vae.decode"``).
+
+    Raises:
+        ValueError: a given name is no module of the pipeline; a module was compiled in place, is
+            moved between devices or serves another engine.
+    """
+    if getattr(pipeline, "_all_hooks", None):
+        raise ValueError(
+            "this pipeline offloads its modules to the CPU between calls, which requests in "
+            "flight cannot share; load it without enable_model_cpu_offload"
+        )
+    modules = {
+        name: component
+        for name, component in pipeline.components.items()
+        if isinstance(component, torch.nn.Module)
+    }
+    wanted = list(names) if names is not None else list(_default_names(modules))
+    slots = [_make_slot(modules, name) for name in wanted]
+    return list({(id(slot.module), slot.method): slot for slot in slots}.values())
+
+
+def _make_slot(modules: dict[str, torch.nn.Module], name: str) -> Slot:
+    """The slot of a component, or of a component's method, by its name."""
+    component, _, method = name.partition(".")
+    method = method or "forward"
+    if component not in modules or not hasattr(modules[component], method):
+        raise ValueError(f"cannot park {name!r}; the pipeline's modules are {sorted(modules)}")
+    module = modules[component]
+    # `torch.compile(module)` wraps a module: it has a forward of its own, that takes anything,
+    # and passes the rest on.
+    original = getattr(module, "_orig_mod", module)
+    if method != "forward":
+        module = original
+    if original._compiled_call_impl is not None:
+        raise ValueError(
+            f"{component} was compiled in place, where the engine would be compiled with it; "
+            "let the engine compile its forward (compile_forward=torch.compile)"
+        )
+    real = getattr(module, method)
+    if hasattr(real, _PARKS) or hasattr(getattr(original, method), _PARKS):
+        raise ValueError(f"{name} serves another engine already; close() that one, or submit to it")
+    return Slot(
+        name=f"{component}.{method}",
+        module=module,
+        method=method,
+        is_denoiser=method == "forward" and _ENCODERS.match(component) is None,
+        real=real,
+        signature=inspect.signature(getattr(original, method)),
+        attribute=module.__dict__.get(method),
+    )
+
+
+def _default_names(modules: dict[str, torch.nn.Module]) -> Iterable[str]:
+    for name, module in modules.items():
+        if _DENOISERS.match(name) or _ENCODERS.match(name):
+            yield name
+        elif _AUTOENCODERS.match(name) and hasattr(module, "decode") and not _is_upcast(module):
+            yield f"{name}.decode"
+
+
+def _is_upcast(autoencoder: Any) -> bool:
+    """Whether pipelines cast `autoencoder` to float32 around its decoding, and back.
+
+    A request that parked in between would leave it in the wrong precision for the others.
+    """
+    wants_it = getattr(getattr(autoencoder, "config", None), "force_upcast", False)
+    return bool(wants_it) and autoencoder.dtype == torch.float16
+
+
+def _thread_context() -> tuple[bool, ...]:
+    """What torch keeps per thread and changes how a forward runs."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )

@@ -1,0 +1,120 @@
+"""The requests in flight: each runs in a greenlet of its own, from one parked call to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent
+
+from handler.engine.forward import Failure
+from handler.engine.parking import Parked, RequestGreenlet
+from handler.engine.policy import Limits
+from handler.engine.ticket import State, Ticket, release_frames
+from handler.engine.view import make_view
+from handler.errors import Cancelled, TooLarge
+from handler.pipelines.adapters import AdapterSets, scales_adapters
+from handler.pipelines.shared_state import SharedState
+
+__all__ = ["Runs"]
+
+
+class Runs:
+    """Starts requests on `pipeline`, lets them run on, and ends them, each exactly once."""
+
+    def __init__(
+        self, pipeline: Any, limits: Limits, adapters: AdapterSets, clock: Callable[[], float]
+    ) -> None:
+        self.parked: dict[Ticket, Parked] = {}
+        self.ended: list[Ticket] = []
+        """Those that nobody was told of yet."""
+        self._pipeline = pipeline
+        self._limits = limits
+        self._adapters = adapters
+        self._clock = clock
+        self._shared_state = SharedState(pipeline)
+
+    @property
+    def is_exclusive(self) -> bool:
+        """Whether there may be one only, since it changes what all of them share."""
+        return self._shared_state.is_exclusive
+
+    def start(self, ticket: Ticket) -> None:
+        """Run the pipeline's ``__call__`` until it parks for the first time."""
+
+        def call() -> Any:
+            self._adapters.activate(ticket.adapters, scaled=scales_adapters(ticket.kwargs))
+            view, kwargs = make_view(self._pipeline, ticket)
+            return view(**kwargs)
+
+        ticket.run = RequestGreenlet(ticket, call)
+        ticket.state, ticket.admitted_s = State.RUNNING, self._clock()
+        self._continue(ticket, ticket.run.switch)
+
+    def resume(self, ticket: Ticket, result: Any) -> None:
+        """Hand a parked call its result, or the error of its forward, and run on."""
+        run = ticket.run
+        assert run is not None
+        if ticket.cancelling is not None:
+            self.unwind(ticket)
+        elif isinstance(result, Failure):
+            self._continue(ticket, run.throw, result.error)
+        else:
+            self._continue(ticket, run.switch, result)
+
+    def unwind(self, ticket: Ticket) -> None:
+        """End a request wherever it stands; its greenlet runs its `finally` clauses and is gone."""
+        reason, run = ticket.cancelling, ticket.run
+        assert reason is not None
+        try:
+            if isinstance(run, RequestGreenlet):
+                self.parked.pop(ticket, None)
+                run.exit()
+        finally:
+            self._end(ticket, State.FAILED, reason)
+
+    def _continue(self, ticket: Ticket, switch: Callable[..., Any], *value: Any) -> None:
+        """Let the request run to its next parked call or to its end."""
+        assert ticket.run is not None
+        ticket.run.parent = getcurrent()
+        self.parked.pop(ticket, None)
+        try:
+            reached = switch(*value)
+        except BaseException as error:
+            release_frames(error)
+            self._end(ticket, State.FAILED, ticket.cancelling or error)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            if not ticket.run.dead:
+                self.parked[ticket] = reached
+                self._correct_cost(ticket, reached)
+            elif ticket.cancelling is not None:
+                self._end(ticket, State.FAILED, ticket.cancelling)
+            elif isinstance(reached, GreenletExit):  # which greenlet returns where it is raised
+                self._end(ticket, State.FAILED, Cancelled("the request ended itself"))
+            else:
+                self._end(ticket, State.DONE, reached)
+        finally:
+            # What a request leaves switched on would follow the thread to the others.
+            torch.set_grad_enabled(False)
+
+    def _correct_cost(self, ticket: Ticket, parked: Parked) -> None:
+        """Replace the estimated rows by those that the denoiser is really called with."""
+        if not parked.slot.is_denoiser:
+            return
+        rows = parked.num_rows
+        if rows > self._limits.max_rows:
+            too_large = TooLarge(self._limits.refusal(replace(ticket.cost, rows=rows)))
+            ticket.cancelling = ticket.cancelling or too_large
+            self.unwind(ticket)
+        else:
+            ticket.cost = replace(ticket.cost, rows=rows)
+
+    def _end(self, ticket: Ticket, state: State, outcome: Any) -> None:
+        if ticket.run is not None:
+            self._shared_state.restore()
+        ticket.end(state, outcome, self._clock())
+        self.ended.append(ticket)

@@ -1,0 +1,1 @@
+"""From an unpacked archive to a diffusers pipeline on its device."""

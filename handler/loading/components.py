@@ -1,0 +1,257 @@
+"""Builds a pipeline's models over mapped weights; changes with how models take state dicts."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from handler.errors import ArchiveError
+from handler.loading.model_dir import Extent, OpenedPipeline
+from handler.loading.safetensors_map import map_tensors
+from handler.loading.variants import select_weights
+
+__all__ = [
+    "NotMappableError",
+    "build_model",
+    "check_pipeline_class",
+    "check_vocabulary",
+    "load_components",
+    "resolve_class",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class NotMappableError(Exception):
+    """This component wants diffusers' own loading; the message says why."""
+
+
+def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any]:
+    """Return every model of the pipeline, built; the rest is left to from_pretrained.
+
+    Raises: ArchiveError.
+    """
+    index = json.loads((opened.folder / "model_index.json").read_bytes())
+    components = {}
+    for name, value in index.items():
+        if not isinstance(value, list) or value[0] is None or name.startswith("_"):
+            continue
+        cls = resolve_class(name, value[0], value[1])
+        check_vocabulary(name, cls, (each.name for each in (opened.folder / name).glob("*")))
+        if not issubclass(cls, torch.nn.Module):
+            continue
+        extents = {
+            path: extent for path, extent in opened.weights.items() if path.startswith(f"{name}/")
+        }
+        if not extents:
+            raise ArchiveError(
+                f"{name}: has no safetensors weights; "
+                "save the pipeline with safe_serialization=True"
+            )
+        components[name] = _load_component(opened, name, cls, extents, dtype)
+    return components
+
+
+def resolve_class(name: str, library: str, class_name: str) -> type:
+    """Return the class that model_index.json names for the component `name`.
+
+    Raises: ArchiveError, where the installed libraries have none, or one that is no component.
+    """
+    import diffusers
+    import transformers
+    from diffusers import pipelines
+
+    known = {"diffusers": diffusers, "transformers": transformers}
+    module = known.get(library) or getattr(pipelines, library, None)
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        raise ArchiveError(
+            f"{name}: {library}.{class_name} does not exist in the installed version; "
+            "requirements.txt in the archive names the one it was made with"
+        )
+    bases = (
+        diffusers.ModelMixin,
+        diffusers.SchedulerMixin,
+        transformers.PreTrainedModel,
+        transformers.PreTrainedTokenizerBase,
+        transformers.FeatureExtractionMixin,
+        transformers.ImageProcessingMixin,
+        transformers.ProcessorMixin,
+    )
+    if not issubclass(found, bases):
+        raise ArchiveError(f"{name}: {library}.{class_name} is no model, scheduler or tokenizer")
+    return found
+
+
+def check_pipeline_class(index: Mapping[str, object]) -> None:
+    """Check that diffusers has the pipeline of `index`, with all the components that it wants.
+
+    Raises: ArchiveError.
+    """
+    import diffusers
+
+    name = str(index["_class_name"])
+    found = getattr(diffusers, name, None)
+    if (
+        not isinstance(found, type)
+        or not issubclass(found, diffusers.DiffusionPipeline)
+        or found is diffusers.DiffusionPipeline
+    ):
+        raise ArchiveError(f"diffusers {diffusers.__version__} has no pipeline {name}")
+    cls: Any = found
+    wanted = {
+        each.name
+        for each in inspect.signature(cls).parameters.values()
+        if each.default is each.empty and each.kind is not each.VAR_KEYWORD
+    }
+    if missing := sorted(wanted - index.keys() - {*cls._optional_components}):
+        raise ArchiveError(f"{name} needs components that the pipeline lacks: {', '.join(missing)}")
+
+
+def check_vocabulary(name: str, cls: type, files: Iterable[str]) -> None:
+    """Refuse a tokenizer whose `files` hold no words: transformers makes an empty one of that.
+
+    Every prompt would become the same numbers. Raises: ArchiveError.
+    """
+    import transformers
+
+    if not issubclass(cls, transformers.PreTrainedTokenizerBase):
+        return
+    names: dict[str, str] = cls.vocab_files_names  # type: ignore[attr-defined]
+    if not names:  # it reads letters, not words
+        return
+    known = {*names.values(), "tokenizer.json", "vocab.json", "vocab.txt"}
+    known.discard("merges.txt")
+    if not any(file in known or file.endswith((".model", ".tiktoken")) for file in files):
+        raise ArchiveError(
+            f"{name}: has no vocabulary ({', '.join(sorted(known))}): get the tokenizer's files"
+        )
+
+
+def _load_component(
+    opened: OpenedPipeline,
+    name: str,
+    cls: type,
+    extents: Mapping[str, Extent],
+    dtype: torch.dtype,
+) -> Any:
+    folder = opened.folder / name
+    paths, variant = select_weights(name, extents, str(dtype).removeprefix("torch."))
+    try:
+        if not paths:
+            raise NotMappableError("its weights have unusual names")
+        state: dict[str, torch.Tensor] = {}
+        for path in paths:
+            state.update(map_tensors(extents[path], path))
+        return build_model(cls, folder, state, dtype)
+    except NotMappableError as reason:
+        logger.warning("slow start: %s is copied, not mapped: %s", name, reason)
+    opened.copy_weights(name)
+    model, info = cls.from_pretrained(  # type: ignore[attr-defined]
+        folder,
+        dtype=dtype,
+        variant=variant,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    _refuse_gaps(name, info)
+    return model
+
+
+def build_model(
+    cls: type, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
+) -> torch.nn.Module:
+    """Build the model `cls` of the configuration in `folder` around the tensors of `state`.
+
+    Tensors that have the wanted dtype are not copied. Raises: NotMappableError; RuntimeError or
+    ValueError, where shapes do not fit the configuration.
+    """
+    import diffusers
+    import transformers
+
+    model: torch.nn.Module
+    if issubclass(cls, diffusers.ModelMixin):
+        model = _diffusers_model(cls, folder, state, dtype)
+    elif issubclass(cls, transformers.PreTrainedModel):
+        model = _transformers_model(cls, folder, state, dtype)
+    else:
+        raise NotMappableError(f"{cls.__name__} is neither a diffusers nor a transformers model")
+    return model
+
+
+@contextmanager
+def _building(dtype: torch.dtype) -> Iterator[None]:
+    """Build modules with meta parameters and with buffers of `dtype`, as from_pretrained does."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with init_empty_weights():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _diffusers_model(
+    cls: Any, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
+) -> Any:
+    config = cls.load_config(folder)
+    if config.get("quantization_config"):
+        raise NotMappableError("it is quantized")
+    with _building(dtype):
+        model = cls.from_config(config)
+    model._fix_state_dict_keys_on_load(state)
+    expected = model.state_dict()
+    missing = expected.keys() - state.keys()
+    wrong = {
+        key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape
+    }
+    _refuse_gaps(folder.name, {"missing_keys": missing, "mismatched_keys": wrong})
+    if unexpected := sorted(state.keys() - expected.keys()):
+        logger.warning(
+            "%s: %d weights are not used, such as %s", folder.name, len(unexpected), unexpected[0]
+        )
+        state = {key: state[key] for key in expected}
+    keep = cls._keep_in_fp32_modules or []
+    for key, tensor in state.items():
+        if tensor.is_floating_point():
+            is_kept = any(part in keep for part in key.split("."))
+            state[key] = tensor.to(torch.float32 if is_kept else dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.register_to_config(_name_or_path=str(folder))
+    return model.eval()
+
+
+def _transformers_model(
+    cls: Any, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
+) -> Any:
+    config = cls.config_class.from_pretrained(folder, local_files_only=True)
+    if getattr(config, "quantization_config", None):
+        raise NotMappableError("it is quantized")
+    model, info = cls.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    _refuse_gaps(folder.name, info)
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        from transformers import GenerationConfig
+
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model.eval()
+
+
+def _refuse_gaps(name: str, info: Mapping[str, Any]) -> None:
+    """Refuse a model that a library filled up: it does so with random numbers and a warning."""
+    wrong = (each if isinstance(each, str) else each[0] for each in info["mismatched_keys"])
+    if odd := sorted({*info["missing_keys"], *wrong}):
+        raise ArchiveError(
+            f"{name}: {len(odd)} weights are missing or of the wrong shape, such as {odd[0]}"
+        )

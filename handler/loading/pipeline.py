@@ -1,0 +1,153 @@
+"""Turns an opened pipeline into one that draws; changes with diffusers' way of loading.
+
+Weights are mapped where they lie and handed to ``DiffusionPipeline.from_pretrained`` as finished
+components. A component that cannot be mapped is loaded by diffusers itself, from a copy.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from handler.errors import ArchiveError, ConfigError
+from handler.library_logs import quiet_libraries
+from handler.loading.contents import LORA_FOLDER, MODEL_INDEX
+from handler.loading.model_dir import Extent, OpenedPipeline, check_loras, open_pipeline
+from handler.loading.safetensors_map import map_tensors
+from handler.messages import first_lines
+
+if TYPE_CHECKING:
+    from handler.config import HandlerConfig
+
+__all__ = [
+    "LoadedPipeline",
+    "choose_device",
+    "choose_dtype",
+    "load_opened",
+    "load_pipeline",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedPipeline:
+    """A diffusers pipeline on its device. `pipeline` is as untyped as diffusers is."""
+
+    pipeline: Any
+    device: torch.device
+    dtype: torch.dtype
+
+
+def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
+    """Return the configured device, else the GPU that TorchServe gave, else the CPU."""
+    if configured is None:
+        has_gpu = torch.cuda.is_available() and gpu_id is not None and gpu_id >= 0
+        return torch.device(f"cuda:{gpu_id}" if has_gpu else "cpu")
+    try:
+        device = torch.device(configured)
+    except RuntimeError as error:
+        raise ConfigError(f"device is {configured!r}: wanted cpu, cuda or cuda:<n>") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device is {configured!r}, but torch finds no CUDA device here")
+    if configured == "cuda" and gpu_id is not None and gpu_id >= 0:
+        return torch.device("cuda", gpu_id)
+    return device
+
+
+def choose_dtype(configured: str | None, device: torch.device) -> torch.dtype:
+    """Return the configured precision, else float16 on CUDA and float32 on the CPU."""
+    known = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+    if configured is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    if configured not in known:
+        raise ConfigError(f"dtype is {configured!r}: wanted one of {', '.join(known)}")
+    return known[configured]
+
+
+def load_pipeline(model_dir: Path, config: HandlerConfig, gpu_id: int | None) -> LoadedPipeline:
+    """Load the pipeline in TorchServe's `model_dir` as `config` says; never asks the network.
+
+    Raises: ArchiveError, ConfigError.
+    """
+    try:
+        with open_pipeline(model_dir) as opened:
+            loras = sorted((model_dir / LORA_FOLDER).glob("*.safetensors"))
+            check_loras(model_dir, loras)
+            return load_opened(opened, loras, config, gpu_id)
+    except OSError as error:
+        raise ArchiveError(f"{model_dir}: cannot be opened: {error}") from error
+
+
+def load_opened(
+    opened: OpenedPipeline, loras: Sequence[Path], config: HandlerConfig, gpu_id: int | None
+) -> LoadedPipeline:
+    """Load what `open_pipeline` opened, with `loras` active. Raises: ArchiveError, ConfigError."""
+    device = choose_device(config.device, gpu_id)
+    dtype = choose_dtype(config.dtype, device)
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    with _offline(), quiet_libraries():
+        try:
+            pipeline = _from_pretrained(opened, dtype)
+            _load_loras(pipeline, loras)
+        except ArchiveError:
+            raise
+        except Exception as error:
+            # Whatever the libraries make of a wrong file ends the start with one clear line.
+            raise ArchiveError(f"the pipeline does not load: {first_lines(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    if device.type != "cpu":
+        pipeline.to(device)
+    return LoadedPipeline(pipeline, device, dtype)
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep the hub's client from the network, whoever imported it before."""
+    from huggingface_hub import constants
+
+    was_offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = was_offline
+
+
+def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
+    from diffusers import DiffusionPipeline
+
+    from handler.loading.components import check_pipeline_class, load_components
+
+    check_pipeline_class(json.loads((opened.folder / MODEL_INDEX).read_bytes()))
+    components = load_components(opened, dtype)
+    return DiffusionPipeline.from_pretrained(
+        os.fspath(opened.folder),
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        **components,
+    )
+
+
+def _load_loras(pipeline: Any, paths: Sequence[Path]) -> None:
+    """Load the LoRAs that were packed, each as the adapter of its file's name; all are active."""
+    for path in paths:
+        state = map_tensors(Extent(path, 0, path.stat().st_size), str(path))
+        try:
+            pipeline.load_lora_weights(state, adapter_name=path.stem)
+        except (AttributeError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            raise ArchiveError(
+                f"{path}: this LoRA does not fit the pipeline: {first_lines(error)}"
+            ) from error
+    if paths:
+        pipeline.set_adapters([path.stem for path in paths])

@@ -1,0 +1,1 @@
+"""What we know of diffusers' pipelines: their parameters, costs, schedulers and adapters."""

@@ -1,0 +1,32 @@
+"""The keyword arguments that a request becomes for the pipeline's ``__call__``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from handler.api.request import GenerationRequest
+
+__all__ = ["pipeline_arguments"]
+
+
+def pipeline_arguments(request: GenerationRequest, parameters: frozenset[str]) -> dict[str, Any]:
+    """The keyword arguments of the pipeline's ``__call__``, those it has of `parameters`.
+
+    Every picture has a generator of its own, on the CPU: the same seed gives the same noise on any
+    device, and in company as alone.
+    """
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+    arguments = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "num_inference_steps": request.num_inference_steps,
+        "guidance_scale": request.guidance_scale,
+        "height": request.height,
+        "width": request.width,
+        "num_images_per_prompt": request.num_images,
+        "generator": generators if request.num_images > 1 else generators[0],
+        "output_type": "pil",
+    }
+    return {name: value for name, value in arguments.items() if name in parameters}

@@ -1,0 +1,70 @@
+"""What requests may ask of a loaded pipeline: its parameters, schedulers and sizes."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any
+
+from handler.api.traits import PipelineTraits
+from handler.library_logs import quiet_diffusers
+from handler.pipelines.schedulers import compatible_schedulers, least_steps
+
+__all__ = ["describe"]
+
+
+def describe(pipeline: Any) -> PipelineTraits:
+    """Say what requests may ask of `pipeline`."""
+    return PipelineTraits(
+        schedulers=compatible_schedulers(pipeline),
+        size_multiple_px=_size_multiple_px(pipeline),
+        parameters=frozenset(inspect.signature(type(pipeline).__call__).parameters) - {"self"},
+        least_steps=least_steps(pipeline),
+    )
+
+
+def _size_multiple_px(pipeline: Any) -> int:
+    """Return what height and width must be multiples of, to come out exactly as asked.
+
+    The latents' scale, times the patch that the transformer cuts them into; and never less than
+    the pipeline's own check wants (Stable Diffusion's is 8 whatever its VAE).
+    """
+    scale = getattr(pipeline, "vae_scale_factor", None)
+    scale = scale or getattr(pipeline, "movq_scale_factor", None) or 8
+    return math.lcm(int(scale) * _patch_size(pipeline), _checked_multiple_px(pipeline))
+
+
+def _patch_size(pipeline: Any) -> int:
+    if hasattr(pipeline, "_pack_latents"):
+        return 2
+    config = getattr(getattr(pipeline, "transformer", None), "config", {})
+    sizes = config.get("patch_size") or config.get("all_patch_size") or 1
+    return sizes if isinstance(sizes, int) else max(int(size) for size in sizes)
+
+
+def _checked_multiple_px(pipeline: Any) -> int:
+    """Return the smallest power of two whose odd multiples pass the pipeline's check_inputs."""
+    check = getattr(pipeline, "check_inputs", None)
+    if check is None:
+        return 1
+    parameters = inspect.signature(check).parameters
+    if not {"height", "width"} <= parameters.keys():
+        return 1
+    known = {"prompt": "a", "callback_steps": 1, "callback_on_step_end_tensor_inputs": []}
+    fixed = {
+        name: known.get(name)
+        for name, each in parameters.items()
+        if name not in ("height", "width")
+        and (name in known or each.default is inspect.Parameter.empty)
+        and each.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    for power in range(9):
+        side_px = 33 << power
+        try:
+            with quiet_diffusers():
+                check(**fixed, height=side_px, width=side_px)
+        except (ValueError, TypeError, AttributeError) as error:
+            if "divisible" in str(error):
+                continue
+        return 1 << power
+    return 1

@@ -1,0 +1,51 @@
+"""What a prompt loses to the tokenizers of a pipeline."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from handler.api.request import GenerationRequest
+
+__all__ = ["prompt_warnings"]
+
+# Tokenizers without a limit of their own report a number as large as this.
+_NO_LIMIT = 10**9
+
+
+def prompt_warnings(pipeline: Any, request: GenerationRequest) -> tuple[str, ...]:
+    """One warning for each prompt that no text encoder of the pipeline reads to its end.
+
+    A pipeline with several tokenizers is judged by the one with the largest window.
+    """
+    tokenizers = [
+        part
+        for name, part in pipeline.components.items()
+        if name.startswith("tokenizer") and part is not None
+    ]
+    prompts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+    warnings = []
+    for name, text in prompts.items():
+        if not text or not tokenizers:
+            continue
+        dropped, window = min(_dropped_tokens(pipeline, t, text) for t in tokenizers)
+        if dropped:
+            warnings.append(
+                f"the last {dropped} tokens of the {name} were dropped:"
+                f" the text encoder reads {window}"
+            )
+    return tuple(warnings)
+
+
+def _dropped_tokens(pipeline: Any, tokenizer: Any, text: str) -> tuple[int, int]:
+    """How many tokens of `text` are cut off, and the tokenizer's window without special tokens."""
+    window = tokenizer.model_max_length
+    call = inspect.signature(type(pipeline).__call__).parameters
+    if "max_sequence_length" in call and "CLIP" not in type(tokenizer).__name__:
+        window = min(window, call["max_sequence_length"].default)
+    if window > _NO_LIMIT:
+        return 0, window
+    ids: Sequence[int] = tokenizer(text, truncation=False, verbose=False).input_ids
+    num_special = tokenizer.num_special_tokens_to_add()
+    return max(0, len(ids) - window), window - num_special

@@ -1,0 +1,53 @@
+"""What became of a ticket, as the client is told: its pictures and times, or its error."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from handler.api.request import GenerationRequest
+from handler.api.result import Result, Timings
+from handler.engine.forward import is_out_of_memory
+from handler.engine.ticket import Ticket
+from handler.errors import EngineFault, InvalidRequest, OutOfMemory, RequestError
+from handler.pipelines.prompts import prompt_warnings
+
+__all__ = ["as_request_error", "pipeline_fault", "result_of"]
+
+logger = logging.getLogger(__name__)
+
+
+def result_of(ticket: Ticket, request: GenerationRequest, pipeline: Any) -> Result:
+    """What `pipeline` drew for `request`; its ticket is done."""
+    assert ticket.admitted_s is not None
+    assert ticket.ended_s is not None
+    denoised_s = ticket.denoised_s or ticket.ended_s
+    return Result(
+        request=request,
+        images=tuple(ticket.result().images),
+        timings=Timings(
+            queue_s=ticket.admitted_s - ticket.submitted_s,
+            denoise_s=denoised_s - ticket.admitted_s,
+            decode_s=ticket.ended_s - denoised_s,
+        ),
+        warnings=prompt_warnings(pipeline, request),
+    )
+
+
+def as_request_error(error: BaseException, num_steps_done: int) -> RequestError:
+    """What a client is told of `error`, which ended its request after so many steps."""
+    if isinstance(error, RequestError):
+        return error
+    if is_out_of_memory(error):
+        return OutOfMemory(
+            "the picture does not fit into the device's memory, even alone; ask for a smaller one"
+        )
+    if isinstance(error, ValueError) and not num_steps_done:
+        return InvalidRequest(f"the pipeline refuses the request: {error}")
+    return pipeline_fault(error)
+
+
+def pipeline_fault(error: BaseException) -> EngineFault:
+    """What a client is told of an error that is nobody's but the pipeline's; logs the error."""
+    logger.error("the pipeline failed", exc_info=error)
+    return EngineFault(f"the pipeline failed: {type(error).__name__}; the server's log says why")

@@ -1,0 +1,138 @@
+"""Copies bytes to their place and takes their checksums; changes with what makes that fast.
+
+Members are copied several at once, each by two threads: one reads, takes the CRC-32 and writes,
+through buffers that stay in a core's own cache; the other takes the SHA-256, which is slower than
+both. No byte is read twice, and what is in memory does not grow with what is copied.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from handler.errors import ArchiveError
+from handler.zips.crc32 import crc32
+from scripts.console import Progress
+
+__all__ = ["Content", "Copier", "FileContent", "Place", "Sums", "copy_hashed"]
+
+_CHUNK_BYTES = 512 << 10
+_CHUNKS_AHEAD = 4
+_MOST_AT_ONCE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class FileContent:
+    """The bytes of the whole file `path`; `progress` hears of them as they are copied."""
+
+    path: Path
+    progress: Progress = lambda num_bytes: None
+
+
+Buffer = bytes | bytearray | memoryview
+Content = FileContent | Iterable[Buffer]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Room for exactly `size_bytes` from `offset` of an open file; `name` is for messages."""
+
+    name: str
+    descriptor: int
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sums:
+    """The checksums of what was copied."""
+
+    crc32: int
+    sha256: str
+
+
+class Copier:
+    """Copies several contents at once, in threads that end with its context.
+
+    Where the context ends by an exception, copies in flight stop where they are.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=min(_MOST_AT_ONCE, os.cpu_count() or 1))
+        self._stopped = threading.Event()
+
+    def __enter__(self) -> Copier:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None:
+            self._stopped.set()
+        self._pool.shutdown(cancel_futures=error is not None)
+
+    def submit(self, content: Content, place: Place) -> Callable[[], Sums]:
+        """Begin to copy; the result waits for its end, and raises what `copy_hashed` does."""
+        return self._pool.submit(copy_hashed, content, place, self._stopped).result
+
+
+def copy_hashed(content: Content, place: Place, stopped: threading.Event | None = None) -> Sums:
+    """Write `content` to `place`; give up halfway where `stopped` is set.
+
+    Raises: ArchiveError, where it has more or less bytes than there is room for.
+    """
+    checksum = written = 0
+    sha256 = hashlib.sha256()
+    pending: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(max_workers=1) as hasher:
+        for chunk in _read(content) if isinstance(content, FileContent) else content:
+            if stopped is not None and stopped.is_set():
+                raise ArchiveError(f"{place.name} was not packed to its end")
+            if written + len(chunk) > place.size_bytes:
+                raise _changed(place, "more")
+            checksum = crc32(chunk, checksum)
+            _write(chunk, place.descriptor, place.offset + written)
+            written += len(chunk)
+            if len(pending) == _CHUNKS_AHEAD:
+                pending.popleft().result()
+            pending.append(hasher.submit(sha256.update, chunk))
+    if written < place.size_bytes:
+        raise _changed(place, str(written))
+    return Sums(checksum, sha256.hexdigest())
+
+
+def _changed(place: Place, found: str) -> ArchiveError:
+    return ArchiveError(
+        f"{place.name} changed while it was packed: {place.size_bytes} → {found} bytes"
+    )
+
+
+def _read(content: FileContent) -> Iterator[memoryview]:
+    """Read a file chunk by chunk; a chunk's buffer is used again after `_CHUNKS_AHEAD` others."""
+    buffers = [memoryview(bytearray(_CHUNK_BYTES)) for _ in range(_CHUNKS_AHEAD + 1)]
+    with content.path.open("rb", buffering=0) as source:
+        while True:
+            buffers.append(buffers.pop(0))
+            length = source.readinto(buffers[-1])
+            if not length:
+                return
+            yield buffers[-1][:length]
+            content.progress(length)
+
+
+def _write(chunk: Buffer, descriptor: int, offset: int) -> None:
+    """Write all of `chunk`: one pwrite may take less."""
+    left = memoryview(chunk)
+    while left:
+        count = os.pwrite(descriptor, left, offset)
+        left, offset = left[count:], offset + count

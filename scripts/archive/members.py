@@ -1,0 +1,72 @@
+"""Streams a pipeline's files into an archive; changes with what packed files look like."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from handler.loading.safetensors_map import Header, read_header
+from scripts.archive.copying import Content, FileContent
+from scripts.archive.pipeline_files import PipelineFile
+from scripts.archive.precision import PRECISIONS, ConvertedFile
+from scripts.archive.zip_writer import Container
+from scripts.console import Progress
+
+__all__ = ["Payload", "most_zip_bytes", "payload", "write_payload"]
+
+ALIGN_BYTES = 64  # no tensor of a mapped file then straddles a cache line at its begin
+_HEADER_ROOM_BYTES = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """A member to be written: `content` gives its bytes; `header` is there for weights."""
+
+    name: str
+    size_bytes: int
+    content: Callable[[Progress], Content]
+    header: Header | None = None
+
+
+def payload(file: PipelineFile, dtype_name: str | None = None) -> Payload:
+    """Say how `file` is packed; its floats in `dtype_name` (a torch name), if one is given.
+
+    Raises: ArchiveError, where a safetensors file is damaged.
+    """
+    data = file.data
+    if data is not None:
+        return Payload(file.name, len(data), lambda progress: [data])
+    if not file.is_weights:
+        return Payload(
+            file.name, file.size_bytes, lambda progress: FileContent(file.path, progress)
+        )
+    if dtype_name is not None:
+        converted = ConvertedFile(file.path, PRECISIONS[dtype_name])
+        if converted.is_changed:
+            size_bytes = converted.size_bytes
+            return Payload(file.name, size_bytes, converted.chunks, converted.header)
+    with file.path.open("rb") as source:
+        header = read_header(source, file.size_bytes, str(file.path))
+    return Payload(
+        file.name, file.size_bytes, lambda progress: FileContent(file.path, progress), header
+    )
+
+
+def most_zip_bytes(payloads: Sequence[Payload]) -> int:
+    """Return a bound on the size of a zip of `payloads`."""
+    return sum(each.size_bytes for each in payloads) + _HEADER_ROOM_BYTES * (len(payloads) + 1)
+
+
+def write_payload(container: Container, each: Payload, progress: Progress) -> None:
+    """Write one member; the tensors of safetensors files come to lie aligned."""
+    content = each.content(progress)
+    if each.header is None:
+        container.add(each.name, content, each.size_bytes)
+        return
+    container.add(
+        each.name,
+        content,
+        each.size_bytes,
+        align=ALIGN_BYTES,
+        aligned_at=each.header.data_offset,
+    )

@@ -1,0 +1,199 @@
+"""Which files of a pipeline folder are the pipeline; changes with how diffusers saves one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from handler.errors import ArchiveError
+from handler.loading.contents import MODEL_INDEX, WEIGHTS_SUFFIX, check_model_index, pickled
+from handler.loading.variants import select_weights, variant_of
+from scripts.documents import parse_json
+
+__all__ = [
+    "SOURCE_NOTE",
+    "PipelineFile",
+    "choose_names",
+    "component_classes",
+    "list_pipeline",
+    "read_model_index",
+    "read_source_note",
+]
+
+SOURCE_NOTE = ".source.json"
+_KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", WEIGHTS_SUFFIX)
+_KEPT_AT_TOP = ("readme", "license", "licence", "notice")
+
+
+@dataclass(frozen=True, slots=True)
+class PipelineFile:
+    """A file of the pipeline: its name in the pipeline, and where it is; `data` instead of that."""
+
+    name: str
+    path: Path
+    size_bytes: int
+    data: bytes | None = None
+
+    @property
+    def is_weights(self) -> bool:
+        return self.name.endswith(WEIGHTS_SUFFIX)
+
+
+def read_model_index(folder: Path) -> dict[str, object]:
+    """Return the checked model_index.json of `folder`. Raises: ArchiveError."""
+    path = folder / MODEL_INDEX
+    if not path.is_file():
+        raise ArchiveError(
+            f"{folder} is no diffusers pipeline: it has no {MODEL_INDEX}; "
+            "give a folder that save_pretrained or scripts.download_weights wrote"
+        )
+    return check_model_index(parse_json(path.read_bytes(), str(path)), str(folder))
+
+
+def component_classes(index: Mapping[str, object]) -> dict[str, tuple[str, str]]:
+    """Return library and class of every component that `index` names and that is not left out."""
+    return {
+        name: (str(value[0]), str(value[1]))
+        for name, value in index.items()
+        if not name.startswith("_") and isinstance(value, list) and value[0] is not None
+    }
+
+
+def list_pipeline(
+    folder: Path, *, replaced: Mapping[str, Path] | None = None, dtype_name: str = "float16"
+) -> list[PipelineFile]:
+    """List the pipeline's own files, sorted by name; one variant of the weights.
+
+    `replaced` gives components other folders. Raises: ArchiveError, naming every file refused.
+    """
+    replaced = replaced or {}
+    index = read_model_index(folder)
+    components = component_classes(index)
+    if unknown := sorted(replaced.keys() - components.keys()):
+        raise ArchiveError(
+            f"no component {', '.join(unknown)} in {folder}: it has {', '.join(components)}"
+        )
+    _refuse_unfinished(folder)
+    _refuse_pickles(folder, replaced)
+    paths = {
+        name: folder / name for name in _walk(folder) if name.partition("/")[0] not in replaced
+    }
+    for component, source in replaced.items():
+        paths.update({f"{component}/{name}": source / name for name in _walk(source)})
+    chosen = choose_names(paths, components, dtype_name)
+    for component in components:
+        if not any(name.startswith(f"{component}/") for name in chosen):
+            source = replaced.get(component, folder / component)
+            raise ArchiveError(f"the component {component} has no files in {source}")
+    files = {name: PipelineFile(name, paths[name], paths[name].stat().st_size) for name in chosen}
+    if replaced:
+        data = _index_with(index, replaced)
+        files[MODEL_INDEX] = PipelineFile(MODEL_INDEX, paths[MODEL_INDEX], len(data), data)
+    return list(files.values())
+
+
+def _index_with(index: Mapping[str, object], replaced: Mapping[str, Path]) -> bytes:
+    """Return model_index.json with the classes that the replacing components say they are."""
+    changed = dict(index)
+    for component, source in replaced.items():
+        for name, key in (
+            ("config.json", "_class_name"),
+            ("scheduler_config.json", "_class_name"),
+            ("config.json", "architectures"),
+            ("tokenizer_config.json", "tokenizer_class"),
+        ):
+            found = _read_object(source / name).get(key)
+            if isinstance(found, list) and found:
+                found = found[0]
+            if isinstance(found, str):
+                library = "diffusers" if key == "_class_name" else "transformers"
+                changed[component] = [library, found]
+                break
+    check_model_index(changed, "the pipeline with its replaced components")
+    return (json.dumps(changed, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    """Return the JSON object in the file `path`; an empty one where there is no such file."""
+    if not path.is_file():
+        return {}
+    found = parse_json(path.read_bytes(), str(path))
+    if not isinstance(found, dict):
+        raise ArchiveError(f"{path} holds no JSON object: it is no component's configuration")
+    return found
+
+
+def _refuse_unfinished(folder: Path) -> None:
+    note = read_source_note(folder)
+    if note is not None and note.get("is_complete") is not True:
+        raise ArchiveError(f"the download into {folder} is not finished: run it again to go on")
+
+
+def read_source_note(folder: Path) -> dict[str, object] | None:
+    """Return what download_weights noted in `folder`, if it did."""
+    try:
+        note = parse_json((folder / SOURCE_NOTE).read_bytes(), SOURCE_NOTE)
+    except (FileNotFoundError, ArchiveError):
+        return None
+    return note if isinstance(note, dict) else None
+
+
+def choose_names(
+    names: Iterable[str], components: Iterable[str], dtype_name: str = "float16"
+) -> list[str]:
+    """Choose the pipeline's own files among all `names` (paths in its folder), sorted.
+
+    One variant of each component's weights; model card and licence; no pickles, no code.
+    """
+    names = sorted(names)
+    chosen = [name for name in names if "/" not in name and is_kept_at_top(name)]
+    for component in components:
+        inside = [name for name in names if name.startswith(f"{component}/")]
+        chosen += _component_names(component, inside, dtype_name)
+    return sorted(chosen)
+
+
+def is_kept_at_top(name: str) -> bool:
+    """Say whether a file beside model_index.json travels with the pipeline."""
+    return name == MODEL_INDEX or name.lower().startswith(_KEPT_AT_TOP)
+
+
+def _component_names(component: str, names: Sequence[str], dtype_name: str) -> Iterator[str]:
+    kept = [name for name in names if name.lower().endswith(_KEPT_SUFFIXES)]
+    weights = [name for name in kept if name.endswith(WEIGHTS_SUFFIX)]
+    chosen, variant = select_weights(component, weights, dtype_name)
+    for name in kept:
+        if name in weights:
+            # Weights by unusual names are taken only where there are no others.
+            if name in chosen or not chosen:
+                yield name
+        elif variant_of(name) in (None, variant or ""):
+            yield name
+
+
+def _refuse_pickles(folder: Path, replaced: Mapping[str, Path]) -> None:
+    found = []
+    for root, prefix in [(folder, ""), *((path, name) for name, path in replaced.items())]:
+        found += [
+            str(root / name)
+            for name in pickled(_walk(root))
+            if prefix or name.partition("/")[0] not in replaced
+        ]
+    if found:
+        raise ArchiveError(
+            f"pickled weights are refused, they can run code when loaded: {', '.join(found)}; "
+            "save the pipeline with safe_serialization=True, or remove them if the same weights "
+            "are there as safetensors"
+        )
+
+
+def _walk(folder: Path) -> Iterator[str]:
+    """Yield the paths of files below `folder`, hidden ones left out."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_symlink() and not path.exists():
+            raise ArchiveError(f"{path} is a link to nothing: download it again")
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            yield name.as_posix()

@@ -1,0 +1,229 @@
+"""Lays out an archive: which members, in which order; changes with what a .mar of ours holds."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from handler.config import HandlerConfig
+from handler.errors import ArchiveError, ConfigError
+from handler.loading.contents import LORA_FOLDER, MODEL_INDEX, MODEL_ZIP, check_model_index
+from scripts.archive.copying import Copier
+from scripts.archive.folder_writer import DirWriter
+from scripts.archive.manifest import (
+    CONFIG_NAME,
+    MANIFEST_NAME,
+    TORCHSERVE_MANIFEST_NAME,
+    build_manifest,
+    dump,
+    find_licence,
+    find_source,
+    torchserve_manifest,
+)
+from scripts.archive.members import Payload, most_zip_bytes, payload, write_payload
+from scripts.archive.pipeline_files import PipelineFile, list_pipeline
+from scripts.archive.signing import sign, signature_path
+from scripts.archive.zip_writer import Container, ZipWriter
+from scripts.console import Progress, UsageError, beside, progress
+from scripts.documents import parse_json, parse_yaml
+from scripts.repository import REPOSITORY
+
+__all__ = ["ArchivePlan", "write_archive"]
+
+ENTRY_NAME = "torchserve_entry.py"
+_REQUIRED = (
+    "accelerate",
+    "diffusers",
+    "greenlet",
+    "isal",
+    "numpy",
+    "peft",
+    "pillow",
+    "safetensors",
+    "torch",
+    "transformers",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ArchivePlan:
+    """What to pack, and under which name.
+
+    `settings` override keys of the configuration's ``handler:`` section; `dtype` None leaves the
+    weights as they are; `smoke_prompt` is what scripts.verify_archive --smoke draws.
+    """
+
+    pipeline: Path
+    name: str
+    version: str = "1.0"
+    config: Path | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    dtype: str | None = None
+    components: Mapping[str, Path] = field(default_factory=dict)
+    loras: Mapping[str, Path] = field(default_factory=dict)
+    smoke_prompt: str | None = None
+    sign_key: Path | None = None
+    is_folder: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """Everything that goes in, in the order in which it is written."""
+
+    leading: Mapping[str, bytes]
+    loras: Sequence[Payload]
+    model: Sequence[Payload]
+    index: Mapping[str, object]
+
+
+def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
+    """Write the archive `out`; return the bytes of its weights and other model files.
+
+    Raises: ArchiveError, ConfigError, UsageError.
+    """
+    contents = _contents(plan)
+    total = sum(each.size_bytes for each in (*contents.loras, *contents.model))
+    marker = TORCHSERVE_MANIFEST_NAME if plan.is_folder else None
+    with (
+        beside(out, force=force, marker=marker) as part,
+        progress("packing", total) as report,
+    ):
+        if plan.is_folder:
+            with Copier() as copier:
+                _write(DirWriter(part, copier), plan, contents, report)
+        else:
+            with part.open("x+b") as file, Copier() as copier:
+                writer = ZipWriter(file, copier)
+                _write(writer, plan, contents, report)
+                writer.close()
+        if plan.sign_key is None:
+            signature_path(out).unlink(missing_ok=True)
+        else:
+            sign(part, plan.sign_key, signature_path(part))
+            os.replace(signature_path(part), signature_path(out))
+    return total
+
+
+def _contents(plan: ArchivePlan) -> _Contents:
+    files = list_pipeline(
+        plan.pipeline, replaced=plan.components, dtype_name=plan.dtype or "float16"
+    )
+    loras = [
+        PipelineFile(f"{LORA_FOLDER}/{name}.safetensors", path, _size(path))
+        for name, path in sorted(plan.loras.items())
+    ]
+    return _Contents(
+        leading=_leading_members(plan),
+        loras=[payload(file) for file in loras],
+        model=[payload(file, plan.dtype) for file in files],
+        index=_index(files),
+    )
+
+
+def _index(files: Sequence[PipelineFile]) -> dict[str, object]:
+    """Return model_index.json as it is packed: with the classes of replaced components."""
+    file = next(each for each in files if each.name == MODEL_INDEX)
+    data = file.data or file.path.read_bytes()
+    return check_model_index(parse_json(data, str(file.path)), str(file.path))
+
+
+def _size(path: Path) -> int:
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise ArchiveError(f"{path}: a LoRA is wanted as one .safetensors file")
+    return path.stat().st_size
+
+
+def _write(target: Container, plan: ArchivePlan, contents: _Contents, report: Progress) -> None:
+    for name, data in contents.leading.items():
+        target.add(name, [data], len(data))
+    for each in contents.loras:
+        write_payload(target, each, report)
+    with target.nested(MODEL_ZIP, most_zip_bytes(contents.model)) as inner:
+        for each in contents.model:
+            write_payload(inner, each, report)
+    manifest = build_manifest(
+        index=contents.index,
+        headers={each.name: each.header for each in contents.model if each.header is not None},
+        source=find_source(plan.pipeline),
+        licence=find_licence(plan.pipeline),
+        extras=_extras(plan),
+        members=target.finish(),
+        model_members=inner.finish(),
+    )
+    data = dump(manifest)
+    target.add(MANIFEST_NAME, [data], len(data))
+
+
+def _extras(plan: ArchivePlan) -> dict[str, object]:
+    extras: dict[str, object] = {}
+    if plan.dtype is not None:
+        extras["converted_to"] = plan.dtype
+    if plan.components:
+        extras["replaced_components"] = {
+            name: find_source(folder) for name, folder in sorted(plan.components.items())
+        }
+    if plan.loras:
+        extras["loras"] = sorted(plan.loras)
+    if plan.settings:
+        extras["settings"] = dict(sorted(plan.settings.items()))
+    if plan.smoke_prompt is not None:
+        extras["smoke_prompt"] = plan.smoke_prompt
+    return extras
+
+
+def _leading_members(plan: ArchivePlan) -> dict[str, bytes]:
+    """Return the small members that stand before the weights, by name."""
+    package = REPOSITORY / "handler"
+    entry = package / ENTRY_NAME
+    if not entry.is_file():
+        raise ArchiveError(f"{entry} is missing: the archive's entry module")
+    members = {
+        TORCHSERVE_MANIFEST_NAME: torchserve_manifest(plan.name, plan.version),
+        ENTRY_NAME: entry.read_bytes(),
+        CONFIG_NAME: _config(plan),
+        "requirements.txt": _requirements(),
+    }
+    for path in sorted(package.rglob("*.py")):
+        members[path.relative_to(REPOSITORY).as_posix()] = path.read_bytes()
+    return members
+
+
+def _config(plan: ArchivePlan) -> bytes:
+    """Return the configuration, checked as the worker will check it.
+
+    Its own bytes, comments and all, unless `plan.settings` change it.
+    """
+    path = plan.config or REPOSITORY / "config" / CONFIG_NAME
+    if not path.is_file():
+        raise UsageError(f"{path} is missing: the model's configuration")
+    data = path.read_bytes()
+    config = parse_yaml(data, str(path)) or {}
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds no keys and values")
+    section = config.get("handler") or {}
+    if plan.settings and isinstance(section, dict):
+        section = {**section, **plan.settings}
+        config["handler"] = section
+        data = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+    try:
+        HandlerConfig.from_mapping(section)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return data
+
+
+def _requirements() -> bytes:
+    """Return the versions that the archive was made with, as pip reads them."""
+    lines = []
+    for name in _REQUIRED:
+        try:
+            version = importlib.metadata.version(name).partition("+")[0]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        lines.append(f"{name}=={version}\n")
+    return "".join(lines).encode()

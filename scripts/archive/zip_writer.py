@@ -1,0 +1,244 @@
+"""Writes zips in one pass; changes with the container format.
+
+Every member is stored. Sizes are known before, so every member has its place at once, and they may
+be copied together; checksums are known only after the bytes went by, so headers are written last:
+there are no data descriptors, which Java refuses for stored members. The bytes depend on names and
+contents alone: no times, no owners, no modes of the source.
+
+A nested zip is written straight into its place in the outer one. Its CRC-32 is put together from
+those of its members, so no byte is hashed twice. Source: PKWARE APPNOTE 6.3.10.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import BinaryIO, Protocol
+
+from handler.errors import ArchiveError
+from handler.zips.central_directory import check_name
+from handler.zips.crc32 import combine_crc32, crc32
+from scripts.archive.copying import Content, Copier, Place, Sums, copy_hashed
+
+__all__ = ["Container", "Written", "ZipWriter"]
+
+_END = struct.Struct("<4s4H2LH")
+_END64_LOCATOR = struct.Struct("<4sLQL")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_WIDE = 0xFFFFFFFF
+_VERSION, _VERSION_64 = 20, 45
+_MADE_BY_UNIX = 3 << 8
+_MODE = 0o100644 << 16
+_DOS_DATE = (1 << 5) | 1  # 1 January 1980, the first day of the format
+_FLAG_UTF8 = 0x800
+_ALIGNMENT_EXTRA = 0xD935  # as Android's zipalign registers it
+_ALIGNMENT_EXTRA_BYTES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One finished member."""
+
+    name: str
+    size_bytes: int
+    crc32: int
+    sha256: str
+
+
+class Container(Protocol):
+    """Something that members are written into: a zip, or a folder."""
+
+    def add(
+        self,
+        name: str,
+        content: Content,
+        size_bytes: int,
+        *,
+        align: int = 1,
+        aligned_at: int = 0,
+    ) -> None:
+        """Write one member of exactly `size_bytes`, which may go on until `finish`."""
+        ...
+
+    def nested(self, name: str, most_bytes: int) -> AbstractContextManager[ZipWriter]:
+        """Give a writer for a zip that becomes the member `name`."""
+        ...
+
+    def finish(self) -> list[Written]:
+        """Wait for what was added; tell of it, nested zips left out."""
+        ...
+
+
+@dataclass(slots=True)
+class _Record:
+    """A member on its way: `header` is without checksum and sizes until it is finished."""
+
+    name: str
+    offset: int
+    header: bytearray
+    size_bytes: int
+    sums: Callable[[], Sums] | None = None
+    crc32: int | None = None
+
+    def finish(self, crc32: int) -> None:
+        """Put checksum and sizes into the header."""
+        self.crc32 = crc32
+        extra_at = _LOCAL.size + len(self.name.encode())
+        size_bytes = self.size_bytes
+        if self.header[extra_at : extra_at + 2] == b"\1\0":
+            struct.pack_into("<L2L", self.header, 14, crc32, _WIDE, _WIDE)
+            struct.pack_into("<2Q", self.header, extra_at + 4, size_bytes, size_bytes)
+        else:
+            struct.pack_into("<3L", self.header, 14, crc32, size_bytes, size_bytes)
+
+
+@dataclass(slots=True)
+class ZipWriter:
+    """Writes members to `file`, which can seek, from its present position on.
+
+    With a `copier` members are copied while others are added; without, each at once.
+    """
+
+    file: BinaryIO
+    copier: Copier | None = None
+    crc32: int = 0
+    size_bytes: int = 0
+    """Bytes taken so far, those that are still being copied too."""
+    _start: int = field(init=False)
+    _records: list[_Record] = field(default_factory=list)
+    _num_finished: int = 0
+    _written: list[Written] = field(default_factory=list)
+    _names: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._start = self.file.tell()
+
+    def add(
+        self,
+        name: str,
+        content: Content,
+        size_bytes: int,
+        *,
+        align: int = 1,
+        aligned_at: int = 0,
+    ) -> None:
+        """Write one member of exactly `size_bytes`.
+
+        Its byte `aligned_at` comes to lie at a multiple of `align`, counted from this zip's begin.
+        Raises: ArchiveError, here or from `finish`, where `content` has more or less.
+        """
+        record = self._begin(name, size_bytes, align, aligned_at)
+        place = Place(name, self.file.fileno(), self._start + self.size_bytes, size_bytes)
+        if self.copier is None:
+            sums = copy_hashed(content, place)
+            record.sums = lambda: sums
+        else:
+            record.sums = self.copier.submit(content, place)
+        self.size_bytes += size_bytes
+
+    def add_bytes(self, name: str, data: bytes) -> None:
+        """Write one small member."""
+        self.add(name, [data], len(data))
+
+    @contextmanager
+    def nested(self, name: str, most_bytes: int) -> Iterator[ZipWriter]:
+        """Give a writer for a zip that becomes the member `name`, of at most `most_bytes`."""
+        record = self._begin(name, most_bytes, 64, 0)
+        self.file.seek(self._start + self.size_bytes)
+        inner = ZipWriter(self.file, self.copier)
+        yield inner
+        inner.close()
+        if inner.size_bytes > most_bytes:
+            raise ArchiveError(
+                f"{name} grew to {inner.size_bytes} bytes; {most_bytes} were foreseen"
+            )
+        record.size_bytes = inner.size_bytes
+        record.finish(inner.crc32)
+        self.size_bytes += inner.size_bytes
+
+    def finish(self) -> list[Written]:
+        """Wait for what was added and write the headers; tell of all members but nested zips."""
+        for record in self._records[self._num_finished :]:
+            if record.sums is not None:
+                sums = record.sums()
+                record.finish(sums.crc32)
+                self._written.append(
+                    Written(record.name, record.size_bytes, sums.crc32, sums.sha256)
+                )
+            assert record.crc32 is not None, "its nested zip is still open"
+            self._write(record.header, record.offset)
+            self.crc32 = combine_crc32(self.crc32, record.crc32, record.size_bytes)
+            self._num_finished += 1
+        return self._written
+
+    def close(self) -> None:
+        """Finish, and write the central directory. The file stays open."""
+        self.finish()
+        offset = self.size_bytes
+        directory = b"".join(_central(record) for record in self._records)
+        count, size = len(self._records), len(directory)
+        end = b""
+        if count >= 0xFFFF or offset + size >= _WIDE:
+            end64 = (b"PK\6\6", _END64.size - 12, _MADE_BY_UNIX | _VERSION_64, _VERSION_64, 0, 0)
+            end = _END64.pack(*end64, count, count, size, offset)
+            end += _END64_LOCATOR.pack(b"PK\6\7", 0, offset + size, 1)
+        few = min(count, 0xFFFF)
+        end += _END.pack(b"PK\5\6", 0, 0, few, few, min(size, _WIDE), min(offset, _WIDE), 0)
+        self._write(directory + end, offset)
+        self.size_bytes += len(directory) + len(end)
+
+    def _begin(self, name: str, most_bytes: int, align: int, aligned_at: int) -> _Record:
+        """Take the room of a local header, which is written when the member is finished."""
+        check_name(name)
+        if name in self._names:
+            raise ArchiveError(f"{name} is packed twice")
+        self._names.add(name)
+        is_wide = most_bytes >= _WIDE
+        extra = struct.pack("<2H2Q", 1, 16, 0, 0) if is_wide else b""
+        if align > 1:
+            data_at = self.size_bytes + _LOCAL.size + len(name.encode()) + len(extra)
+            data_at += _ALIGNMENT_EXTRA_BYTES + aligned_at
+            pad = -data_at % align
+            extra += struct.pack("<3H", _ALIGNMENT_EXTRA, 2 + pad, align) + bytes(pad)
+        header = bytearray(_local(name, extra, is_wide))
+        record = _Record(name, self.size_bytes, header, most_bytes)
+        self._records.append(record)
+        self.size_bytes += len(header)
+        return record
+
+    def _write(self, data: bytes | bytearray, offset: int) -> None:
+        self.file.seek(self._start + offset)
+        self.file.write(data)
+        self.crc32 = crc32(data, self.crc32)
+
+
+def _flags(name: str) -> int:
+    return 0 if name.isascii() else _FLAG_UTF8
+
+
+def _local(name: str, extra: bytes, is_wide: bool) -> bytes:
+    version = _VERSION_64 if is_wide else _VERSION
+    raw = name.encode()
+    fixed = _LOCAL.pack(
+        b"PK\3\4", version, _flags(name), 0, 0, _DOS_DATE, 0, 0, 0, len(raw), len(extra)
+    )
+    return fixed + raw + extra
+
+
+def _central(record: _Record) -> bytes:
+    wide = [value for value in (record.size_bytes,) * 2 if value >= _WIDE]
+    if record.offset >= _WIDE:
+        wide.append(record.offset)
+    extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+    version = _VERSION_64 if wide else _VERSION
+    raw = record.name.encode()
+    size, offset = min(record.size_bytes, _WIDE), min(record.offset, _WIDE)
+    fixed = _CENTRAL.pack(
+        *(b"PK\1\2", _MADE_BY_UNIX | version, version, _flags(record.name), 0, 0, _DOS_DATE),
+        *(record.crc32, size, size, len(raw), len(extra), 0, 0, 0, _MODE, offset),
+    )
+    return fixed + raw + extra

@@ -1,0 +1,1 @@
+"""One TorchServe instance: its options, its process, and curl against it."""

@@ -1,0 +1,205 @@
+"""What is counted between two emissions, its declaration, and what emitting it costs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import logging
+import re
+import time
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+
+import handler.diffusers_handler
+import handler.service.metrics
+from handler import errors
+from handler.api.request import GenerationRequest
+from handler.api.result import Result, Timings
+from handler.engine import InFlightEngine
+from handler.engine.forward import Counters
+from handler.service.metrics import COUNTERS, GAUGES, HISTOGRAMS, Meter, Sample, emit
+from tests.support.frontend import METRICS
+from tests.support.pipelines import build, example_kwargs
+
+REQUEST = GenerationRequest("a", None, 1, 4, 7.5, 32, 32, 2, None)
+RESULT = Result(REQUEST, (Image.new("RGB", (8, 8)),) * 2, Timings(0.1, 0.2, 0.3))
+DECLARED = yaml.safe_load(METRICS.read_text())
+OURS = {**COUNTERS, **GAUGES, **HISTOGRAMS}
+
+
+def sink() -> MetricsCacheYamlImpl:
+    """TorchServe's own cache, with the shipped declaration."""
+    cache = MetricsCacheYamlImpl(str(METRICS))
+    cache.initialize_cache()
+    return cache
+
+
+def by_name(samples: list[Sample]) -> dict[str, list[tuple[float, tuple[str, ...]]]]:
+    found: dict[str, list[tuple[float, tuple[str, ...]]]] = {}
+    for sample in samples:
+        found.setdefault(sample.name, []).append((sample.value, sample.dimensions))
+    return found
+
+
+def traffic(meter: Meter) -> None:
+    """One of everything that a meter is told."""
+    meter.call_ended("ok", total_s=1.5)
+    meter.call_ended("invalid_request")
+    meter.images_drawn(RESULT)
+    meter.steps_done(4)
+
+
+def busy(**changes: Any) -> Counters:
+    return Counters(**{"ticks": 9, "tick_s": 0.5, "forwards": 20, "rows": 70, **changes})
+
+
+def test_the_declaration_is_exactly_what_is_emitted() -> None:
+    for kind, names in (("counter", COUNTERS), ("gauge", GAUGES), ("histogram", HISTOGRAMS)):
+        declared = {m["name"]: m for m in DECLARED["model_metrics"][kind]}
+        declared.pop("PredictionTime", None)  # TorchServe's worker emits it
+        assert declared.keys() == names.keys()
+        for name, dimensions in names.items():
+            assert declared[name]["dimensions"] == [*dimensions, "ModelName", "Level"]
+
+
+def test_no_other_name_is_in_the_code() -> None:
+    """The tables of handler.service.metrics name all that the handler emits, nothing else."""
+    named = set()
+    for module in (handler.service.metrics, handler.diffusers_handler):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named |= set(re.findall(r"\bdiffusers_\w+", node.value))
+    assert named - {"diffusers_handler"} == OURS.keys()
+
+
+def test_names_and_units_follow_prometheus() -> None:
+    assert all(name.endswith("_total") for name in COUNTERS)
+    assert not any(name.endswith("_total") for name in (*GAUGES, *HISTOGRAMS))
+    for kind in ("counter", "gauge", "histogram"):
+        for metric in DECLARED["model_metrics"][kind]:
+            if metric["name"] in OURS:
+                assert metric["unit"] == ("Seconds" if "_seconds" in metric["name"] else "Count")
+
+
+def test_traffic_becomes_samples_once() -> None:
+    meter = Meter()
+    traffic(meter)
+    gauges = dict.fromkeys(GAUGES, 2.0)
+    first = by_name(meter.samples(busy(out_of_memory_retries=1), gauges))
+    assert first.keys() == OURS.keys()
+    assert first["diffusers_requests_total"] == [(1, ("ok",)), (1, ("invalid_request",))]
+    assert first["diffusers_images_total"] == [(2, ())]
+    assert first["diffusers_steps_total"] == [(4, ())]
+    assert first["diffusers_forward_rows_total"] == [(70, ())]
+    assert first["diffusers_request_seconds"] == [
+        (1.5, ("total",)),
+        (0.1, ("queue",)),
+        (0.2, ("denoise",)),
+        (0.3, ("decode",)),
+    ]
+    # Nothing happened since: only gauges are left to say.
+    again = by_name(meter.samples(busy(out_of_memory_retries=1), gauges))
+    assert again == {name: [(2.0, ())] for name in GAUGES}
+    more = by_name(meter.samples(busy(out_of_memory_retries=1, rows=75), gauges))
+    assert more["diffusers_forward_rows_total"] == [(5, ())]
+
+
+def test_counters_are_there_before_they_first_count() -> None:
+    first = by_name(Meter().samples(Counters(), {}))
+    assert first == {name: [(0, ())] for name in COUNTERS if name != "diffusers_requests_total"}
+
+
+def test_the_engines_counters_may_go_on_while_samples_are_kept() -> None:
+    meter, counters = Meter(), Counters(forwards=3)
+    meter.samples(counters, {})
+    counters.forwards += 4
+    assert by_name(meter.samples(counters, {}))["diffusers_forwards_total"] == [(4, ())]
+
+
+def test_emitted_as_torchserve_writes_them(caplog: pytest.LogCaptureFixture) -> None:
+    meter = Meter()
+    traffic(meter)
+    samples = meter.samples(busy(), dict.fromkeys(GAUGES, 1.0))
+    with caplog.at_level(logging.INFO, "ts.metrics.caching_metric"):
+        emit(samples, sink(), "tiny")
+    lines = [r.getMessage() for r in caplog.records]
+    assert len(lines) == len(samples)
+    assert all(line.startswith("[METRICS]diffusers_") for line in lines)
+    (ok,) = [line for line in lines if "outcome:ok" in line]
+    assert ok.startswith(
+        "[METRICS]diffusers_requests_total.Count:1|#outcome:ok,ModelName:tiny,Level:Model|"
+    )
+    assert not [r for r in caplog.records if r.levelno > logging.INFO]
+
+
+def test_an_undeclared_metric_is_skipped_and_hurts_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    samples = [
+        Sample("counter", "diffusers_of_tomorrow_total", 1),
+        Sample("gauge", "diffusers_rows_in_flight", 3.0),
+    ]
+    with caplog.at_level(logging.INFO, "ts.metrics.caching_metric"):
+        emit(samples, sink(), "tiny")
+        emit(samples, None, "tiny")
+    assert [r.getMessage().partition(".")[0] for r in caplog.records] == [
+        "[METRICS]diffusers_rows_in_flight"
+    ]
+
+
+def test_every_outcome_can_be_a_label() -> None:
+    codes = {
+        e.code
+        for e in vars(errors).values()
+        if isinstance(e, type) and issubclass(e, errors.RequestError)
+    }
+    assert all(re.fullmatch("[a-z_]+", code) for code in codes)
+
+
+def test_emitting_costs_less_than_a_hundredth_of_the_ticks() -> None:
+    """Emissions come once a second: their time against a second, with a busy second's samples.
+
+    The real sink writes lines to the worker's output, here to a formatter and nothing behind it.
+    """
+    meter, cache = Meter(), sink()
+    stream = logging.StreamHandler(stream=_Nowhere())
+    log = logging.getLogger("ts.metrics.caching_metric")
+    log.addHandler(stream)
+    propagate, log.propagate, level = log.propagate, False, log.level
+    log.setLevel(logging.INFO)
+    try:
+        costs_s = []
+        for round_ in range(20):
+            for _ in range(20):  # calls a second: many for a diffusion model
+                traffic(meter)
+            started_s = time.perf_counter()
+            counters = busy(ticks=round_ * 50, rows=round_ * 800)
+            emit(meter.samples(counters, dict.fromkeys(GAUGES, 1.0)), cache, "tiny")
+            costs_s.append(time.perf_counter() - started_s)
+    finally:
+        log.removeHandler(stream)
+        log.propagate = propagate
+        log.setLevel(level)
+    assert min(costs_s) < 0.01
+
+
+class _Nowhere:
+    def write(self, text: str) -> None: ...
+
+    def flush(self) -> None: ...
+
+
+def test_a_real_engines_counters_are_emitted() -> None:
+    engine = InFlightEngine(build("stable_diffusion"))
+    for index in range(2):
+        engine.submit(example_kwargs("stable_diffusion", index))
+    engine.run()
+    values = by_name(Meter().samples(engine.counters, {}))
+    engine.close()
+    assert values["diffusers_ticks_total"][0][0] > 7
+    assert values["diffusers_forward_rows_total"][0][0] >= 2 * 4 + 7
+    assert 0 < values["diffusers_tick_seconds_total"][0][0] < 60

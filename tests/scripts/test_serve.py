@@ -1,0 +1,252 @@
+"""The life of a real TorchServe instance, on an archive with a handler of a few lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from scripts import demo
+from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
+from scripts.serve import choose_archive, main
+from scripts.torchserve.options import Options, Ports, ServerError, archive_identity
+from scripts.torchserve.process import MAX_TEMP_PATH_BYTES, OPENMP_SPINS, TorchServer
+from tests.support.toy_archive import write_toy_archive
+
+
+@contextmanager
+def stopped_afterwards(run_dir: Path) -> Iterator[None]:
+    """Leave no server behind, whatever the test did."""
+    try:
+        yield
+    finally:
+        if (server := TorchServer.find(run_dir)) is not None:
+            server.stop()
+
+
+def start_arguments(folder: Path, ports: tuple[int, int] | None = None) -> list[str]:
+    http, grpc = ports or consecutive_free_ports()
+    return [
+        *("start", "--run-dir", str(folder / "run"), "--store", str(folder / "store")),
+        *("--port", str(http), "--grpc-port", str(grpc)),
+    ]
+
+
+def consecutive_free_ports() -> tuple[int, int]:
+    while True:
+        free = Ports.free()
+        if not Ports.starting_at(free.inference, free.grpc_inference).taken():
+            return free.inference, free.grpc_inference
+
+
+def test_the_only_archive_is_chosen_and_several_must_be_named(tmp_path: Path) -> None:
+    with pytest.raises(ServerError, match="has no archive; `make archive`"):
+        choose_archive(tmp_path, None)
+    first = write_toy_archive(tmp_path, "first")
+    assert choose_archive(tmp_path, None) == first
+    second = write_toy_archive(tmp_path, "second")
+    with pytest.raises(ServerError, match="choose one with NAME=: first, second"):
+        choose_archive(tmp_path, None)
+    assert choose_archive(tmp_path, "second") == second
+    with pytest.raises(ServerError, match="no archive called third; it has: first, second"):
+        choose_archive(tmp_path, "third")
+    (tmp_path / "first" / TORCHSERVE_MANIFEST_NAME).parent.mkdir(parents=True)
+    (tmp_path / "first" / TORCHSERVE_MANIFEST_NAME).touch()
+    with pytest.raises(ServerError, match="have one name: remove the older one"):
+        choose_archive(tmp_path, "first")
+
+
+def test_a_folder_is_an_archive_too(tmp_path: Path) -> None:
+    with zipfile.ZipFile(write_toy_archive(tmp_path, "toy")) as mar:
+        mar.extractall(tmp_path / "store" / "folder")
+    (tmp_path / "store" / "no-archive").mkdir()
+    archive = choose_archive(tmp_path / "store", None)
+    assert archive == tmp_path / "store" / "folder"
+    assert archive_identity(archive) == ("toy", "1.0")
+    before = Options(archive, tmp_path).fingerprint()
+    os.utime(archive / TORCHSERVE_MANIFEST_NAME, ns=(0, 0))
+    assert Options(archive, tmp_path).fingerprint() != before
+
+
+def test_without_authorization_another_address_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_toy_archive(tmp_path / "store")
+    assert main([*start_arguments(tmp_path), "--address", "0.0.0.0"]) == 1
+    assert "add AUTH=on" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_taken_port_is_named_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_toy_archive(tmp_path / "store")
+    http, grpc = consecutive_free_ports()
+    with socket.create_server(("127.0.0.1", http + 1)):
+        assert main(start_arguments(tmp_path, (http, grpc))) == 1
+    message = capsys.readouterr().err
+    assert f"port {http + 1};" in message
+    assert "PORT=9080" in message
+
+
+def test_a_state_directory_too_deep_for_a_socket_is_refused(tmp_path: Path) -> None:
+    deep = tmp_path / ("d" * MAX_TEMP_PATH_BYTES)
+    server = TorchServer(Options(write_toy_archive(tmp_path), deep, Ports.free()))
+    with pytest.raises(ServerError, match="RUN_DIR="):
+        server.start()
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "spins"),
+    [({}, OPENMP_SPINS), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_that_wait_spin_briefly_unless_told_otherwise(
+    set_by_user: dict[str, str],
+    spins: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in set_by_user.items():
+        monkeypatch.setenv(name, value)
+    server = TorchServer(Options(write_toy_archive(tmp_path), tmp_path / "run", Ports.free()))
+    environment = server._prepare_state()
+    assert environment.get("GOMP_SPINCOUNT") == spins
+
+
+def test_workers_write_no_compiled_code_beside_an_archive(tmp_path: Path) -> None:
+    server = TorchServer(Options(write_toy_archive(tmp_path), tmp_path / "run", Ports.free()))
+    assert server._prepare_state()["PYTHONDONTWRITEBYTECODE"] == "1"
+
+
+def test_misuse_is_told_apart_from_failure() -> None:
+    with pytest.raises(SystemExit) as misused:
+        main(["start", "--auth", "perhaps"])
+    assert misused.value.code == 2
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_state_directory_that_cannot_be_made_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    write_toy_archive(tmp_path / "store")
+    ports = (Ports.free().inference, Ports.free().grpc_inference)
+    arguments = ["start", "--store", str(tmp_path / "store"), "--run-dir", str(tmp_path / place)]
+    assert main([*arguments, "--port", str(ports[0]), "--grpc-port", str(ports[1])]) == 1
+    error = capsys.readouterr().err
+    assert "serve: [Errno" in error
+    assert str(tmp_path / "file") in error
+
+
+@pytest.mark.parametrize("out", ["none/x.png", "."])
+def test_where_no_picture_can_be_written_none_is_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    arguments = ["--run-dir", str(tmp_path), "--out", str(tmp_path / out)]
+    assert demo.main(arguments) == 1
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = ["--run-dir", str(tmp_path)]
+    assert main(["stop", *run_dir]) == 0
+    assert main(["status", *run_dir]) == 1
+    assert main(["logs", *run_dir]) == 1
+    (tmp_path / "server.json").write_text('{"pid": 1, "created_s": 0}')
+    assert TorchServer.find(tmp_path) is None
+
+
+@pytest.mark.server
+def test_start_is_idempotent_and_stop_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "a späce"
+    archive = write_toy_archive(folder / "store")
+    run_dir, arguments = folder / "run", start_arguments(folder)
+    with stopped_afterwards(run_dir):
+        assert main(arguments) == 0
+        assert "curl -sS" in capsys.readouterr().out
+        server = TorchServer.find(run_dir)
+        assert server is not None
+        assert server.is_ready()
+        pids = [server.pid, *(worker["pid"] for worker in server.workers())]
+        assert all(psutil.pid_exists(int(str(pid))) for pid in pids)
+
+        assert main(arguments) == 0
+        assert "is already serving" in capsys.readouterr().out
+        again = TorchServer.find(run_dir)
+        assert again is not None
+        assert again.pid == server.pid
+
+        # What cannot be started is refused before what runs is stopped.
+        assert main([*arguments, "--address", "0.0.0.0"]) == 1
+        assert "add AUTH=on" in capsys.readouterr().err
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            taken = other.getsockname()[1]
+            assert main([*arguments, "--grpc-port", str(taken)]) == 1
+        assert f"port {taken}" in capsys.readouterr().err
+        assert server.is_ready()
+
+        write_toy_archive(folder / "store", "second")
+        assert main([*arguments, "--name", "second"]) == 1
+        assert "toy.mar is being served" in capsys.readouterr().err
+
+        assert main(["status", "--json", "--run-dir", str(run_dir)]) == 0
+        state = json.loads(capsys.readouterr().out)
+        assert (state["ready"], state["model"], state["version"]) == (True, "toy", "1.0")
+
+        archive.unlink()  # A server whose archive is gone can still be stopped.
+        assert main(["stop", "--run-dir", str(run_dir)]) == 0
+        assert not any(psutil.pid_exists(int(str(pid))) for pid in pids)
+        assert server.options.ports.taken() == ()
+        assert TorchServer.find(run_dir) is None
+
+    log = server.log_file.read_text()
+    assert "GET /models/" not in log, "asking for readiness must not fill the log"
+    assert "DEBUG" not in log
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    "statement", ["raise ValueError('max_rows is wrong')", "import os; os.kill(os.getpid(), 9)"]
+)
+def test_a_model_that_cannot_be_loaded_is_reported_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], statement: str
+) -> None:
+    write_toy_archive(tmp_path / "store", initialize=statement)
+    with stopped_afterwards(tmp_path / "run"):
+        assert main(start_arguments(tmp_path)) == 1
+        assert TorchServer.find(tmp_path / "run") is None
+    message = capsys.readouterr().err
+    assert "the model cannot be loaded" in message
+    assert ("ValueError: max_rows is wrong" in message) == statement.startswith("raise")
+    assert "File " not in message
+
+
+@pytest.mark.server
+def test_with_authorization_the_printed_key_opens_the_door(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_toy_archive(tmp_path / "store")
+    with stopped_afterwards(tmp_path / "run"):
+        assert main([*start_arguments(tmp_path), "--auth", "on"]) == 0
+        server = TorchServer.find(tmp_path / "run")
+        assert server is not None
+        header = f"Authorization: Bearer {server.token()}"
+        assert header in capsys.readouterr().out
+        assert (server.state_dir / "key_file.json").stat().st_mode & 0o077 == 0
+        post = ["curl", "-s", "-o", str(tmp_path / "body"), "-w", "%{http_code}", "-d", "data=x"]
+        url = server.predictions_url
+        with_key = subprocess.run([*post, url, "-H", header], capture_output=True, check=True)
+        without = subprocess.run([*post, url], capture_output=True, check=True)
+    assert (with_key.stdout, without.stdout) == (b"200", b"400")
