@@ -37,15 +37,16 @@ from handler.pipelines.describe import describe
 from handler.service.event_stream import INTERRUPTED
 from handler.service.generation import GenerationService, draw_seed
 from handler.service.metrics import emit
-from handler.watchdog import SilenceAlarm
+from handler.watchdog import Watchdog
 
-__all__ = ["DiffusersHandler"]
+__all__ = ["SILENT_AFTER_S", "DiffusersHandler"]
 
 logger = logging.getLogger(__name__)
 
 _EMIT_EVERY_S = 1.0
 # Between two cycles with live requests there are milliseconds.
-_SILENT_AFTER_S = 5.0
+SILENT_AFTER_S = 5.0
+"""How long TorchServe may send nothing while requests are live."""
 
 
 class DiffusersHandler(BaseHandler):  # type: ignore[misc]
@@ -58,7 +59,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self.traits = PipelineTraits(schedulers=(), size_multiple_px=8, parameters=frozenset())
         self._service: GenerationService | None = None
         self._engine: InFlightEngine | None = None
-        self._alarm: SilenceAlarm | None = None
+        self._watchdog: Watchdog | None = None
         self._is_continuous = False
         self._streaming: set[str] = set()
         # Streams that were given up in the last silence: TorchServe sends no more than their ids.
@@ -112,7 +113,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         )
         speed_up.warm_up(self._engine, self._warm_up_calls())
         if self._is_continuous:
-            self._alarm = SilenceAlarm(self._on_silence, _SILENT_AFTER_S)
+            self._watchdog = Watchdog(self._on_silence, SILENT_AFTER_S)
 
     def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[str]:
         """The prompts of TorchServe's rows, in their order.
@@ -134,8 +135,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
     def handle(self, data: Sequence[Mapping[str, object]], context: Any) -> list[bytes]:
         """One cycle of TorchServe. What goes wrong with a request becomes that request's reply."""
         service = self._serving()
-        if self._alarm is not None:
-            self._alarm.clear()
+        if self._watchdog is not None:
+            self._watchdog.stop()
         ids: dict[int, str] = dict(context.request_ids)
         self._let_go_of(service.live_ids - set(ids.values()))
         for index, call_id in ids.items():
@@ -144,8 +145,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         service.advance(self.config.cycle_ms / 1000 if self._is_continuous else None)
         answers = self._answer(ids, context)
         self._emit_metrics(context)
-        if self._alarm is not None and service.live_ids:
-            self._alarm.set()
+        if self._watchdog is not None and service.live_ids:
+            self._watchdog.start()
         return answers
 
     def _on_silence(self) -> None:
@@ -153,10 +154,10 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
 
         Should its next message have come just now, `handle` finds its context as it was.
         """
-        assert self._alarm is not None
+        assert self._watchdog is not None
         is_sending, _, _ = select.select([self.context.cl_socket], [], [], 0)
         if is_sending:
-            self._alarm.set()
+            self._watchdog.start()
             return
         self._lost = set(self._streaming)
         service = self._serving()

@@ -258,7 +258,7 @@ def test_when_torchserve_falls_silent_nothing_is_held(
     handler._on_silence()
     assert handler._engine.num_running == 1
     ours.recv(1)
-    # The alarm may ring when TorchServe's next message has just been unpacked.
+    # The watchdog may time out when TorchServe's next message has just been unpacked.
     frontend.context.request_ids = {0: "next"}
     with caplog.at_level(logging.INFO, "ts.metrics.caching_metric"):
         handler._on_silence()
@@ -409,7 +409,7 @@ import sys
 from pathlib import Path
 import torch
 from handler.diffusers_handler import DiffusersHandler
-from tests.frontend import CONTINUOUS, QUICK, Frontend
+from tests.support.frontend import CONTINUOUS, QUICK, Frontend
 torch.set_num_threads(1)
 handler = DiffusersHandler()
 frontend = Frontend(handler, Path(sys.argv[1]), {**CONTINUOUS, "handler": QUICK})

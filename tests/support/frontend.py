@@ -28,7 +28,7 @@ MODEL_NAME = "tiny"
 # Far more than the slowest test needs on the slowest machine.
 PATIENCE_S = 300
 CONTINUOUS = {"continuousBatching": True, "minWorkers": 1, "maxWorkers": 1}
-# Small enough to draw in milliseconds with the pipelines of tests/pipelines.py.
+# Small enough to draw in milliseconds with the pipelines of tests/support/pipelines.py.
 QUICK = {
     "height": 32,
     "width": 32,
