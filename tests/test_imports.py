@@ -25,9 +25,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipelines": {"api", "batching", "config", "errors", "messages", "library_logs"},
     "engine": {"pipelines", "batching", "errors"},
     "acceleration": {"engine", "pipelines", "batching", "config", "errors"},
-    "service": {"engine", "pipelines", "api", "config", "errors", "messages"},
-    "diffusers_handler": {
+    "service": {"engine", "pipelines", "api", "config", "errors"},
+    "assembly": {
         *("service", "acceleration", "engine", "pipelines", "loading", "api"),
+        *("config", "errors"),
+    },
+    "cycle_replies": {"service", "api"},
+    "diffusers_handler": {
+        *("assembly", "cycle_replies", "service", "loading", "api"),
         *("config", "errors", "library_logs", "watchdog"),
     },
     "torchserve_entry": {"diffusers_handler"},
