@@ -1,17 +1,19 @@
-"""The one place that quiets the logs and progress bars of diffusers and transformers.
+"""The one place that quiets the logs and progress bars of diffusers, transformers and the hub.
 
 `quiet_for_good` is the worker's: pipelines warn of truncated prompts by quoting them, and progress
 bars are for terminals. `quiet_libraries` is for a while, where the libraries are called with what
-no user asked for, or report in tables what we report in a line.
+no user asked for, or report in tables what we report in a line. `hub_bars_on_terminals` is for
+downloads.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-__all__ = ["quiet_for_good", "quiet_libraries"]
+__all__ = ["hub_bars_on_terminals", "quiet_for_good", "quiet_libraries"]
 
 
 def quiet_for_good() -> None:
@@ -34,6 +36,18 @@ def quiet_libraries() -> Iterator[None]:
             library.set_verbosity(verbosity)
             if had_bars:
                 library.enable_progress_bar()
+
+
+@contextmanager
+def hub_bars_on_terminals() -> Iterator[None]:
+    """Let the hub's client draw progress bars on a terminal only, within the context."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if sys.stderr.isatty():
+        yield
+    else:
+        with disable_progress_bars():
+            yield
 
 
 def _libraries() -> tuple[ModuleType, ModuleType]:

@@ -9,12 +9,12 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from handler.errors import ArchiveError, ServingError
+from handler.library_logs import hub_bars_on_terminals
 from handler.loading.contents import MODEL_INDEX, check_model_index, pickled
 from handler.messages import first_lines
 from handler.zips.central_directory import check_name
@@ -62,7 +62,7 @@ def download(model_id: str, *, revision: str, out: Path, is_full: bool = False) 
 
     token = os.environ.get("HF_TOKEN") or None
     try:
-        with _progress_bars():
+        with hub_bars_on_terminals():
             hub = _download(model_id, revision, out, token, "float32" if is_full else "float16")
     except HFValidationError as error:
         raise UsageError(f"{model_id!r} is no model id such as org/name: {error}") from error
@@ -106,18 +106,6 @@ def _check_names(model_id: str, names: Iterable[str]) -> None:
             check_name(name)
         except ArchiveError as error:
             raise ArchiveError(f"{model_id}: {error}; nothing was fetched") from error
-
-
-@contextmanager
-def _progress_bars() -> Iterator[None]:
-    """Let the hub's client draw bars on a terminal only."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if sys.stderr.isatty():
-        yield
-    else:
-        with disable_progress_bars():
-            yield
 
 
 def _claim(out: Path, model_id: str, revision: str) -> None:

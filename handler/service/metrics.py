@@ -1,4 +1,4 @@
-"""Count what happens between two emissions, and hand it to TorchServe's metrics.
+"""Metrics: what happened between two emissions, counted and written to TorchServe's cache.
 
 TorchServe reads metrics as log lines of the worker, one a value, so counts are gathered here and
 emitted about once a second, and seconds of single requests when they end.

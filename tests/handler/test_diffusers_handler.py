@@ -83,8 +83,8 @@ def test_the_contract_that_torchserve_users_know(serve: Serve) -> None:
 
 def test_preprocess_gives_the_prompts_in_order(serve: Serve) -> None:
     _, handler = serve()
-    rows = [{"data": b"one"}, {"body": {"instances": ["two", "three"]}}, {"body": "four"}]
-    assert handler.preprocess(rows) == ["one", "two", "three", "four"]
+    bodies = [{"data": b"one"}, {"body": {"instances": ["two", "three"]}}, {"body": "four"}]
+    assert handler.preprocess(bodies) == ["one", "two", "three", "four"]
     with pytest.raises(InvalidRequest, match="curl"):
         handler.preprocess([{}])
 
@@ -196,7 +196,7 @@ def test_a_stream_gives_its_events_while_others_run(serve: Serve) -> None:
     assert len(stream.chunks) > 3
 
 
-def test_a_streams_later_rows_carry_only_its_id(serve: Serve) -> None:
+def test_a_streams_later_bodies_carry_only_its_id(serve: Serve) -> None:
     """`Frontend` sends {} for them: were it read, it would be a request without a prompt."""
     frontend, _ = serve(cycle_ms=0)
     stream = frontend.post(prompt(num_inference_steps=5), SSE)
@@ -272,7 +272,7 @@ def test_when_torchserve_falls_silent_nothing_is_held(
 
 
 def test_a_stream_that_was_given_up_in_a_pause_is_told_so_and_ends(serve: Serve) -> None:
-    """TorchServe stood still without letting go: its clients are still there afterwards."""
+    """TorchServe was paused without letting go: its clients are still there afterwards."""
     frontend, handler = serve(cycle_ms=0)
     stream = frontend.post(prompt(num_inference_steps=900), SSE)
     plain = frontend.post(prompt(num_inference_steps=4))
@@ -318,7 +318,7 @@ def test_stopping_criteria_are_fresh_in_every_cycle(serve: Serve) -> None:
     frontend.run()
 
 
-def test_inference_leaves_calls_in_flight_where_they_are(serve: Serve) -> None:
+def test_inference_leaves_requests_in_flight_where_they_are(serve: Serve) -> None:
     frontend, handler = serve(cycle_ms=0)
     waiting = [frontend.post(prompt(num_inference_steps=n)) for n in (1, 2, 30)]
     frontend.cycle()

@@ -11,7 +11,9 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from scripts.archive.writer import ArchivePlan, write_archive
 from tests.support.pipelines import build
 
 _TEMPORARY = tempfile.gettempdir()  # now: tests redirect it
@@ -34,6 +36,14 @@ def save_pipeline(folder: Path, family: str = "stable_diffusion") -> Path:
     """Save the tiny pipeline of `family` into the new folder `folder`."""
     shutil.copytree(_saved(family).name, folder)
     return folder
+
+
+def pack(tmp_path: Path, pipeline: Path | None = None, **options: Any) -> Path:
+    """Pack a tiny Stable Diffusion, or `pipeline`, as tiny.mar."""
+    pipeline = pipeline or save_pipeline(tmp_path / "pipeline")
+    out = tmp_path / "tiny.mar"
+    write_archive(ArchivePlan(pipeline, "tiny", **options), out, force=True)
+    return out
 
 
 def safetensors(size: int = 64) -> bytes:
