@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from handler.api.body import HOW_TO_SEND
 from handler.api.call import Call, CancelCall, Envelope, read_call
-from handler.api.request import CALL_FIELDS, FIELD_NAMES
+from handler.api.schema import PICTURE_NAMES, REPLY_FIELDS
 from handler.api.traits import PipelineTraits
 from handler.config import OUTPUT_FORMATS, HandlerConfig
 from handler.errors import InvalidRequest, RequestError
@@ -164,7 +164,7 @@ def test_the_form_decoders_leftovers_say_how_to_send_a_prompt() -> None:
 def test_files_that_are_no_text_are_named_beside_the_rest() -> None:
     found = problems({"prompt": "a", "image": b"\x89PNG", "seed": "x"}, MULTIPART)
     assert found["image"] == "is not UTF-8 text (byte 0x89 at 0)"
-    assert "is no integer" in found["seed"]
+    assert "is not an integer" in found["seed"]
 
 
 @pytest.mark.parametrize("output_format", OUTPUT_FORMATS)
@@ -297,7 +297,7 @@ SCALARS = (
 )
 NAMES = st.sampled_from(
     [
-        *sorted(FIELD_NAMES | CALL_FIELDS),
+        *sorted(PICTURE_NAMES | REPLY_FIELDS.keys()),
         *("parameters", "instances", "id", "name", "shape", "datatype", "outputs", "body"),
     ]
 )
@@ -428,7 +428,7 @@ def test_a_call_is_accepted_if_and_only_if_it_is_within_the_limits(
         assert (request.height, request.width, request.num_images) == (height, width, num_images)
 
 
-@given(st.dictionaries(st.sampled_from(sorted(FIELD_NAMES)), VALUES, max_size=6))
+@given(st.dictionaries(st.sampled_from(sorted(PICTURE_NAMES)), VALUES, max_size=6))
 def test_a_json_body_is_read_alike_parsed_or_not(fields: dict[str, object]) -> None:
     """The frontend parses JSON itself only under one spelling of the content type."""
 

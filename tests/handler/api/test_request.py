@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from handler.api.request import MAX_SEED, GenerationRequest, check_against_pipeline, parse_fields
+from handler.api.request import GenerationRequest, check_against_pipeline, parse_fields
+from handler.api.schema import MAX_SEED
 from handler.api.traits import SCHEDULER_SHORT_NAMES, PipelineTraits
 from handler.config import HandlerConfig
 from handler.errors import ConfigError, InvalidRequest
@@ -136,7 +137,7 @@ def test_every_problem_at_once() -> None:
         "prompt": "is empty",
         "negative_prompt": "must be text, not 5",
         "seed": f"-1 is out of range; allowed: 0 to {MAX_SEED}",
-        "num_inference_steps": "true is no integer; allowed: 1 to 150",
+        "num_inference_steps": "true is not an integer; allowed: 1 to 150",
         "guidance_scale": "nan is out of range; allowed: 0 to 30",
         "height": "100 is not a multiple of 8; nearest are 96 and 104",
         "width": "4096 is out of range; allowed: 64 to 1536",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from handler.api.request import GenerationRequest
 from handler.pipelines.arguments import pipeline_arguments
 from handler.pipelines.describe import describe
 from handler.pipelines.prompts import prompt_warnings
+from handler.pipelines.schedulers import make_scheduler
 from tests.support.pipelines import FAMILIES, build, shared
 from tests.support.tiny_models import MAX_TOKENS
 
@@ -74,6 +76,18 @@ def test_only_what_the_pipeline_takes_is_given(family: str) -> None:
 
 def test_the_largest_seed_there_is() -> None:
     assert arguments(seed=2**53 - 1)["generator"].initial_seed() == 2**53 - 1
+
+
+def test_eta_changes_what_ddim_draws_and_nothing_where_it_is_left_out() -> None:
+    pipeline = build("stable_diffusion")
+    pipeline.scheduler = make_scheduler(pipeline, "ddim")
+
+    def draw(**extra: float) -> np.ndarray[Any, Any]:
+        return np.asarray(pipeline(**arguments(extra=extra)).images[0])
+
+    assert np.array_equal(draw(), draw(eta=0.0))
+    assert np.array_equal(draw(eta=1.0), draw(eta=1.0))
+    assert not np.array_equal(draw(), draw(eta=1.0))
 
 
 @pytest.mark.parametrize("length", [1, 74, 75])
