@@ -88,7 +88,6 @@ class PictureField(Field):
 
     argument: str | None
     """The parameter of the pipeline's ``__call__`` that it becomes; None is none."""
-    is_required: bool = False
     is_refused_without_argument: bool = True
     """Whether a request that sends it is refused where the pipeline has no such parameter."""
     is_recorded: bool = True
@@ -121,7 +120,7 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             minimum=1,
             maximum=Setting("max_prompt_chars"),
             argument="prompt",
-            is_required=True,
+            default_note="required",
             is_refused_without_argument=False,
             meaning="what to draw",
         ),
