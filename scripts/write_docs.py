@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from handler.api.accept import MEDIA_TYPES
+from handler.api.foreign_names import FOREIGN_NAMES
 from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, Field, Kind, Setting, Value
 from handler.api.traits import SCHEDULER_SHORT_NAMES
 from handler.config import HandlerConfig, keys
@@ -126,6 +127,15 @@ def _schedulers() -> Iterable[list[str]]:
         yield [f"`{short}`", f"`{class_name}`"]
 
 
+def _foreign_names() -> Iterable[list[str]]:
+    yield ["other API", "its field", "here"]
+    rows: dict[tuple[str, str], list[str]] = {}
+    for each in FOREIGN_NAMES.values():
+        rows.setdefault((each.apis, each.meaning), []).append(f"`{each.name}`")
+    for (apis, meaning), names in rows.items():
+        yield [apis, ", ".join(names), meaning]
+
+
 def _errors() -> Iterable[list[str]]:
     yield ["status", "`code`", "meaning"]
     for kind in sorted(RequestError.__subclasses__(), key=lambda kind: kind.status):
@@ -167,6 +177,7 @@ _TABLES: dict[str, Callable[[], Iterable[list[str]]]] = {
     "reply fields": _reply_fields,
     "output formats": _output_formats,
     "schedulers": _schedulers,
+    "foreign names": _foreign_names,
     "errors": _errors,
     "configuration": _configuration,
 }

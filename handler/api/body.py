@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from handler.api.foreign_names import DRAWS_FROM_TEXT, is_picture_input
 from handler.errors import InvalidRequest, TooLarge
 from handler.messages import show, shown_name
 
@@ -104,7 +105,8 @@ def _open_form(row: Mapping[str, object]) -> Payload:
             try:
                 value = bytes(value).decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                problems[shown_name(name)] = _not_utf8(error)
+                is_picture = is_picture_input(name)
+                problems[shown_name(name)] = DRAWS_FROM_TEXT if is_picture else _not_utf8(error)
                 continue
         fields[name] = value
     return Payload(fields, is_form=True, problems=problems)

@@ -17,8 +17,9 @@ from handler.api.body import HOW_TO_SEND, Payload, media_type, open_row
 from handler.api.fields import ID_RULE, FieldReader, is_id
 from handler.api.kserve import Envelope, Message, open_message
 from handler.api.request import GenerationRequest, parse_fields
-from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, Value
+from handler.api.schema import REPLY_FIELDS, Value
 from handler.api.traits import PipelineTraits
+from handler.api.translation import names_for
 from handler.config import HandlerConfig
 from handler.errors import InvalidRequest, RequestError
 from handler.messages import show, summarise
@@ -196,8 +197,7 @@ def _without_reply_fields(fields: Mapping[str, object]) -> dict[str, object]:
 
 
 def _is_shared(name: str, message: Message) -> bool:
-    names = PICTURE_FIELDS[name].names if name in PICTURE_FIELDS else (name,)
-    return any(known in message.shared for known in names)
+    return any(known in message.shared for known in names_for(name))
 
 
 def _invalid(

@@ -7,26 +7,9 @@ from dataclasses import dataclass
 
 from handler.api.request import GenerationRequest
 from handler.api.schema import PICTURE_FIELDS
+from handler.api.traits import SAMPLER_NAMES
 
 __all__ = ["ImageMetadata", "parameters_line", "request_parameters", "to_json"]
-
-# The names that the web front ends for Stable Diffusion gave to diffusers' schedulers; tools that
-# read the line know these. Others are written as their class name.
-_SAMPLER_NAMES = {
-    "DDIMScheduler": "DDIM",
-    "DEISMultistepScheduler": "DEIS",
-    "DPMSolverMultistepScheduler": "DPM++ 2M",
-    "DPMSolverSDEScheduler": "DPM++ SDE",
-    "EulerAncestralDiscreteScheduler": "Euler a",
-    "EulerDiscreteScheduler": "Euler",
-    "HeunDiscreteScheduler": "Heun",
-    "KDPM2AncestralDiscreteScheduler": "DPM2 a",
-    "KDPM2DiscreteScheduler": "DPM2",
-    "LCMScheduler": "LCM",
-    "LMSDiscreteScheduler": "LMS",
-    "PNDMScheduler": "PLMS",
-    "UniPCMultistepScheduler": "UniPC",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +31,9 @@ def parameters_line(metadata: ImageMetadata) -> str:
     """Prompt, negative prompt and settings, laid out as AUTOMATIC1111's web UI does."""
     request = metadata.request
     written = {
-        # None is the pipeline's own, whose name is not known here: it is left out.
-        "scheduler": _SAMPLER_NAMES.get(request.scheduler or "", request.scheduler),
+        # Others than these are written as their class name. None is the pipeline's own, whose
+        # name is not known here: it is left out.
+        "scheduler": SAMPLER_NAMES.get(request.scheduler or "", request.scheduler),
         "seed": metadata.seed,
         "height": f"{request.width}x{request.height}",
     }

@@ -20,10 +20,17 @@ from handler.api.schema import (
     Value,
     default_of,
 )
-from handler.api.traits import PipelineTraits, scheduler_choices, scheduler_class, short_name
+from handler.api.traits import (
+    PipelineTraits,
+    scheduler_choices,
+    scheduler_class,
+    scheduler_problem,
+    short_name,
+)
+from handler.api.translation import translate
 from handler.config import HandlerConfig
 from handler.errors import ConfigError, InvalidRequest
-from handler.messages import nearest, show, summarise
+from handler.messages import show, summarise
 
 __all__ = ["GenerationRequest", "check_against_pipeline", "parse_fields"]
 
@@ -103,9 +110,12 @@ def parse_fields(
     Raises:
         InvalidRequest: with every problem, by field.
     """
+    fields, problems = translate(fields)
     reader = FieldReader(fields, allow_text=is_form)
+    for name, problem in problems.items():
+        reader.report(name, problem)
     sent = {name: reader.read(each, config) for name, each in PICTURE_FIELDS.items()}
-    if sent["prompt"] is None and not reader.problems:
+    if sent["prompt"] is None and "prompt" not in reader.problems:
         reader.report("prompt", "is missing")
     _refuse_what_the_pipeline_lacks(reader, fields, traits)
     values = {**_defaults(config, traits), **{n: v for n, v in sent.items() if v is not None}}
@@ -157,13 +167,7 @@ def _resolve_scheduler(reader: FieldReader, name: Value, traits: PipelineTraits)
         return None
     class_name = scheduler_class(name, traits)
     if class_name is None:
-        choices = scheduler_choices(traits)
-        match = nearest(name, choices)
-        hint = f"did you mean {match}? " if match else ""
-        reader.report(
-            "scheduler",
-            f"{show(name)} does not go with this pipeline; {hint}allowed: {', '.join(choices)}",
-        )
+        reader.report("scheduler", scheduler_problem(name, traits))
     return class_name
 
 

@@ -134,7 +134,7 @@ def test_problems_of_all_instances_and_of_the_call_at_once() -> None:
         {
             "body": {
                 "instances": [
-                    {"prompt": "a", "seed": -1},
+                    {"prompt": "a", "seed": -2},
                     5,
                     {"prompt": "b", "stream": True, "sed": 1},
                 ],
@@ -161,9 +161,9 @@ def test_the_form_decoders_leftovers_say_how_to_send_a_prompt() -> None:
     assert problems({"seed": b"5"}, {})["prompt"] == "is missing"
 
 
-def test_files_that_are_no_text_are_named_beside_the_rest() -> None:
-    found = problems({"prompt": "a", "image": b"\x89PNG", "seed": "x"}, MULTIPART)
-    assert found["image"] == "is not UTF-8 text (byte 0x89 at 0)"
+def test_files_that_are_not_text_are_named_beside_the_rest() -> None:
+    found = problems({"prompt": "a", "extra": b"\x89PNG", "seed": "x"}, MULTIPART)
+    assert found["extra"] == "is not UTF-8 text (byte 0x89 at 0)"
     assert "is not an integer" in found["seed"]
 
 
@@ -386,7 +386,7 @@ def test_no_input_raises_anything_but_a_request_error(
 PLAUSIBLE = st.fixed_dictionaries(
     {"prompt": st.text(max_size=2100)},
     optional={
-        "seed": st.integers(-1, 2**53),
+        "seed": st.integers(-2, 2**53),
         "steps": st.integers(0, 151),
         "guidance": st.floats(-1, 31) | st.integers(0, 30),
         "height": st.integers(7, 195).map(lambda n: 8 * n),
@@ -411,7 +411,7 @@ def test_a_call_is_accepted_if_and_only_if_it_is_within_the_limits(
     wrong = {
         "prompt": not 1 <= len(str(fields["prompt"]).strip()) <= 2000
         or "\0" in str(fields["prompt"]),
-        "seed": not 0 <= seed <= 2**53 - (num_images if num_images <= 4 else 1),
+        "seed": not -1 <= seed <= 2**53 - (num_images if num_images <= 4 else 1),
         "num_inference_steps": not 1 <= fields.get("steps", 1) <= 150,  # type: ignore[operator]
         "guidance_scale": not 0 <= fields.get("guidance", 1) <= 30,  # type: ignore[operator]
         "width": not 64 <= width <= 1536,
