@@ -160,5 +160,32 @@ def test_no_family_fails_for_its_warnings(family: str) -> None:
         assert all("tokens of the" in warning for warning in warnings)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "syntax"),
+    [
+        ("a (red:1.3) ring on [blue] ((((bright))))", "(word:1.3), ((word)), [word]"),
+        ("a (red:0.1) ring", "(word:1.3)"),
+        ("a red+++ ring", "word++"),
+        ("a (red ring)1.3", "(word)1.3"),
+        ("a red ring <lora:style:0.8> BREAK a blue star", "<lora:name:1>, BREAK"),
+    ],
+)
+def test_syntax_that_is_read_as_plain_text_is_named(prompt: str, syntax: str) -> None:
+    pipeline = shared("kandinsky_2_2")  # which has no tokenizer
+    expected = f"has {syntax}: it is read as plain text"
+    assert prompt_warnings(pipeline, request(prompt)) == (f"the prompt {expected}",)
+    negative = prompt_warnings(pipeline, request(negative_prompt=prompt))
+    assert negative == (f"the negative_prompt {expected}",)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a ring (red)", "C++ and 1+1", "the ratio 4:3", "(at 10:30) noon", "a break", "a - b"],
+)
+def test_plain_text_has_no_warning(prompt: str) -> None:
+    assert prompt_warnings(shared("kandinsky_2_2"), request(prompt)) == ()
+
+
 def test_warnings_never_quote_the_prompt() -> None:
     assert "secret" not in str(prompt_warnings(shared("stable_diffusion"), request("secret " * 40)))
+    assert "secret" not in str(prompt_warnings(shared("kandinsky_2_2"), request("(secret:1.3)")))
