@@ -1,7 +1,7 @@
-"""Requests in: one row of TorchServe's data and its headers become a checked `Call`.
+"""Reads a request: a body as TorchServe delivers it and its headers become a checked `Call`.
 
-    row ─▶ body.open_row ─▶ kserve.open_message ─▶ request.parse_fields ─▶ Call
-           what was sent    its wrapping           one prompt's fields
+    body ─▶ body.open_body ─▶ kserve.open_message ─▶ request.parse_fields ─▶ Call
+            what was sent     its wrapping           one prompt's fields
 
 Here are the fields that steer the reply: output format, id, deadline, stream, cancel.
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from handler.api.accept import EVENT_STREAM, MEDIA_TYPES, negotiate
-from handler.api.body import HOW_TO_SEND, Payload, media_type, open_row
+from handler.api.body import HOW_TO_SEND, Payload, media_type, open_body
 from handler.api.fields import ID_RULE, FieldReader, is_id
 from handler.api.kserve import Envelope, Message, open_message
 from handler.api.request import GenerationRequest, parse_fields
@@ -31,7 +31,7 @@ _IMAGE_FORMATS = ("png", "jpeg", "webp")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Everything that one row asks for. KServe calls may hold several requests."""
+    """Everything that one HTTP or gRPC request asks for; KServe's may hold several prompts."""
 
     requests: tuple[GenerationRequest, ...]
     envelope: Envelope
@@ -64,20 +64,20 @@ class _Options:
 
 
 def read_call(
-    row: Mapping[str, object],
+    body: Mapping[str, object],
     headers: Mapping[str, str],
     config: HandlerConfig,
     traits: PipelineTraits,
     *,
     draw_seed: Callable[[], int],
 ) -> Call | CancelCall:
-    """Read one row of TorchServe's data; `headers` have lower-cased names.
+    """Read one item of TorchServe's data; `headers` have lower-cased names.
 
     Raises:
         RequestError: the one thing that it raises, for any input: InvalidRequest with every
             problem, or TooLarge.
     """
-    payload = open_row(row, headers, max_body_bytes=config.max_body_bytes)
+    payload = open_body(body, headers, max_body_bytes=config.max_body_bytes)
     message = open_message(payload, max_instances=config.max_instances)
     reader = FieldReader(message.shared, allow_text=payload.is_form)
     if message.shared.get("cancel") is not None:
@@ -121,7 +121,7 @@ def _read_cancel(reader: FieldReader, message: Message) -> CancelCall:
     request_id = reader.id("cancel")
     wrapped = {Envelope.KSERVE_V1: ["instances"], Envelope.KSERVE_V2: ["inputs"]}
     for name in [*reader.rest(), *wrapped.get(message.envelope, ()), *message.problems]:
-        reader.report("cancel", f"goes alone, without {show(name)}")
+        reader.report("cancel", f"must be sent alone, without {show(name)}")
     if request_id is None or reader.problems:
         raise InvalidRequest(summarise(reader.problems), reader.problems)
     return CancelCall(request_id)
@@ -169,7 +169,7 @@ def _choose_output_format(
     if envelope is not Envelope.PLAIN:
         # The protocol fixes the reply's type; its pictures are PNG unless the body says otherwise.
         if chosen == "array":
-            reader.report("output_format", "KServe replies hold png, jpeg, webp or npy, no array")
+            reader.report("output_format", "KServe replies hold png, jpeg, webp or npy, not array")
         return ("png" if chosen is None or chosen == "json" else chosen), False
     accept = headers.get("accept", "")
     negotiated = negotiate(accept, config.default_output)

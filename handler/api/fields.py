@@ -1,8 +1,7 @@
-"""Reading named values that a client sent: types without guessing, every problem kept.
+"""Reads the values that a client sent under their names, and collects every problem.
 
 A form (or gRPC) can only send text, so there ``"50"`` is an integer; JSON has types, so there it
-is not. Nothing here recurses into a value or formats one of unbounded size: what is read comes
-from strangers.
+is not. Clients are untrusted: nothing here recurses into a value or formats one of unbounded size.
 """
 
 from __future__ import annotations

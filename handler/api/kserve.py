@@ -1,4 +1,4 @@
-"""The shapes a JSON body may have: plain, Hugging Face, KServe v1 and v2; all become one `Message`.
+"""The forms of a JSON body: plain, Hugging Face, KServe v1 and v2; all become one `Message`.
 
 plain          {"prompt": "a", "seed": 1}          also with "parameters": {…}
 Hugging Face   {"inputs": "a", "parameters": {…}}

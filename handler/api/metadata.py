@@ -1,4 +1,4 @@
-"""What a picture says about how it was drawn, in the forms that image tools read."""
+"""The metadata embedded in a picture: its request, in the forms that image tools read."""
 
 from __future__ import annotations
 

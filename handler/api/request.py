@@ -1,6 +1,6 @@
 """What one request asks of the pipeline, and the checks that concern several of its fields.
 
-`parse_fields` is the only way in: plain fields become a checked `GenerationRequest`, or every
+`parse_fields` is the only entry: plain fields become a checked `GenerationRequest`, or every
 problem at once. Each field by itself is checked by its entry in `schema`.
 """
 

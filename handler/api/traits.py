@@ -1,4 +1,4 @@
-"""What a loaded pipeline can do, as far as a request may ask for it; schedulers by their names."""
+"""What a loaded pipeline offers to requests, and the names of schedulers."""
 
 from __future__ import annotations
 
