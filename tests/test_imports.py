@@ -15,7 +15,8 @@ from scripts.repository import REPOSITORY
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "messages": {"errors"},
-    "config": {"errors", "messages"},
+    "config_checks": {"messages"},
+    "config": {"config_checks", "errors", "messages"},
     "library_logs": set(),
     "watchdog": set(),
     "api": {"config", "errors", "messages"},

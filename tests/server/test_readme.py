@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from handler.api.request import ALIASES, CALL_FIELDS
-from handler.config import OUTPUT_FORMATS, HandlerConfig
 from scripts.repository import REPOSITORY
 from scripts.torchserve.process import TorchServer
 
@@ -69,20 +67,6 @@ def test_make_lines_name_targets_and_variables_that_exist(line: str) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for variable in (word.split("=")[0] for word in words if "=" in word):
         assert f"$({variable}" in makefile, variable
-
-
-def test_the_tables_name_every_field_and_every_output_format() -> None:
-    rows = [line.split("|")[1:-1] for line in README.splitlines() if line.startswith("| `")]
-    names = [[set(re.findall(r"`([^`]+)`", cell)) for cell in row[:2]] for row in rows]
-    shown = {name: aliases for first, aliases in names for name in first}
-    for field, aliases in ALIASES.items():
-        assert shown[field] == set(aliases), field
-    steering = CALL_FIELDS - {"cancel"}
-    assert shown.keys() == ALIASES.keys() | steering | set(OUTPUT_FORMATS)
-    defaults = HandlerConfig()
-    for field in ("num_inference_steps", "guidance_scale"):
-        row = next(row for row in rows if f"`{field}`" in row[0])
-        assert float(row[2]) == getattr(defaults, field)
 
 
 def test_every_file_linked_exists() -> None:
