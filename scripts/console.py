@@ -1,4 +1,4 @@
-"""What every command line here shares: exit codes, one-line errors, progress, finished files."""
+"""What every command shares: exit codes, one-line errors, progress bars, atomic output."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import sys
 import tempfile
 import threading
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from handler.errors import ServingError
+from scripts.errors import ServerError, UsageError
 
 __all__ = [
     "DONE",
     "FAILED",
     "MISUSED",
     "Progress",
-    "UsageError",
     "beside",
     "command",
     "printable",
@@ -31,10 +31,6 @@ __all__ = [
 ]
 
 DONE, FAILED, MISUSED = 0, 1, 2
-
-
-class UsageError(ServingError):
-    """The command was called wrongly; the message says how to call it."""
 
 
 class Progress(Protocol):
@@ -46,9 +42,14 @@ class Progress(Protocol):
 def command(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], int],
-    argv: list[str] | None,
+    argv: Sequence[str] | None,
 ) -> int:
-    """Parse `argv` and run; return the exit code, with any error as one line on stderr."""
+    """Parse `argv` and run; return the exit code.
+
+    An error is one line on stderr, with the lines of the server's log below it that say why.
+    Ctrl-C, SIGTERM and SIGHUP end the command by KeyboardInterrupt, so that nothing half done is
+    left; a reader of stdout that goes away ends it without a word.
+    """
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:
@@ -57,21 +58,26 @@ def command(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names and licences are of any script
     try:
-        with _ended_as_by_hand():
+        with _signals_as_interrupts():
             code = run(arguments)
             sys.stdout.flush()
         return code
-    except UsageError as error:
-        return _complain(parser.prog, error, MISUSED)
     except (ServingError, OSError) as error:
-        _drop_unwritten()
-        return _complain(parser.prog, error, FAILED)
+        was_lost = _drop_unwritten()
+        if isinstance(error, BrokenPipeError) and was_lost:
+            return FAILED
+        _complain(parser.prog, error.message if isinstance(error, ServerError) else error)
+        if isinstance(error, ServerError):
+            for line in error.log.splitlines():
+                print(printable(line), file=sys.stderr)
+        return MISUSED if isinstance(error, UsageError) else FAILED
     except KeyboardInterrupt:
-        return _complain(parser.prog, "interrupted; nothing half done counts as finished", FAILED)
+        _complain(parser.prog, "interrupted; nothing half done counts as finished")
+        return FAILED
 
 
 @contextmanager
-def _ended_as_by_hand() -> Iterator[None]:
+def _signals_as_interrupts() -> Iterator[None]:
     """Let SIGTERM and SIGHUP end the command as Ctrl-C does, which removes what is half done."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -88,18 +94,22 @@ def _ended_as_by_hand() -> Iterator[None]:
             signal.signal(each, handler)
 
 
-def _drop_unwritten() -> None:
-    """Forget what stdout still holds and cannot write: Python would try again, and exit by 120."""
+def _drop_unwritten() -> bool:
+    """Forget what stdout still holds and cannot write: Python would try again, and exit by 120.
+
+    Says whether there was any.
+    """
     try:
         sys.stdout.flush()
     except OSError:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return True
+    return False
 
 
-def _complain(program: str, error: object, code: int) -> int:
+def _complain(program: str, error: object) -> None:
     print(f"{program}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-    return code
 
 
 def printable(text: str) -> str:

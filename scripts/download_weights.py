@@ -24,8 +24,9 @@ from scripts.archive.pipeline_files import (
     component_classes,
     read_source_note,
 )
-from scripts.console import DONE, UsageError, command
+from scripts.console import DONE, command
 from scripts.documents import parse_json
+from scripts.errors import UsageError
 
 __all__ = ["download", "main"]
 

@@ -29,8 +29,9 @@ from scripts.archive.members import Payload, most_zip_bytes, payload, write_payl
 from scripts.archive.pipeline_files import PipelineFile, list_pipeline
 from scripts.archive.signing import sign, signature_path
 from scripts.archive.zip_writer import Container, ZipWriter
-from scripts.console import Progress, UsageError, beside, progress
+from scripts.console import Progress, beside, progress
 from scripts.documents import parse_json, parse_yaml
+from scripts.errors import UsageError
 from scripts.repository import REPOSITORY
 
 __all__ = ["ArchivePlan", "write_archive"]

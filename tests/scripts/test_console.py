@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.console import UsageError, beside
+from handler.errors import ArchiveError
+from scripts.console import FAILED, MISUSED, beside, command
+from scripts.errors import ServerError, UsageError
 
 MARKER = "MAR-INF/MANIFEST.json"
 
@@ -136,3 +139,33 @@ def test_what_cannot_be_written_is_one_line_and_exit_code_1() -> None:
 def test_letters_that_the_terminal_lacks_are_spelled_out() -> None:
     done = speak(subprocess.PIPE, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout) == (0, "Lizenz: \\u4f60\\u597d\n")
+
+
+def test_a_reader_that_goes_away_ends_a_command_without_a_word() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = speak(writing)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UsageError("say\nwhat"), MISUSED, "speak: error: say what\n"),
+        (ArchiveError("broken"), FAILED, "speak: error: broken\n"),
+        (OSError(28, "No space"), FAILED, "speak: error: [Errno 28] No space\n"),
+        (ServerError("no"), FAILED, "speak: error: no\n"),
+        (ServerError("no", "  a\x1b[2J\n  b"), FAILED, "speak: error: no\n  a\ufffd[2J\n  b\n"),
+    ],
+)
+def test_errors_are_one_line_and_a_servers_log(
+    error: Exception, code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(arguments: argparse.Namespace) -> int:
+        raise error
+
+    assert command(argparse.ArgumentParser("speak"), run, []) == code
+    assert capsys.readouterr().err == said

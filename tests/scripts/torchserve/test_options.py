@@ -12,11 +12,11 @@ import yaml
 
 from handler.config import HandlerConfig
 from scripts.archive.manifest import MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
+from scripts.errors import ServerError
 from scripts.repository import REPOSITORY
 from scripts.torchserve.options import (
     Options,
     Ports,
-    ServerError,
     archive_identity,
     example_prompt,
     is_loopback,
