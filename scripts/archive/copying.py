@@ -1,4 +1,4 @@
-"""Copies bytes to their place and takes their checksums; changes with what makes that fast.
+"""Copies bytes to their place in an archive and takes their checksums.
 
 Members are copied several at once, each by two threads: one reads, takes the CRC-32 and writes,
 through buffers that stay in a core's own cache; the other takes the SHA-256, which is slower than
@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from isal.isal_zlib import crc32
+
 from handler.errors import ArchiveError
-from handler.zips.crc32 import crc32
 from scripts.console import Progress
 
 __all__ = ["Content", "Copier", "FileContent", "Place", "Sums", "copy_hashed"]

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import functools
-import io
 import json
 import shutil
 import struct
 import tempfile
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.pipelines import build
@@ -53,15 +50,6 @@ def members(**changes: bytes) -> dict[str, bytes]:
         "unet/diffusion_pytorch_model.safetensors": safetensors(),
         **changes,
     }
-
-
-def zip_bytes(files: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """Zip `files` as Python does."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, data in files.items():
-            archive.writestr(zipfile.ZipInfo(name), data, compression)
-    return buffer.getvalue()
 
 
 def write_model_zip(folder: Path, data: bytes) -> Path:

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from handler.errors import ArchiveError
 from handler.loading.contents import check_model_index
 from handler.loading.model_dir import open_pipeline
-from tests.support.archives import INDEX, members, safetensors, write_model_zip, zip_bytes
+from tests.support.archives import INDEX, members, safetensors, write_model_zip
+from tests.support.zips import zip_bytes
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
