@@ -15,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from handler.errors import ArchiveError, ServingError
-from handler.loading.contents import MODEL_INDEX, check_model_index, pickled
+from handler.loading.contents import MODEL_INDEX, pickled
+from handler.loading.model_index import ModelIndex
 from handler.messages import first_lines
 from handler.zips.central_directory import check_name
 from scripts.archive.pipeline_files import (
     SOURCE_NOTE,
     choose_names,
-    component_classes,
     read_source_note,
 )
 from scripts.console import DONE, command
-from scripts.documents import parse_json
 from scripts.errors import UsageError
 
 __all__ = ["download", "main"]
@@ -90,9 +89,7 @@ def _download(model_id: str, revision: str, out: Path, token: str | None, dtype_
         raise ArchiveError(f"{model_id} is no diffusers pipeline: it has no {MODEL_INDEX}")
     _claim(out, model_id, hub.revision)
     _fetch(hub, [MODEL_INDEX], out)
-    index = check_model_index(
-        parse_json((out / MODEL_INDEX).read_bytes(), f"{model_id}: {MODEL_INDEX}"), model_id
-    )
+    index = ModelIndex.read(out / MODEL_INDEX, model_id)
     names = _choose(model_id, index, sizes, dtype_name)
     total = sum(sizes[name] for name in names)
     print(f"{model_id}: {len(names)} files, {total / 1e6:,.1f} MB → {out}", file=sys.stderr)
@@ -143,12 +140,9 @@ def _note(out: Path, model_id: str, revision: str, *, is_complete: bool) -> None
     os.replace(part, out / SOURCE_NOTE)
 
 
-def _choose(
-    model_id: str, index: dict[str, object], sizes: dict[str, int], dtype_name: str
-) -> list[str]:
-    components = component_classes(index)
-    names = choose_names(sizes, components, dtype_name)
-    for component in components:
+def _choose(model_id: str, index: ModelIndex, sizes: dict[str, int], dtype_name: str) -> list[str]:
+    names = choose_names(sizes, index.components, dtype_name)
+    for component in index.components:
         inside = [name for name in sizes if name.startswith(f"{component}/")]
         has_weights = any(name.endswith(".safetensors") for name in inside)
         if pickled(inside) and not has_weights:

@@ -29,7 +29,7 @@ needs no zip of yours.
 
 def zip_pipeline(folder: Path, out: Path, *, force: bool = False) -> int:
     """Pack `folder` into the zip `out`; return its size in bytes. Raises: ArchiveError."""
-    files = list_pipeline(folder)
+    files = list_pipeline(folder).files
     total = sum(file.size_bytes for file in files)
     with beside(out, force=force) as part, progress("zipping", total) as report:
         with part.open("x+b") as file, Copier() as copier:

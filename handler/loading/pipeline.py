@@ -6,7 +6,6 @@ components. A component that cannot be mapped is loaded by diffusers itself, fro
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ import torch
 
 from handler.errors import ArchiveError, ConfigError
 from handler.library_logs import quiet_libraries
-from handler.loading.contents import LORA_FOLDER, MODEL_INDEX
+from handler.loading.contents import LORA_FOLDER
 from handler.loading.model_dir import Extent, OpenedPipeline, check_loras, open_pipeline
 from handler.loading.safetensors_map import map_tensors
 from handler.messages import first_lines
@@ -127,7 +126,7 @@ def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
 
     from handler.loading.components import check_pipeline_class, load_components
 
-    check_pipeline_class(json.loads((opened.folder / MODEL_INDEX).read_bytes()))
+    check_pipeline_class(opened.index)
     components = load_components(opened, dtype)
     return DiffusionPipeline.from_pretrained(
         os.fspath(opened.folder),

@@ -7,7 +7,6 @@ Source: the format's description in safetensors 0.8.
 
 from __future__ import annotations
 
-import json
 import mmap
 import struct
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from math import prod
 from typing import TYPE_CHECKING, BinaryIO
 
 from handler.errors import ArchiveError
+from handler.loading.documents import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -112,24 +112,17 @@ def parse_header(head: Callable[[int], bytes], size_bytes: int, label: str) -> H
     length = struct.unpack("<Q", start)[0]
     if length > min(MAX_HEADER_BYTES, size_bytes - 8):
         raise ArchiveError(f"{label}: claims a header of {length} bytes in {size_bytes}")
+    text = head(8 + length)[8:]
+    pairs = parse_json(text, f"{label}: its safetensors header", is_strict=True)
     try:
-        text = head(8 + length)[8:].decode("utf-8")
-        pairs = json.loads(text, object_pairs_hook=_no_doubles)
         if not isinstance(pairs, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         metadata = _metadata(pairs.pop("__metadata__", None))
         tensors = {str(name): _tensor(name, value) for name, value in pairs.items()}
         _check_cover(tensors, size_bytes - 8 - length)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ArchiveError(f"{label}: its safetensors header is refused: {error}") from error
     return Header(tensors, metadata, 8 + length)
-
-
-def _no_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
-    return found
 
 
 def _metadata(value: object) -> dict[str, str]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from handler.loading.contents import MANIFEST_NAME
+from handler.loading.model_index import ModelIndex
 from handler.loading.safetensors_map import Header
 from scripts import __version__
-from scripts.archive.pipeline_files import component_classes, read_source_note
+from scripts.archive.pipeline_files import read_source_note
 from scripts.archive.zip_writer import Written
 
 __all__ = [
@@ -75,15 +76,13 @@ def installed_versions() -> dict[str, str]:
     }
 
 
-def component_facts(
-    index: Mapping[str, object], headers: Mapping[str, Header]
-) -> dict[str, dict[str, Any]]:
+def component_facts(index: ModelIndex, headers: Mapping[str, Header]) -> dict[str, dict[str, Any]]:
     """Return class, parameters, bytes and dtypes of every component.
 
     `headers` are those of the packed safetensors files, by their path in the pipeline.
     """
     facts: dict[str, dict[str, Any]] = {}
-    for name, (library, class_name) in component_classes(index).items():
+    for name, (library, class_name) in index.components.items():
         facts[name] = {"class": f"{library}.{class_name}"}
         infos = [
             info
@@ -152,7 +151,7 @@ def _section(card: str) -> str:
 
 def build_manifest(
     *,
-    index: Mapping[str, object],
+    index: ModelIndex,
     headers: Mapping[str, Header],
     source: Mapping[str, str],
     licence: Mapping[str, str],
@@ -166,7 +165,7 @@ def build_manifest(
         "format": FORMAT,
         "tool": {"name": "diffusers-torchserve", "version": __version__},
         "pipeline": {
-            "class": index["_class_name"],
+            "class": index.class_name,
             "parameters": sum(facts.get("parameters", 0) for facts in components.values()),
             "components": components,
         },

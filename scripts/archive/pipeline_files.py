@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from handler.errors import ArchiveError
-from handler.loading.contents import MODEL_INDEX, WEIGHTS_SUFFIX, check_model_index, pickled
+from handler.loading.contents import MODEL_INDEX, WEIGHTS_SUFFIX, pickled
+from handler.loading.model_index import ModelIndex
 from handler.loading.variants import select_weights, variant_of
 from scripts.documents import parse_json
 
 __all__ = [
     "SOURCE_NOTE",
     "PipelineFile",
+    "PipelineFiles",
     "choose_names",
-    "component_classes",
     "list_pipeline",
-    "read_model_index",
     "read_source_note",
 ]
 
@@ -41,36 +40,34 @@ class PipelineFile:
         return self.name.endswith(WEIGHTS_SUFFIX)
 
 
-def read_model_index(folder: Path) -> dict[str, object]:
-    """Return the checked model_index.json of `folder`. Raises: ArchiveError."""
+@dataclass(frozen=True, slots=True)
+class PipelineFiles:
+    """A pipeline's own files, sorted by name, and what their model_index.json says."""
+
+    files: Sequence[PipelineFile]
+    index: ModelIndex
+
+
+def _read_index(folder: Path) -> ModelIndex:
     path = folder / MODEL_INDEX
     if not path.is_file():
         raise ArchiveError(
             f"{folder} is no diffusers pipeline: it has no {MODEL_INDEX}; "
             "give a folder that save_pretrained or scripts.download_weights wrote"
         )
-    return check_model_index(parse_json(path.read_bytes(), str(path)), str(folder))
-
-
-def component_classes(index: Mapping[str, object]) -> dict[str, tuple[str, str]]:
-    """Return library and class of every component that `index` names and that is not left out."""
-    return {
-        name: (str(value[0]), str(value[1]))
-        for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and value[0] is not None
-    }
+    return ModelIndex.read(path, str(folder))
 
 
 def list_pipeline(
     folder: Path, *, replaced: Mapping[str, Path] | None = None, dtype_name: str = "float16"
-) -> list[PipelineFile]:
-    """List the pipeline's own files, sorted by name; one variant of the weights.
+) -> PipelineFiles:
+    """List the pipeline's own files; one variant of the weights.
 
     `replaced` gives components other folders. Raises: ArchiveError, naming every file refused.
     """
     replaced = replaced or {}
-    index = read_model_index(folder)
-    components = component_classes(index)
+    index = _read_index(folder)
+    components = index.components
     if unknown := sorted(replaced.keys() - components.keys()):
         raise ArchiveError(
             f"no component {', '.join(unknown)} in {folder}: it has {', '.join(components)}"
@@ -89,14 +86,15 @@ def list_pipeline(
             raise ArchiveError(f"the component {component} has no files in {source}")
     files = {name: PipelineFile(name, paths[name], paths[name].stat().st_size) for name in chosen}
     if replaced:
-        data = _index_with(index, replaced)
+        index = index.replace(_classes(replaced), "the pipeline with its replaced components")
+        data = index.dump()
         files[MODEL_INDEX] = PipelineFile(MODEL_INDEX, paths[MODEL_INDEX], len(data), data)
-    return list(files.values())
+    return PipelineFiles(list(files.values()), index)
 
 
-def _index_with(index: Mapping[str, object], replaced: Mapping[str, Path]) -> bytes:
-    """Return model_index.json with the classes that the replacing components say they are."""
-    changed = dict(index)
+def _classes(replaced: Mapping[str, Path]) -> dict[str, tuple[str, str]]:
+    """Return the classes that the replacing components say they are, where they do."""
+    classes: dict[str, tuple[str, str]] = {}
     for component, source in replaced.items():
         for name, key in (
             ("config.json", "_class_name"),
@@ -109,10 +107,9 @@ def _index_with(index: Mapping[str, object], replaced: Mapping[str, Path]) -> by
                 found = found[0]
             if isinstance(found, str):
                 library = "diffusers" if key == "_class_name" else "transformers"
-                changed[component] = [library, found]
+                classes[component] = (library, found)
                 break
-    check_model_index(changed, "the pipeline with its replaced components")
-    return (json.dumps(changed, indent=2, sort_keys=True) + "\n").encode()
+    return classes
 
 
 def _read_object(path: Path) -> dict[str, object]:
@@ -121,7 +118,9 @@ def _read_object(path: Path) -> dict[str, object]:
         return {}
     found = parse_json(path.read_bytes(), str(path))
     if not isinstance(found, dict):
-        raise ArchiveError(f"{path} holds no JSON object: it is no component's configuration")
+        raise ArchiveError(
+            f"{path} does not hold a JSON object: it is not a component's configuration"
+        )
     return found
 
 

@@ -12,7 +12,8 @@ import yaml
 
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError
-from handler.loading.contents import LORA_FOLDER, MODEL_INDEX, MODEL_ZIP, check_model_index
+from handler.loading.contents import LORA_FOLDER, MODEL_ZIP
+from handler.loading.model_index import ModelIndex
 from scripts.archive.copying import Copier
 from scripts.archive.folder_writer import DirWriter
 from scripts.archive.manifest import (
@@ -30,7 +31,7 @@ from scripts.archive.pipeline_files import PipelineFile, list_pipeline
 from scripts.archive.signing import sign, signature_path
 from scripts.archive.zip_writer import Container, ZipWriter
 from scripts.console import Progress, beside, progress
-from scripts.documents import parse_json, parse_yaml
+from scripts.documents import parse_yaml
 from scripts.errors import UsageError
 from scripts.repository import REPOSITORY
 
@@ -79,7 +80,7 @@ class _Contents:
     leading: Mapping[str, bytes]
     loras: Sequence[Payload]
     model: Sequence[Payload]
-    index: Mapping[str, object]
+    index: ModelIndex
 
 
 def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
@@ -111,7 +112,7 @@ def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
 
 
 def _contents(plan: ArchivePlan) -> _Contents:
-    files = list_pipeline(
+    pipeline = list_pipeline(
         plan.pipeline, replaced=plan.components, dtype_name=plan.dtype or "float16"
     )
     loras = [
@@ -121,16 +122,9 @@ def _contents(plan: ArchivePlan) -> _Contents:
     return _Contents(
         leading=_leading_members(plan),
         loras=[payload(file) for file in loras],
-        model=[payload(file, plan.dtype) for file in files],
-        index=_index(files),
+        model=[payload(file, plan.dtype) for file in pipeline.files],
+        index=pipeline.index,
     )
-
-
-def _index(files: Sequence[PipelineFile]) -> dict[str, object]:
-    """Return model_index.json as it is packed: with the classes of replaced components."""
-    file = next(each for each in files if each.name == MODEL_INDEX)
-    data = file.data or file.path.read_bytes()
-    return check_model_index(parse_json(data, str(file.path)), str(file.path))
 
 
 def _size(path: Path) -> int:

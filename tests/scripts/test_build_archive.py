@@ -317,8 +317,8 @@ def _content(folder: Path) -> dict[str, bytes]:
         (["--set", "height=7.5"], FAILED, "height"),
         (["--set", "height"], MISUSED, "--set height=: wanted NAME=VALUE"),
         (["--set", "height=8", "--set", "height=16"], MISUSED, "given twice"),
-        (["--set", "height=["], FAILED, "--set height: '[' is no YAML"),
-        (["--set", "height=2001-99-99"], FAILED, "--set height: '2001-99-99' is no YAML: month"),
+        (["--set", "height=["], FAILED, "--set height: '[' is not YAML"),
+        (["--set", "height=2001-99-99"], FAILED, "--set height: '2001-99-99' is not YAML: month"),
         (["--smoke-prompt", "a\udcff"], MISUSED, "wanted text in UTF-8"),
         (["--component", "nothing=."], FAILED, "no component nothing"),
         (["--component", "vae=/nowhere"], FAILED, "the component vae has no files in /nowhere"),
@@ -378,7 +378,7 @@ def test_a_configuration_that_is_no_yaml_is_one_line(
     common = ["--pipeline", str(pipeline), "--name", "tiny", "--out", str(tmp_path / "out")]
     assert main([*common, "--config", str(config)]) == FAILED
     error = capsys.readouterr().err
-    assert f"{config} is no YAML" in error
+    assert f"{config} is not YAML" in error
     assert error.count("\n") == 1
 
 

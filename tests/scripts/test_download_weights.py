@@ -83,7 +83,7 @@ def test_fetches_one_variant_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
         "revision": REVISION,
         "is_complete": True,
     }
-    assert {file.name for file in list_pipeline(out)} == NEEDED
+    assert {file.name for file in list_pipeline(out).files} == NEEDED
 
 
 def test_fetches_full_precision_when_asked(hub: Hub, tmp_path: Path) -> None:

@@ -142,13 +142,13 @@ PIPELINE, TORCHSERVE = "MAR-INF/PIPELINE.json", "MAR-INF/MANIFEST.json"
             "model-config.yaml: ",
         ),
         *(
-            (lambda files, text=text: files.update({"model-config.yaml": text}), "it is no YAML")
+            (lambda files, text=text: files.update({"model-config.yaml": text}), "it is not YAML")
             for text in (b"[" * 20_000, b"x: 2001-99-99")
         ),
         *(
             (lambda files, name=name: files.update({name: b"[" * 100_000}), words)
             for name, words in (
-                (TORCHSERVE, "MANIFEST.json is no JSON"),
+                (TORCHSERVE, "MANIFEST.json is not JSON"),
                 (PIPELINE, "has the format None"),
             )
         ),

@@ -20,9 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from handler.errors import ArchiveError
-from handler.loading.contents import check_model_index
 from handler.loading.model_dir import open_pipeline
-from tests.support.archives import INDEX, members, safetensors, write_model_zip
+from tests.support.archives import members, safetensors, write_model_zip
 from tests.support.zips import zip_bytes
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -106,9 +105,9 @@ def test_an_empty_folder_says_what_is_missing(tmp_path: Path) -> None:
         ({"unet/WEIGHTS.PT": b""}, "unet/WEIGHTS.PT"),
         ({"pipeline.py": b""}, "code in a pipeline is refused: pipeline.py"),
         ({"unet/evil.so": b""}, "code in a pipeline"),
-        ({"model_index.json": b"{"}, "is no JSON"),
-        ({"model_index.json": b"[" * 100_000}, "is no JSON"),
-        ({"model_index.json": b"[]"}, "holds no JSON object"),
+        ({"model_index.json": b"{"}, "is not JSON"),
+        ({"model_index.json": b"[" * 100_000}, "is not JSON"),
+        ({"model_index.json": b"[]"}, "does not hold a JSON object"),
         ({"model_index.json": b"{}"}, "_class_name is null"),
     ],
 )
@@ -118,39 +117,6 @@ def test_refuses_what_could_run_code_or_is_no_pipeline(
     message = refusal(write_model_zip(tmp_path / "m", zip_bytes(members(**changes))))
     assert words in message
     assert list(scratch.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        *(["os", "system"], ["subprocess", "Popen"], ["diffusers.utils", "x"], ["diffusers"]),
-        *(["torch.nn", "Linear"], ["diffusers", "a.b"], ["transformers", "__import__"], [1, 2]),
-        *(["..", "x"], ["pipeline", "Custom"], ["auto_pipeline", "x"], ["diffusers", None], []),
-    ],
-)
-def test_refuses_classes_of_other_libraries(value: list[object]) -> None:
-    with pytest.raises(ArchiveError, match="only classes of diffusers and transformers load"):
-        check_model_index({**INDEX, "vae": value}, "test")
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        ["diffusers", "AutoencoderKL"],
-        ["transformers", "CLIPTextModel"],
-        ["stable_diffusion", "StableDiffusionSafetyChecker"],
-        [None, None],
-    ],
-)
-def test_accepts_classes_of_known_libraries(value: list[object]) -> None:
-    check_model_index({**INDEX, "vae": value}, "test")
-
-
-def test_names_every_wrong_class() -> None:
-    index = {**INDEX, "vae": ["os", "a"], "other": ["sys", "b"], "_class_name": ["p", "C"]}
-    with pytest.raises(ArchiveError) as caught:
-        check_model_index(index, "test")
-    assert all(word in str(caught.value) for word in ("vae", "other", "_class_name"))
 
 
 def test_refuses_flipped_bits_in_weights(tmp_path: Path, scratch: Path) -> None:

@@ -123,7 +123,7 @@ def test_what_is_no_pipeline_is_refused(tmp_path: Path) -> None:
     assert "is no diffusers pipeline: it has no model_index.json" in _refusal(tmp_path)
     for text in ("{", "[" * 100_000):
         (tmp_path / "model_index.json").write_text(text)
-        assert "is no JSON" in _refusal(tmp_path)
+        assert "is not JSON" in _refusal(tmp_path)
 
 
 def test_pickled_weights_are_all_named(tmp_path: Path) -> None:
@@ -147,7 +147,11 @@ def test_missing_components_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{broken", "is no JSON"), ("[1]", "holds no JSON object"), ("[" * 100_000, "is no JSON")],
+    [
+        ("{broken", "is not JSON"),
+        ("[1]", "does not hold a JSON object"),
+        ("[" * 100_000, "is not JSON"),
+    ],
 )
 def test_replacing_components_with_a_broken_configuration_are_refused(
     tmp_path: Path, text: str, words: str
@@ -165,7 +169,8 @@ def test_replaced_components_bring_their_class(tmp_path: Path) -> None:
     (pipeline / "vae" / "old.bin").write_bytes(b"")  # no part of it any more
     diffusers.AutoencoderTiny(latent_channels=4).save_pretrained(tmp_path / "vae")
     files = {
-        each.name: each for each in list_pipeline(pipeline, replaced={"vae": tmp_path / "vae"})
+        each.name: each
+        for each in list_pipeline(pipeline, replaced={"vae": tmp_path / "vae"}).files
     }
     assert files["vae/config.json"].path == tmp_path / "vae" / "config.json"
     index = json.loads(files["model_index.json"].data or b"")
