@@ -14,12 +14,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.archive.hub import download
 from scripts.archive.precision import PRECISIONS
 from scripts.archive.signing import signature_path
 from scripts.archive.writer import ArchivePlan, write_archive
 from scripts.console import DONE, command
 from scripts.documents import parse_yaml
-from scripts.download_weights import download
 from scripts.errors import UsageError
 
 __all__ = ["main"]

@@ -10,14 +10,12 @@ import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from handler.loading.contents import MANIFEST_NAME
 from handler.loading.model_index import ModelIndex
 from handler.loading.safetensors_map import Header
 from scripts import __version__
-from scripts.archive.pipeline_files import read_source_note
 from scripts.archive.zip_writer import Written
 
 __all__ = [
@@ -29,8 +27,6 @@ __all__ = [
     "build_manifest",
     "component_facts",
     "dump",
-    "find_licence",
-    "find_source",
     "installed_versions",
     "torchserve_manifest",
 ]
@@ -39,7 +35,6 @@ ARCHIVE_ROOT = "MAR-INF"
 TORCHSERVE_MANIFEST_NAME = f"{ARCHIVE_ROOT}/MANIFEST.json"
 CONFIG_NAME = "model-config.yaml"
 FORMAT = 1
-_LICENCE_BYTES = 64 << 10
 
 
 def dump(value: object) -> bytes:
@@ -98,55 +93,6 @@ def component_facts(index: ModelIndex, headers: Mapping[str, Header]) -> dict[st
             facts[name]["size_bytes"] = sum(info.end - info.start for info in infos)
             facts[name]["dtypes"] = dict(sorted(dtypes.items()))
     return facts
-
-
-def find_source(folder: Path) -> dict[str, str]:
-    """Say where `folder` came from: what download_weights noted, or its place in the hub's cache.
-
-    A plain folder is called a folder and no more: its path would differ from desk to desk.
-    """
-    note = read_source_note(folder)
-    if note is not None:
-        return {key: str(note.get(key)) for key in ("model_id", "revision")}
-    parts = folder.absolute().parts
-    if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
-        model_id = parts[-3].removeprefix("models--").replace("--", "/")
-        return {"model_id": model_id, "revision": parts[-1]}
-    return {"kind": "folder"}
-
-
-def find_licence(folder: Path) -> dict[str, str]:
-    """Return what the model card and the licence file in `folder` say of the licence."""
-    found: dict[str, str] = {}
-    card = _read_text(folder, "readme")
-    if card.startswith("---"):
-        for line in card.split("---")[1].splitlines():
-            key, colon, value = line.partition(":")
-            if colon and key in ("license", "license_name", "license_link"):
-                found[key] = value.strip().strip("\"'")
-    text = _read_text(folder, "licen") or _section(card)
-    if text:
-        found["text"] = text
-    return found
-
-
-def _read_text(folder: Path, prefix: str) -> str:
-    for path in sorted(folder.iterdir()):
-        if path.name.lower().startswith(prefix) and path.is_file():
-            return path.read_bytes()[:_LICENCE_BYTES].decode("utf-8", "replace")
-    return ""
-
-
-def _section(card: str) -> str:
-    """Return the part of a model card below its heading "License", up to the next heading."""
-    kept: list[str] = []
-    is_inside = False
-    for line in card.splitlines():
-        if line.startswith("#"):
-            is_inside = line.lstrip("#").strip().lower() in ("license", "licence")
-        elif is_inside:
-            kept.append(line)
-    return "\n".join(kept).strip()
 
 
 def build_manifest(

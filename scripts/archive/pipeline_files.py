@@ -10,18 +10,16 @@ from handler.errors import ArchiveError
 from handler.loading.contents import MODEL_INDEX, WEIGHTS_SUFFIX, pickled
 from handler.loading.model_index import ModelIndex
 from handler.loading.variants import select_weights, variant_of
+from scripts.archive.source import read_source_note
 from scripts.documents import parse_json
 
 __all__ = [
-    "SOURCE_NOTE",
     "PipelineFile",
     "PipelineFiles",
     "choose_names",
     "list_pipeline",
-    "read_source_note",
 ]
 
-SOURCE_NOTE = ".source.json"
 _KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", WEIGHTS_SUFFIX)
 _KEPT_AT_TOP = ("readme", "license", "licence", "notice")
 
@@ -128,15 +126,6 @@ def _refuse_unfinished(folder: Path) -> None:
     note = read_source_note(folder)
     if note is not None and note.get("is_complete") is not True:
         raise ArchiveError(f"the download into {folder} is not finished: run it again to go on")
-
-
-def read_source_note(folder: Path) -> dict[str, object] | None:
-    """Return what download_weights noted in `folder`, if it did."""
-    try:
-        note = parse_json((folder / SOURCE_NOTE).read_bytes(), SOURCE_NOTE)
-    except (FileNotFoundError, ArchiveError):
-        return None
-    return note if isinstance(note, dict) else None
 
 
 def choose_names(

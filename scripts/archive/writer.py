@@ -22,13 +22,12 @@ from scripts.archive.manifest import (
     TORCHSERVE_MANIFEST_NAME,
     build_manifest,
     dump,
-    find_licence,
-    find_source,
     torchserve_manifest,
 )
 from scripts.archive.members import Payload, most_zip_bytes, payload, write_payload
 from scripts.archive.pipeline_files import PipelineFile, list_pipeline
 from scripts.archive.signing import sign, signature_path
+from scripts.archive.source import find_licence, find_source
 from scripts.archive.zip_writer import Container, ZipWriter
 from scripts.console import Progress, beside, progress
 from scripts.documents import parse_yaml

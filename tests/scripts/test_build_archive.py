@@ -20,11 +20,11 @@ from safetensors.torch import load, load_file, save, save_file
 import scripts
 from handler.config import HandlerConfig
 from handler.loading.pipeline import load_pipeline
+from scripts.archive.hub import download
 from scripts.archive.manifest import dump, torchserve_manifest
 from scripts.archive.zip_writer import ZipWriter
 from scripts.build_archive import main
 from scripts.console import DONE, FAILED, MISUSED
-from scripts.download_weights import download
 from scripts.repository import REPOSITORY
 from scripts.torchserve.options import Options, Ports
 from scripts.torchserve.process import TorchServer

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.archive.pipeline_files import list_pipeline, read_source_note
+from scripts.archive.pipeline_files import list_pipeline
+from scripts.archive.source import read_source_note
 from scripts.console import DONE, FAILED, MISUSED
 from scripts.download_weights import main
 from tests.support.hub import REVISION, Hub, Model, serve_hub
