@@ -1,7 +1,4 @@
-"""Packs a pipeline and the handler as one .mar; changes with that command line.
-
-One pass: weights are read once, hashed, and written once, straight into their final place.
-"""
+"""The command that packs a pipeline with its handler as an archive."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from scripts.archive.hub import download
 from scripts.archive.precision import PRECISIONS
 from scripts.archive.signing import signature_path
 from scripts.archive.writer import ArchivePlan, write_archive
-from scripts.console import DONE, command
+from scripts.console import DONE, run_command
 from scripts.documents import parse_yaml
 from scripts.errors import UsageError
 
@@ -157,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    return command(_parser(), _run, argv)
+    return run_command(_parser(), _run, argv)
 
 
 if __name__ == "__main__":

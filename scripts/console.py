@@ -24,10 +24,10 @@ __all__ = [
     "FAILED",
     "MISUSED",
     "Progress",
-    "beside",
-    "command",
+    "atomic_output",
     "printable",
     "progress",
+    "run_command",
 ]
 
 DONE, FAILED, MISUSED = 0, 1, 2
@@ -36,10 +36,12 @@ DONE, FAILED, MISUSED = 0, 1, 2
 class Progress(Protocol):
     """What long work reports to: bytes done since the last call."""
 
-    def __call__(self, num_bytes: int, /) -> object: ...
+    def __call__(self, num_bytes: int, /) -> object:
+        """Take notice of `num_bytes` more that are done."""
+        ...
 
 
-def command(
+def run_command(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], int],
     argv: Sequence[str] | None,
@@ -47,8 +49,8 @@ def command(
     """Parse `argv` and run; return the exit code.
 
     An error is one line on stderr, with the lines of the server's log below it that say why.
-    Ctrl-C, SIGTERM and SIGHUP end the command by KeyboardInterrupt, so that nothing half done is
-    left; a reader of stdout that goes away ends it without a word.
+    Ctrl-C, SIGTERM and SIGHUP end the command by KeyboardInterrupt, so that no partial output is
+    left. Where the reader of stdout has gone, the command ends without a message.
     """
     try:
         arguments = parser.parse_args(argv)
@@ -72,13 +74,13 @@ def command(
                 print(printable(line), file=sys.stderr)
         return MISUSED if isinstance(error, UsageError) else FAILED
     except KeyboardInterrupt:
-        _complain(parser.prog, "interrupted; nothing half done counts as finished")
+        _complain(parser.prog, "interrupted")
         return FAILED
 
 
 @contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, which removes what is half done."""
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, so that partial output is removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -113,7 +115,7 @@ def _complain(program: str, error: object) -> None:
 
 
 def printable(text: str) -> str:
-    """Return `text` without what a terminal would obey: it may come from an archive."""
+    """Return `text` without control characters, which a terminal would obey."""
     return "".join(
         letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else "\ufffd"
         for letter in text
@@ -142,11 +144,12 @@ def progress(label: str, total_bytes: int) -> Iterator[Progress]:
 
 
 @contextmanager
-def beside(target: Path, *, force: bool, marker: str | None = None) -> Iterator[Path]:
-    """Give a path of `target`'s name in a hidden folder beside it; move it into place at the end.
+def atomic_output(target: Path, *, force: bool, marker: str | None = None) -> Iterator[Path]:
+    """Give a temporary path to write to, which becomes `target` when the context ends.
 
-    What is written there is a file, or a folder in which there is a file `marker`; with `force`
-    it replaces its like and nothing else. What else the hidden folder holds goes with it.
+    What is written there is a file, or a folder with a file `marker` in it. With `force` it
+    replaces an existing file, or a folder with such a marker, and nothing else. The path is in a
+    hidden folder of its own in `target`'s folder, which is removed with all that is left in it.
     Raises: UsageError, where `target` exists and may not be replaced.
     """
     _check_replaceable(target, force, marker)

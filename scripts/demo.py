@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scripts.console import DONE, command
+from scripts.console import DONE, run_command
 from scripts.errors import ServerError
 from scripts.serve import curl_line
 from scripts.torchserve.process import TorchServer
@@ -36,7 +36,7 @@ class Answer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw one picture; return 0 done, 1 failed, 2 misused."""
-    return command(_parser(), _run, argv)
+    return run_command(_parser(), _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Parses the JSON and the YAML that others wrote."""
+"""Parses JSON and YAML that others wrote."""
 
 from __future__ import annotations
 

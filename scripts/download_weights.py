@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from scripts.archive.hub import download
-from scripts.console import DONE, command
+from scripts.console import DONE, run_command
 
 __all__ = ["main"]
 
@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
     parser.add_argument("--full", action="store_true", help="prefer full precision to fp16")
-    return command(parser, _run, argv)
+    return run_command(parser, _run, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Shows what an archive holds without unpacking it; changes with what is worth showing."""
+"""The command that shows what an archive holds, without unpacking it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scripts.archive.manifest import CONFIG_NAME, TORCHSERVE_MANIFEST_NAME, comp
 from scripts.archive.reader import ArchiveView, open_archive
 from scripts.archive.signing import signature_path
 from scripts.archive.store import add_archive, chosen_archive
-from scripts.console import DONE, command, printable
+from scripts.console import DONE, printable, run_command
 from scripts.documents import parse_json
 
 __all__ = ["inspect", "main"]
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_archive(parser)
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
-    return command(parser, _run, argv)
+    return run_command(parser, _run, argv)
 
 
 if __name__ == "__main__":

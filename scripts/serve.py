@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scripts.archive.store import choose_archive
-from scripts.console import command
+from scripts.console import run_command
 from scripts.errors import ServerError
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
@@ -24,7 +24,7 @@ EXAMPLE_PROMPT = "A futuristic cityscape"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0 done, 1 failed, 2 misused."""
-    return command(_parser(), lambda arguments: arguments.run(arguments), argv)
+    return run_command(_parser(), lambda arguments: arguments.run(arguments), argv)
 
 
 def start(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Builds a pipeline's models over mapped weights; changes with how models take state dicts."""
+"""Builds a pipeline's models over memory-mapped weights."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def resolve_class(name: str, library: str, class_name: str) -> type:
         transformers.ProcessorMixin,
     )
     if not issubclass(found, bases):
-        raise ArchiveError(f"{name}: {library}.{class_name} is no model, scheduler or tokenizer")
+        raise ArchiveError(f"{name}: {library}.{class_name} is not a model, scheduler or tokenizer")
     return found
 
 

@@ -14,7 +14,7 @@ def parse_json(text: str | bytes, label: str, *, is_strict: bool = False) -> Any
     """Return what the JSON `text` says.
 
     Where `is_strict`, what two readers could understand differently is refused: keys that are
-    there twice, and bytes that are not UTF-8. Raises: ArchiveError, which begins with `label`.
+    listed twice, and bytes that are not UTF-8. Raises: ArchiveError, which begins with `label`.
     """
     try:
         if is_strict and isinstance(text, bytes):
@@ -32,5 +32,5 @@ def _refuse_constant(constant: str) -> None:
 def _refuse_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name is listed twice")
     return found

@@ -1,4 +1,4 @@
-"""Opens what TorchServe unpacked; changes when the place or the form of a pipeline there changes.
+"""Opens the pipeline that TorchServe unpacked, whatever form it has there.
 
 ``model_dir`` holds one of: ``model.zip`` (what our packer writes, or the upstream example's),
 ``model/`` (the pipeline's folder), or the pipeline's files themselves. Small files of a zip go to
@@ -134,7 +134,7 @@ def _open_folder(folder: Path) -> OpenedPipeline:
             path = Path(parent, file)
             name = path.relative_to(root).as_posix()
             if not path.is_file():
-                raise ArchiveError(f"{path} is no file: put the file itself there")
+                raise ArchiveError(f"{path} is not a file: put the file itself there")
             names.append(name)
             if name.endswith(WEIGHTS_SUFFIX):
                 weights[name] = Extent(path, 0, path.stat().st_size)

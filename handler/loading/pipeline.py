@@ -1,6 +1,6 @@
-"""Turns an opened pipeline into one that draws; changes with diffusers' way of loading.
+"""Loads an opened pipeline onto its device.
 
-Weights are mapped where they lie and handed to ``DiffusionPipeline.from_pretrained`` as finished
+Weights are mapped where they are, and handed to ``DiffusionPipeline.from_pretrained`` as finished
 components. A component that cannot be mapped is loaded by diffusers itself, from a copy.
 """
 
@@ -111,7 +111,7 @@ def load_opened(
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep the hub's client from the network, whoever imported it before."""
+    """Keep the hub's client from the network, even where it was imported before."""
     from huggingface_hub import constants
 
     was_offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True

@@ -1,7 +1,8 @@
-"""Reads safetensors files in place; changes with that format.
+"""Maps the tensors of safetensors files, wherever in a file they are.
 
-The header is checked before a byte of data is touched: what it claims must be exactly what is
-there. Knows no torch until `map_tensors` is called, so that scripts may read headers cheaply.
+The safetensors library opens only whole files, and its checks come after its allocations. Here the
+header of untrusted weights inside an archive is checked first: what it claims must be exactly what
+is there. Imports torch only in `map_tensors`, so that scripts read headers cheaply.
 Source: the format's description in safetensors 0.8.
 """
 
@@ -72,12 +73,13 @@ class TensorInfo:
 
     @property
     def num_values(self) -> int:
+        """How many numbers it holds."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header; `data_offset` is where the data begins, counted from the file's begin."""
+    """A checked header; `data_offset` is where the data begins, counted from the file's start."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -85,6 +87,7 @@ class Header:
 
     @property
     def num_parameters(self) -> int:
+        """How many numbers all tensors hold together."""
         return sum(info.num_values for info in self.tensors.values())
 
 
@@ -135,12 +138,12 @@ def _metadata(value: object) -> dict[str, str]:
 
 def _tensor(name: str, value: object) -> TensorInfo:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name} has not the keys dtype, shape and data_offsets")
+        raise ValueError(f"{name} lacks the keys dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"{name} has the unknown dtype {dtype!r}")
     if not _is_counts(shape) or len(shape) > 64 or not _is_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"{name} has a shape or offsets that are no counts")
+        raise ValueError(f"{name} has a shape or offsets that are not counts")
     info = TensorInfo(dtype, tuple(shape), *offsets)
     if info.num_values * DTYPE_BITS[dtype] != (info.end - info.start) * 8:
         raise ValueError(f"{name}: {dtype} {shape} does not fill the bytes {offsets}")

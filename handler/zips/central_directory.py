@@ -84,7 +84,9 @@ def check_name(name: str) -> None:
         or ":" in parts[0]
         or any(part in ("", ".", "..") for part in parts)
     ):
-        raise ArchiveError(f"the member name {show(name)} is refused: it is no plain relative path")
+        raise ArchiveError(
+            f"the member name {show(name)} is refused: it is not a plain relative path"
+        )
 
 
 def read_directory(
@@ -108,13 +110,13 @@ class _Directory:
         count, size, offset = self._directory()
         entries = self._entries(count, self._read(offset, size))
         entries.sort(key=lambda each: each.header_offset)
-        begins = [*(each.header_offset for each in entries), offset]
-        if begins[0]:
-            raise self._error(f"its first {begins[0]} bytes belong to no member")
+        starts = [*(each.header_offset for each in entries), offset]
+        if starts[0]:
+            raise self._error(f"its first {starts[0]} bytes do not belong to a member")
         members: dict[str, ZipMember] = {}
-        for entry, next_begin in zip(entries, begins[1:], strict=True):
+        for entry, next_start in zip(entries, starts[1:], strict=True):
             member = self._member(entry)
-            self._check_end(entry, member.offset - self.start + member.packed_bytes, next_begin)
+            self._check_end(entry, member.offset - self.start + member.packed_bytes, next_start)
             if not entry.is_folder:
                 members[entry.name] = member
         self._check_tree(members)
@@ -135,7 +137,7 @@ class _Directory:
         tail = self._read(tail_start, tail_length)
         at = tail.rfind(END_SIGNATURE)
         if at < 0 or at + END.size > len(tail):
-            raise self._error("it is no zip archive, or it is cut off")
+            raise self._error("it is not a zip archive, or it is cut off")
         _, disk, disk_of_directory, here, count, size, offset, comment = END.unpack_from(tail, at)
         if at + END.size + comment != len(tail):
             raise self._error("it is cut off, or bytes follow its end record")
@@ -175,7 +177,7 @@ class _Directory:
             check_name(entry.name)
             folded = entry.name.casefold()
             if folded in seen:
-                raise self._error(f"{entry.name} is there twice (as {seen[folded]})")
+                raise self._error(f"{entry.name} is listed twice (as {seen[folded]})")
             seen[folded] = entry.name
         if at != len(directory):
             raise self._error("its directory holds more than it counts")
@@ -280,9 +282,9 @@ class _Directory:
             raise self._error(f"{entry.name}: its two headers disagree")
         return int(extra_at + extra_length)
 
-    def _check_end(self, entry: _Entry, end: int, next_begin: int) -> None:
+    def _check_end(self, entry: _Entry, end: int, next_start: int) -> None:
         """Nothing may lie between a member and what follows it but its data descriptor."""
-        if end > next_begin:
+        if end > next_start:
             raise self._error(f"{entry.name} overlaps what follows it")
         if not entry.flags & FLAG_DESCRIPTOR:
             allowed = {b""}
@@ -292,9 +294,9 @@ class _Directory:
             wide = struct.pack("<L2Q", *values)
             signs = (b"", DESCRIPTOR_SIGNATURE)
             allowed = {sign + each for sign in signs for each in (narrow, wide)}
-        length = next_begin - end
+        length = next_start - end
         if length > 24 or self._read(end, length) not in allowed:
-            raise self._error(f"after {entry.name} lie {length} bytes that belong to no member")
+            raise self._error(f"the {length} bytes after {entry.name} do not belong to a member")
 
     def _check_tree(self, members: Collection[str]) -> None:
         """No member may be a folder of another one."""

@@ -1,4 +1,4 @@
-"""What must hold in an archive, check by check; changes when a promise of ours does.
+"""The checks of an archive: structure, hashes, components, versions, configuration.
 
 Every check yields its problems as text instead of raising, so that a report names them all.
 """
@@ -89,7 +89,7 @@ def _check_torchserve(outer: Reader) -> Iterator[str]:
         yield str(error)
         return
     except (KeyError, TypeError, AttributeError) as error:
-        yield f"{TORCHSERVE_MANIFEST_NAME} is no manifest of TorchServe's: {error!r}"
+        yield f"{TORCHSERVE_MANIFEST_NAME} is not a manifest of TorchServe's: {error!r}"
         return
     for key, name in named.items():
         if name is None and key == "handler":

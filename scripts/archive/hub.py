@@ -47,7 +47,7 @@ def download(model_id: str, *, revision: str, out: Path, is_full: bool = False) 
         with _progress_bars():
             hub = _download(model_id, revision, out, token, "float32" if is_full else "float16")
     except HFValidationError as error:
-        raise UsageError(f"{model_id!r} is no model id such as org/name: {error}") from error
+        raise UsageError(f"{model_id!r} is not a model id such as org/name: {error}") from error
     except ServingError:
         raise
     except Exception as error:
@@ -68,7 +68,7 @@ def _download(model_id: str, revision: str, out: Path, token: str | None, dtype_
     sizes = {each.rfilename: each.size or 0 for each in info.siblings or []}
     _check_names(model_id, sizes)
     if MODEL_INDEX not in sizes:
-        raise ArchiveError(f"{model_id} is no diffusers pipeline: it has no {MODEL_INDEX}")
+        raise ArchiveError(f"{model_id} is not a diffusers pipeline: it has no {MODEL_INDEX}")
     _claim(out, model_id, hub.revision)
     _fetch(hub, [MODEL_INDEX], out)
     index = ModelIndex.read(out / MODEL_INDEX, model_id)
@@ -104,7 +104,7 @@ def _claim(out: Path, model_id: str, revision: str) -> None:
     """Take the folder `out` for this download, unless it holds another one."""
     note = read_source_note(out)
     if note is None and out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty and no download of ours: choose another folder")
+        raise UsageError(f"{out} is not empty and not a download of ours: choose another folder")
     if note is not None and (note.get("model_id"), note.get("revision")) != (model_id, revision):
         raise UsageError(
             f"{out} holds {note.get('model_id')} at {note.get('revision')}: delete it, or choose "

@@ -1,4 +1,4 @@
-"""The manifest that an archive carries beside TorchServe's own; changes with what it tells.
+"""The manifests of an archive: TorchServe's, and our own beside it.
 
 ``MAR-INF/PIPELINE.json`` says what every member's bytes must be and what the pipeline is. It holds
 nothing of the machine, the hour or the user that packed it: equal inputs give equal manifests.
@@ -16,7 +16,7 @@ from handler.loading.contents import MANIFEST_NAME
 from handler.loading.model_index import ModelIndex
 from handler.loading.safetensors_map import Header
 from scripts import __version__
-from scripts.archive.zip_writer import Written
+from scripts.archive.zip_writer import WrittenMember
 
 __all__ = [
     "ARCHIVE_ROOT",
@@ -102,8 +102,8 @@ def build_manifest(
     source: Mapping[str, str],
     licence: Mapping[str, str],
     extras: Mapping[str, object],
-    members: Sequence[Written],
-    model_members: Sequence[Written],
+    members: Sequence[WrittenMember],
+    model_members: Sequence[WrittenMember],
 ) -> dict[str, Any]:
     """Put the manifest together."""
     components = component_facts(index, headers)
@@ -124,7 +124,7 @@ def build_manifest(
     }
 
 
-def _listed(members: Iterable[Written]) -> dict[str, dict[str, Any]]:
+def _listed(members: Iterable[WrittenMember]) -> dict[str, dict[str, Any]]:
     return {
         member.name: {"size_bytes": member.size_bytes, "sha256": member.sha256}
         for member in members

@@ -1,4 +1,4 @@
-"""Which files of a pipeline folder are the pipeline; changes with how diffusers saves one."""
+"""Lists the files of a pipeline folder that belong to the pipeline."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class PipelineFile:
 
     @property
     def is_weights(self) -> bool:
+        """Whether it is a safetensors file."""
         return self.name.endswith(WEIGHTS_SUFFIX)
 
 
@@ -50,7 +51,7 @@ def _read_index(folder: Path) -> ModelIndex:
     path = folder / MODEL_INDEX
     if not path.is_file():
         raise ArchiveError(
-            f"{folder} is no diffusers pipeline: it has no {MODEL_INDEX}; "
+            f"{folder} is not a diffusers pipeline: it has no {MODEL_INDEX}; "
             "give a folder that save_pretrained or scripts.download_weights wrote"
         )
     return ModelIndex.read(path, str(folder))

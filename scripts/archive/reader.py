@@ -1,4 +1,4 @@
-"""Reads archives of every form in place; changes with the forms that exist.
+"""Reads archives of every form in place.
 
 A ``.mar`` of ours (stored), one of torch-model-archiver (deflated), an archive folder, a zipped
 pipeline and a pipeline folder all become one `ArchiveView`.

@@ -1,4 +1,4 @@
-"""Where a pipeline folder came from, and under which licence it is."""
+"""Finds out where a pipeline folder came from, and its licence."""
 
 from __future__ import annotations
 

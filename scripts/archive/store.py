@@ -1,4 +1,4 @@
-"""The store of archives: which one a command takes that names none, or only a name."""
+"""Chooses an archive of the store, for commands that are given a name or nothing."""
 
 from __future__ import annotations
 

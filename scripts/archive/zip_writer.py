@@ -1,9 +1,9 @@
 """Writes zip files in one pass.
 
-Every member is stored. Sizes are known before, so every member has its place at once, and they may
-be copied together; checksums are known only after the bytes went by, so headers are written last:
-there are no data descriptors, which Java refuses for stored members. The bytes depend on names and
-contents alone: no times, no owners, no modes of the source.
+Every member is stored. Sizes are known before, so every member has its place at once, and several
+are copied together. Checksums are known only afterwards, so headers are written last and there are
+no data descriptors, which Java refuses for stored members. The bytes depend on names and contents
+alone: no times, no owners, no modes of the source.
 
 A nested zip is written straight into its place in the outer one. Its CRC-32 is put together from
 those of its members, so no byte is hashed twice. Why not ``zipfile``: see handler.zips.format.
@@ -37,9 +37,9 @@ from handler.zips.format import (
     UNIX,
     ZIP64_EXTRA,
 )
-from scripts.archive.copying import Content, Copier, Place, Sums, copy_hashed
+from scripts.archive.copying import Checksums, Content, Copier, Place, copy_hashed
 
-__all__ = ["Container", "Written", "ZipWriter"]
+__all__ = ["Container", "WrittenMember", "ZipWriter"]
 
 _VERSION, _VERSION_64 = 20, 45
 _MADE_BY_UNIX = UNIX << 8
@@ -50,7 +50,7 @@ _ALIGNMENT_EXTRA_BYTES = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class WrittenMember:
     """One finished member."""
 
     name: str
@@ -78,8 +78,8 @@ class Container(Protocol):
         """Give a writer for a zip that becomes the member `name`."""
         ...
 
-    def finish(self) -> list[Written]:
-        """Wait for what was added; tell of it, nested zips left out."""
+    def finish(self) -> list[WrittenMember]:
+        """Wait for what was added; return it, nested zips left out."""
         ...
 
 
@@ -91,7 +91,7 @@ class _Record:
     offset: int
     header: bytearray
     size_bytes: int
-    sums: Callable[[], Sums] | None = None
+    sums: Callable[[], Checksums] | None = None
     crc32: int | None = None
 
     def finish(self, crc32: int) -> None:
@@ -121,7 +121,7 @@ class ZipWriter:
     _start: int = field(init=False)
     _records: list[_Record] = field(default_factory=list)
     _num_finished: int = 0
-    _written: list[Written] = field(default_factory=list)
+    _written: list[WrittenMember] = field(default_factory=list)
     _names: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -138,10 +138,10 @@ class ZipWriter:
     ) -> None:
         """Write one member of exactly `size_bytes`.
 
-        Its byte `aligned_at` comes to lie at a multiple of `align`, counted from this zip's begin.
+        Its byte `aligned_at` comes to lie at a multiple of `align`, counted from this zip's start.
         Raises: ArchiveError, here or from `finish`, where `content` has more or less.
         """
-        record = self._begin(name, size_bytes, align, aligned_at)
+        record = self._reserve(name, size_bytes, align, aligned_at)
         place = Place(name, self.file.fileno(), self._start + self.size_bytes, size_bytes)
         if self.copier is None:
             sums = copy_hashed(content, place)
@@ -157,27 +157,27 @@ class ZipWriter:
     @contextmanager
     def nested(self, name: str, most_bytes: int) -> Iterator[ZipWriter]:
         """Give a writer for a zip that becomes the member `name`, of at most `most_bytes`."""
-        record = self._begin(name, most_bytes, 64, 0)
+        record = self._reserve(name, most_bytes, 64, 0)
         self.file.seek(self._start + self.size_bytes)
         inner = ZipWriter(self.file, self.copier)
         yield inner
         inner.close()
         if inner.size_bytes > most_bytes:
             raise ArchiveError(
-                f"{name} grew to {inner.size_bytes} bytes; {most_bytes} were foreseen"
+                f"{name} grew to {inner.size_bytes} bytes; {most_bytes} were reserved"
             )
         record.size_bytes = inner.size_bytes
         record.finish(inner.crc32)
         self.size_bytes += inner.size_bytes
 
-    def finish(self) -> list[Written]:
-        """Wait for what was added and write the headers; tell of all members but nested zips."""
+    def finish(self) -> list[WrittenMember]:
+        """Wait for what was added and write the headers; return all members but nested zips."""
         for record in self._records[self._num_finished :]:
             if record.sums is not None:
                 sums = record.sums()
                 record.finish(sums.crc32)
                 self._written.append(
-                    Written(record.name, record.size_bytes, sums.crc32, sums.sha256)
+                    WrittenMember(record.name, record.size_bytes, sums.crc32, sums.sha256)
                 )
             assert record.crc32 is not None, "its nested zip is still open"
             self._write(record.header, record.offset)
@@ -201,8 +201,8 @@ class ZipWriter:
         self._write(directory + end, offset)
         self.size_bytes += len(directory) + len(end)
 
-    def _begin(self, name: str, most_bytes: int, align: int, aligned_at: int) -> _Record:
-        """Take the room of a local header, which is written when the member is finished."""
+    def _reserve(self, name: str, most_bytes: int, align: int, aligned_at: int) -> _Record:
+        """Reserve the place of a local header, which is written when the member is finished."""
         check_name(name)
         if name in self._names:
             raise ArchiveError(f"{name} is packed twice")

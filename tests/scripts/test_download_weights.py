@@ -134,8 +134,8 @@ def _refusal(folder: Path) -> str:
         (["org/missing"], "hf_good", FAILED, "does not exist, or HF_TOKEN may not read it"),
         (["org/model", "--revision", "v9"], None, FAILED, "has no revision 'v9'"),
         (["org/pickled"], None, FAILED, "unet has only pickled weights (unet/diffusion_pytorch"),
-        (["org/other"], None, FAILED, "is no diffusers pipeline: it has no model_index.json"),
-        (["not a model"], None, MISUSED, "is no model id such as org/name"),
+        (["org/other"], None, FAILED, "is not a diffusers pipeline: it has no model_index.json"),
+        (["not a model"], None, MISUSED, "is not a model id such as org/name"),
     ],
 )
 def test_says_what_is_missing(

@@ -120,7 +120,7 @@ PIPELINE, TORCHSERVE = "MAR-INF/PIPELINE.json", "MAR-INF/MANIFEST.json"
         (lambda files: files.pop("requirements.txt"), "requirements.txt is missing"),
         (lambda files: files.update(extra=b""), "extra is not in the manifest"),
         (lambda files: files.pop(TORCHSERVE), "MAR-INF/MANIFEST.json is missing"),
-        (lambda files: files.update({TORCHSERVE: b"{}"}), "is no manifest of TorchServe's"),
+        (lambda files: files.update({TORCHSERVE: b"{}"}), "is not a manifest of TorchServe's"),
         (lambda files: files.update({PIPELINE: b"no"}), "has the format None"),
         (lambda files: files.pop("torchserve_entry.py"), "as handler, which is missing"),
         (_edit_json(PIPELINE, lambda value: value.update(format=9)), "has the format 9"),
@@ -253,7 +253,7 @@ def test_members_that_only_torchserve_would_see_are_named(tmp_path: Path) -> Non
     forged = bytearray(data[:directory] + data[offset:end] + data[directory:])
     struct.pack_into("<L", forged, forged.rindex(b"PK\5\6") + 16, directory + end - offset)
     mar.write_bytes(forged)
-    assert "belong to no member" in "".join(verify(mar))
+    assert "not belong to a member" in "".join(verify(mar))
 
 
 def _move_and_link(folder: Path, name: str) -> None:

@@ -220,8 +220,8 @@ def _with_index(tmp_path: Path, **changes: object) -> Path:
         ({"_class_name": "AutoencoderKL"}, "has no pipeline AutoencoderKL"),
         ({"_class_name": "NoSuchPipeline"}, "has no pipeline NoSuchPipeline"),
         ({"unet": ["diffusers", "NoSuchModel"]}, "unet: diffusers.NoSuchModel does not exist"),
-        ({"unet": ["diffusers", "DiffusionPipeline"]}, "is no model, scheduler or tokenizer"),
-        ({"unet": ["transformers", "TrainingArguments"]}, "is no model, scheduler or tokenizer"),
+        ({"unet": ["diffusers", "DiffusionPipeline"]}, "is not a model, scheduler or tokenizer"),
+        ({"unet": ["transformers", "TrainingArguments"]}, "is not a model, scheduler or tokenizer"),
         ({"unet": ["transformers", "logging"]}, "does not exist"),
     ],
 )
@@ -263,7 +263,7 @@ def _make_fifo(path: Path) -> None:
 def test_what_is_no_file_is_refused(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     pipeline = save_pipeline(tmp_path / "m" / "model")
     damage(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
-    assert "is no file" in refusal(tmp_path / "m")
+    assert "is not a file" in refusal(tmp_path / "m")
 
 
 @pytest.mark.parametrize("is_zipped", [False, True])

@@ -120,7 +120,7 @@ def _refusal(folder: Path, **replaced: Path) -> str:
 
 
 def test_what_is_no_pipeline_is_refused(tmp_path: Path) -> None:
-    assert "is no diffusers pipeline: it has no model_index.json" in _refusal(tmp_path)
+    assert "is not a diffusers pipeline: it has no model_index.json" in _refusal(tmp_path)
     for text in ("{", "[" * 100_000):
         (tmp_path / "model_index.json").write_text(text)
         assert "is not JSON" in _refusal(tmp_path)

@@ -15,8 +15,8 @@ import pytest
 
 from handler.errors import ArchiveError
 from handler.zips.reader import ZipReader
-from scripts.archive.copying import Content, Copier, Place, Sums
-from scripts.archive.zip_writer import Written, ZipWriter
+from scripts.archive.copying import Checksums, Content, Copier, Place
+from scripts.archive.zip_writer import WrittenMember, ZipWriter
 
 
 def _write(path: Path, *, wide: bool = False) -> None:
@@ -62,7 +62,7 @@ def test_what_was_written_is_told(tmp_path: Path) -> None:
             inner.add_bytes("b", b"")
         written = writer.finish()
     data = b"x" * 10 + b"y"
-    assert written == [Written("a", 11, zlib.crc32(data), hashlib.sha256(data).hexdigest())]
+    assert written == [WrittenMember("a", 11, zlib.crc32(data), hashlib.sha256(data).hexdigest())]
     assert [each.name for each in inner.finish()] == ["b"]
 
 
@@ -111,9 +111,9 @@ def test_members_past_four_gigabytes(tmp_path: Path) -> None:
     size = 65 * (64 << 20)
 
     class LeavesHoles(Copier):
-        def submit(self, content: Content, place: Place) -> Callable[[], Sums]:
+        def submit(self, content: Content, place: Place) -> Callable[[], Checksums]:
             if place.size_bytes == size:
-                return lambda: Sums(0, "")
+                return lambda: Checksums(0, "")
             return super().submit(content, place)
 
     with (tmp_path / "big.zip").open("x+b") as file, LeavesHoles() as copier:
