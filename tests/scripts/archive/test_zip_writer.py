@@ -16,7 +16,10 @@ import pytest
 from handler.errors import ArchiveError
 from handler.zips.reader import ZipReader
 from scripts.archive.copying import Checksums, Content, Copier, Place
+from scripts.archive.manifest import torchserve_manifest
 from scripts.archive.zip_writer import WrittenMember, ZipWriter
+from scripts.torchserve.options import Options, Ports
+from scripts.torchserve.process import TorchServer
 
 
 def _write(path: Path, *, wide: bool = False) -> None:
@@ -130,3 +133,41 @@ def test_members_past_four_gigabytes(tmp_path: Path) -> None:
         reader = ZipReader(file)
         assert reader.sizes == {"big": size, "after": 2}
         assert reader.read("after") == b"it"
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_torchserve_takes_members_past_four_gigabytes(tmp_path: Path) -> None:
+    entry = b"""
+import os
+class Sizes:
+    def initialize(self, context):
+        folder = context.system_properties["model_dir"]
+        self.size = os.path.getsize(os.path.join(folder, "model.zip"))
+    def handle(self, data, context):
+        return [str(self.size)] * len(data)
+"""
+    zeros = bytes(4 << 20)
+    num_chunks = 1025
+    (tmp_path / "store").mkdir()
+    archive = tmp_path / "store" / "big.mar"
+    with archive.open("x+b") as file:
+        writer = ZipWriter(file)
+        writer.add_bytes("MAR-INF/MANIFEST.json", torchserve_manifest("big", "1.0"))
+        writer.add_bytes("torchserve_entry.py", entry)
+        writer.add_bytes("model-config.yaml", b"minWorkers: 1\nmaxWorkers: 1\n")
+        writer.add_bytes("requirements.txt", b"")
+        with writer.nested("model.zip", 5 << 30) as inner:
+            inner.add("big", (zeros for _ in range(num_chunks)), num_chunks * len(zeros))
+        writer.close()
+    size_bytes = inner.size_bytes
+    assert size_bytes > 4 << 30
+    server = TorchServer(Options(archive, tmp_path / "run", Ports.free()))
+    with server.running(timeout_s=240):
+        done = subprocess.run(
+            ["curl", "-s", "-d", "a=b", server.predictions_url],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert done.stdout == str(size_bytes)
