@@ -10,8 +10,8 @@ import shutil
 import struct
 import subprocess
 import sys
-import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,19 +21,10 @@ from hypothesis import strategies as st
 
 from handler.errors import ArchiveError
 from handler.loading.model_dir import open_pipeline
-from tests.support.archives import members, safetensors, write_model_zip
+from tests.support.archives import members, safetensors, save_pipeline, write_model_zip
 from tests.support.zips import zip_bytes
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where private folders go; nothing may be left there."""
-    folder = tmp_path / "scratch"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
 
 
 def refusal(model_dir: Path) -> str:
@@ -117,6 +108,39 @@ def test_refuses_what_could_run_code_or_is_no_pipeline(
     message = refusal(write_model_zip(tmp_path / "m", zip_bytes(members(**changes))))
     assert words in message
     assert list(scratch.iterdir()) == []
+
+
+def _link_to_nothing(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nothing")
+
+
+def _make_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("damage", [_link_to_nothing, _make_fifo])
+def test_what_is_no_file_is_refused(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    pipeline = save_pipeline(tmp_path / "m" / "model")
+    damage(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    assert "is not a file" in refusal(tmp_path / "m")
+
+
+@pytest.mark.parametrize("is_zipped", [False, True])
+def test_an_index_of_any_length_is_refused_in_one_short_line(
+    tmp_path: Path, is_zipped: bool
+) -> None:
+    pipeline = save_pipeline(tmp_path / "m" / "model")
+    index = json.loads((pipeline / "model_index.json").read_bytes())
+    for num_letters, words in ((300_000, "only classes of"), (2 << 20, "it may have 1048576")):
+        text = json.dumps({**index, "unet": ["x", "y" * num_letters]})
+        (pipeline / "model_index.json").write_text(text)
+        if is_zipped:
+            shutil.make_archive(str(tmp_path / "m" / "model"), "zip", pipeline)
+        message = refusal(tmp_path / "m")
+        assert words in message
+        assert len(message) < 500
 
 
 def test_refuses_flipped_bits_in_weights(tmp_path: Path, scratch: Path) -> None:
