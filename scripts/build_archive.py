@@ -48,6 +48,10 @@ def _run(arguments: argparse.Namespace) -> int:
                 f"--{flag} {getattr(arguments, flag)!r}: wanted letters, digits and _ . -, "
                 "a letter or digit first, at most 100"
             )
+    if ".." in f"{arguments.name}.":
+        raise UsageError(
+            f"--name {arguments.name!r}: TorchServe refuses two dots in a row and a dot at the end"
+        )
     if any("\ud800" <= letter <= "\udfff" for letter in arguments.smoke_prompt or ""):
         raise UsageError(f"--smoke-prompt {arguments.smoke_prompt!a}: wanted text in UTF-8")
     is_folder = arguments.format == "dir"
@@ -97,8 +101,8 @@ def _pairs(flag: str, values: Sequence[str]) -> list[tuple[str, str]]:
     for name, text in pairs:
         if not _WORD.fullmatch(name) or not text:
             raise UsageError(f"{flag} {name}={text}: wanted NAME=VALUE")
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise UsageError(f"{flag}: a name is given twice")
+    if len({name.casefold() for name, _ in pairs}) < len(pairs):
+        raise UsageError(f"{flag}: a name is given twice (upper and lower case are not told apart)")
     return pairs
 
 

@@ -1,8 +1,8 @@
 """Maps the tensors of safetensors files, wherever in a file they are.
 
-The safetensors library opens only whole files, and its checks come after its allocations. Here the
-header of untrusted weights inside an archive is checked first: what it claims must be exactly what
-is there. Imports torch only in `map_tensors`, so that scripts read headers cheaply.
+Our own because the safetensors library opens whole files only, not weights inside an archive. The
+header is checked before a byte of data is touched: what it claims must be exactly what is there.
+Imports torch only in `map_tensors`, so that scripts read headers cheaply.
 Source: the format's description in safetensors 0.8.
 """
 

@@ -17,6 +17,7 @@ from handler.loading.contents import MODEL_INDEX, pickled
 from handler.loading.model_index import ModelIndex
 from handler.messages import first_lines
 from handler.zips.central_directory import check_name
+from scripts.archive.mistaken import has_lora_names
 from scripts.archive.pipeline_files import choose_names
 from scripts.archive.source import read_source_note, write_source_note
 from scripts.errors import UsageError
@@ -47,7 +48,10 @@ def download(model_id: str, *, revision: str, out: Path, is_full: bool = False) 
         with _progress_bars():
             hub = _download(model_id, revision, out, token, "float32" if is_full else "float16")
     except HFValidationError as error:
-        raise UsageError(f"{model_id!r} is not a model id such as org/name: {error}") from error
+        hint = f"; pack a folder with --pipeline {model_id}" if Path(model_id).exists() else ""
+        raise UsageError(
+            f"{model_id!r} is not a model id such as org/name{hint}: {error}"
+        ) from error
     except ServingError:
         raise
     except Exception as error:
@@ -68,7 +72,7 @@ def _download(model_id: str, revision: str, out: Path, token: str | None, dtype_
     sizes = {each.rfilename: each.size or 0 for each in info.siblings or []}
     _check_names(model_id, sizes)
     if MODEL_INDEX not in sizes:
-        raise ArchiveError(f"{model_id} is not a diffusers pipeline: it has no {MODEL_INDEX}")
+        raise ArchiveError(f"{model_id} is not a diffusers pipeline: {_what_else(model_id, sizes)}")
     _claim(out, model_id, hub.revision)
     _fetch(hub, [MODEL_INDEX], out)
     index = ModelIndex.read(out / MODEL_INDEX, model_id)
@@ -77,6 +81,15 @@ def _download(model_id: str, revision: str, out: Path, token: str | None, dtype_
     print(f"{model_id}: {len(names)} files, {total / 1e6:,.1f} MB → {out}", file=sys.stderr)
     _fetch(hub, names, out)
     return hub
+
+
+def _what_else(model_id: str, names: Iterable[str]) -> str:
+    if has_lora_names(names):
+        return (
+            f"it is a LoRA; fetch it with hf download {model_id} --local-dir lora, and pack the "
+            "pipeline that it belongs to with --lora"
+        )
+    return f"it has no {MODEL_INDEX}"
 
 
 def _check_names(model_id: str, names: Iterable[str]) -> None:

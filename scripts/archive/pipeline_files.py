@@ -10,6 +10,7 @@ from handler.errors import ArchiveError
 from handler.loading.contents import MODEL_INDEX, WEIGHTS_SUFFIX, pickled
 from handler.loading.model_index import ModelIndex
 from handler.loading.variants import select_weights, variant_of
+from scripts.archive.mistaken import mistaken_pipeline
 from scripts.archive.source import read_source_note
 from scripts.documents import parse_json
 
@@ -50,10 +51,7 @@ class PipelineFiles:
 def _read_index(folder: Path) -> ModelIndex:
     path = folder / MODEL_INDEX
     if not path.is_file():
-        raise ArchiveError(
-            f"{folder} is not a diffusers pipeline: it has no {MODEL_INDEX}; "
-            "give a folder that save_pretrained or scripts.download_weights wrote"
-        )
+        raise mistaken_pipeline(folder)
     return ModelIndex.read(path, str(folder))
 
 
@@ -82,7 +80,11 @@ def list_pipeline(
     for component in components:
         if not any(name.startswith(f"{component}/") for name in chosen):
             source = replaced.get(component, folder / component)
-            raise ArchiveError(f"the component {component} has no files in {source}")
+            hint = ": links to folders are not followed" if source.is_symlink() else ""
+            raise ArchiveError(f"the component {component} has no files in {source}{hint}")
+    _check_chosen(chosen)
+    for name in chosen:
+        _check_link(paths[name], replaced.get(name.partition("/")[0], folder))
     files = {name: PipelineFile(name, paths[name], paths[name].stat().st_size) for name in chosen}
     if replaced:
         index = index.replace(_classes(replaced), "the pipeline with its replaced components")
@@ -109,6 +111,34 @@ def _classes(replaced: Mapping[str, Path]) -> dict[str, tuple[str, str]]:
                 classes[component] = (library, found)
                 break
     return classes
+
+
+def _check_chosen(names: Sequence[str]) -> None:
+    """Refuse names that are one name where file systems do not tell letters' cases apart."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise ArchiveError(
+                f"{other} and {name} differ only in upper and lower case, and are one file on some "
+                "machines: remove one of them"
+            )
+
+
+def _check_link(path: Path, root: Path) -> None:
+    """Refuse a file that is a link out of `root`, unless it is one of the hub's cache.
+
+    The cache's snapshots are links to the blobs of the same model.
+    """
+    if not path.is_symlink():
+        return
+    root, target = root.resolve(), path.resolve()
+    caches = (each for each in (root, *root.parents) if each.name.startswith("models--"))
+    allowed = [root, *((each / "blobs").resolve() for each in caches)]
+    if not any(target.is_relative_to(each) for each in allowed):
+        raise ArchiveError(
+            f"{path} is a link to {target}, outside of the pipeline: put the file itself there"
+        )
 
 
 def _read_object(path: Path) -> dict[str, object]:

@@ -204,9 +204,9 @@ class ZipWriter:
     def _reserve(self, name: str, most_bytes: int, align: int, aligned_at: int) -> _Record:
         """Reserve the place of a local header, which is written when the member is finished."""
         check_name(name)
-        if name in self._names:
+        if name.casefold() in self._names:  # as readers compare names
             raise ArchiveError(f"{name} is packed twice")
-        self._names.add(name)
+        self._names.add(name.casefold())
         is_wide = most_bytes >= IN_ZIP64
         extra = struct.pack("<2H2Q", ZIP64_EXTRA, 16, 0, 0) if is_wide else b""
         if align > 1:

@@ -12,6 +12,7 @@ from safetensors.torch import load, save, save_file
 from scripts.archive.hub import download
 from scripts.build_archive import main
 from scripts.console import DONE, FAILED, MISUSED
+from scripts.repository import REPOSITORY
 from tests.support.archives import save_pipeline
 from tests.support.hub import REVISION, serve_hub
 from tests.support.hub import Model as HubModel
@@ -108,6 +109,9 @@ def test_a_model_is_fetched_in_the_precision_that_it_is_packed_in(
         (["--sign", "/nowhere.pem"], FAILED, "/nowhere.pem: no such key"),
         (["--config", "/nowhere.yaml"], MISUSED, "/nowhere.yaml is missing"),
         (["--name", "../a"], MISUSED, "--name '../a'"),
+        (["--name", "a."], MISUSED, "--name 'a.': TorchServe refuses two dots in a row"),
+        (["--name", "a..b"], MISUSED, "--name 'a..b': TorchServe refuses two dots in a row"),
+        (["--lora", "A=a.safetensors", "--lora", "a=b.safetensors"], MISUSED, "given twice"),
         (["--version", ""], MISUSED, "--version ''"),
         (["--dtype", "int8"], MISUSED, "invalid choice"),
     ],
@@ -126,6 +130,25 @@ def test_what_is_wrong_is_said_and_leaves_nothing(
     assert words in error
     assert error.rstrip().count("\n") == 0 or "usage:" in error
     assert not (tmp_path / "out").exists() or list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "code", "words"),
+    [
+        ("org/name", MISUSED, "org/name does not exist: a model of that name on the hub"),
+        ("/nowhere", MISUSED, "/nowhere does not exist: give a folder"),
+        (str(REPOSITORY / "README.md"), FAILED, "is not a diffusers pipeline: it is a file"),
+        (str(REPOSITORY), FAILED, "is not a diffusers pipeline: it has no model_index.json"),
+    ],
+)
+def test_what_is_no_pipeline_is_said_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], pipeline: str, code: int, words: str
+) -> None:
+    assert main(["--pipeline", pipeline, "--name", "tiny", "--out", str(tmp_path)]) == code
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_lora_is_called_like_its_file(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from scripts.archive.pipeline_files import list_pipeline
 from scripts.archive.source import read_source_note
 from scripts.console import DONE, FAILED, MISUSED
 from scripts.download_weights import main
+from scripts.repository import REPOSITORY
 from tests.support.hub import REVISION, Hub, Model, serve_hub
 
 INDEX = json.dumps(
@@ -66,6 +67,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             }
         ),
         "org/other": Model({"config.json": b"{}"}),
+        "org/lora": Model({"pytorch_lora_weights.safetensors": b""}),
     }
     with serve_hub(models) as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
@@ -135,7 +137,19 @@ def _refusal(folder: Path) -> str:
         (["org/model", "--revision", "v9"], None, FAILED, "has no revision 'v9'"),
         (["org/pickled"], None, FAILED, "unet has only pickled weights (unet/diffusion_pytorch"),
         (["org/other"], None, FAILED, "is not a diffusers pipeline: it has no model_index.json"),
-        (["not a model"], None, MISUSED, "is not a model id such as org/name"),
+        (
+            ["org/lora"],
+            None,
+            FAILED,
+            "it is a LoRA; fetch it with hf download org/lora --local-dir",
+        ),
+        (["not a model"], None, MISUSED, "is not a model id such as org/name: "),
+        (
+            [str(REPOSITORY)],
+            None,
+            MISUSED,
+            f"org/name; pack a folder with --pipeline {REPOSITORY}: ",
+        ),
     ],
 )
 def test_says_what_is_missing(

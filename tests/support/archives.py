@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
 import struct
 import tempfile
@@ -31,6 +32,23 @@ def save_pipeline(folder: Path, family: str = "stable_diffusion") -> Path:
     """Save the tiny pipeline of `family` into the new folder `folder`."""
     shutil.copytree(_saved(family).name, folder)
     return folder
+
+
+def save_in_hub_cache(cache: Path, revision: str = "abc123") -> Path:
+    """Save a tiny pipeline as the hub's client caches org/name; return the snapshot."""
+    root = cache / "models--org--name"
+    blobs, snapshot = root / "blobs", root / "snapshots" / revision
+    blobs.mkdir(parents=True)
+    pipeline = Path(_saved("stable_diffusion").name)
+    for number, path in enumerate(sorted(pipeline.rglob("*"))):
+        if path.is_file():
+            link = snapshot / path.relative_to(pipeline)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, blobs / str(number))
+            link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(revision)
+    return snapshot
 
 
 def safetensors(size: int = 64) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 
 from handler.errors import ArchiveError
 from scripts.archive.pipeline_files import choose_names, list_pipeline
-from tests.support.archives import save_pipeline
+from tests.support.archives import save_in_hub_cache, save_pipeline
 
 
 def test_only_the_pipelines_own_files_are_chosen() -> None:
@@ -101,3 +101,44 @@ def test_replaced_components_bring_their_class(tmp_path: Path) -> None:
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     (tmp_path / "vae" / "evil.ckpt").write_bytes(b"")
     assert "evil.ckpt" in _refusal(pipeline, vae=tmp_path / "vae")
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_links_out_of_the_folder_are_refused(tmp_path: Path, is_inside: bool) -> None:
+    pipeline = save_pipeline(tmp_path / "p")
+    config = pipeline / "unet" / "config.json"
+    elsewhere = (pipeline if is_inside else tmp_path) / "elsewhere.json"
+    config.rename(elsewhere)
+    config.symlink_to(elsewhere)
+    if is_inside:
+        assert "unet/config.json" in {each.name for each in list_pipeline(pipeline).files}
+    else:
+        message = _refusal(pipeline)
+        assert f"{config} is a link to {elsewhere}, outside of the pipeline" in message
+
+
+def test_links_of_the_hubs_cache_lead_to_its_blobs_and_nowhere_else(tmp_path: Path) -> None:
+    snapshot = save_in_hub_cache(tmp_path)
+    assert len(list_pipeline(snapshot).files) > 5
+    other = save_pipeline(tmp_path / "p")
+    assert list_pipeline(other, replaced={"vae": snapshot / "vae"})
+    (tmp_path / "secret").write_text("{}")
+    (snapshot / "unet" / "config.json").unlink()
+    (snapshot / "unet" / "config.json").symlink_to(tmp_path / "secret")
+    assert "outside of the pipeline" in _refusal(snapshot)
+
+
+def test_a_component_that_is_a_link_to_a_folder_is_told(tmp_path: Path) -> None:
+    pipeline = save_pipeline(tmp_path / "p")
+    (pipeline / "vae").rename(tmp_path / "vae")
+    (pipeline / "vae").symlink_to(tmp_path / "vae")
+    assert "links to folders are not followed" in _refusal(pipeline)
+    assert list_pipeline(pipeline, replaced={"vae": pipeline / "vae"})
+
+
+def test_names_that_differ_in_case_only_are_refused(tmp_path: Path) -> None:
+    pipeline = save_pipeline(tmp_path / "p")
+    (pipeline / "unet" / "A.json").write_text("{}")
+    assert list_pipeline(pipeline)
+    (pipeline / "unet" / "a.json").write_text("{}")
+    assert "unet/A.json and unet/a.json differ only in upper and lower case" in _refusal(pipeline)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from scripts.verify_archive import verify
-from tests.support.archives import save_pipeline
-from tests.support.packing import UNET, move_and_link, pack, rewrite
+from tests.support.archives import save_in_hub_cache
+from tests.support.packing import move_and_link, pack, rewrite
 
 
 def test_members_that_only_torchserve_would_see_are_named(tmp_path: Path) -> None:
@@ -59,10 +59,9 @@ def test_links_and_hidden_files_of_a_folder_are_named(
 
 
 def test_a_pipeline_of_the_hubs_cache_is_links(tmp_path: Path) -> None:
-    pipeline = save_pipeline(tmp_path / "pipeline")
-    move_and_link(pipeline, UNET)
-    assert verify(pipeline) == []
-    assert verify(pack(tmp_path, pipeline, is_folder=True)) == []
+    snapshot = save_in_hub_cache(tmp_path)
+    assert verify(snapshot) == []
+    assert verify(pack(tmp_path, snapshot, is_folder=True)) == []
 
 
 def test_truncation_is_named(tmp_path: Path) -> None:
