@@ -1,4 +1,4 @@
-"""The errors that end a command, with the exit code on the class.
+"""The errors that end a command, and the exit code that each means.
 
 handler.errors.ServingError  1
 ├── ArchiveError             1  an archive or a pipeline cannot be used (of handler.errors)
