@@ -1,4 +1,4 @@
-"""The command line that checks an archive whole and reports every problem."""
+"""The command that checks an archive whole and reports every problem."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scripts.archive.checks import check_archive, check_models, read_config, rea
 from scripts.archive.reader import ArchiveView, open_archive
 from scripts.archive.signing import check_signature, signature_path
 from scripts.archive.store import add_archive, chosen_archive
-from scripts.console import DONE, FAILED, command, printable, progress
+from scripts.console import DONE, FAILED, printable, progress, run_command
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--smoke", action="store_true", help="load it and draw one small picture")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return command(parser, _run, argv)
+    return run_command(parser, _run, argv)
 
 
 if __name__ == "__main__":

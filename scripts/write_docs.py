@@ -19,7 +19,8 @@ from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, Field, Kind, Settin
 from handler.api.traits import SCHEDULER_SHORT_NAMES
 from handler.config import HandlerConfig, keys
 from handler.errors import RequestError
-from scripts.console import DONE, FAILED, UsageError, beside, command
+from scripts.console import DONE, FAILED, atomic_output, run_command
+from scripts.errors import UsageError
 from scripts.repository import REPOSITORY
 
 __all__ = ["DOCUMENTS", "main", "render"]
@@ -194,14 +195,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit 1 if a document is stale"
     )
-    return command(parser, _run, argv)
+    return run_command(parser, _run, argv)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     stale = [path for path in DOCUMENTS if render(path) != path.read_text(encoding="utf-8")]
     for path in stale:
         if not arguments.check:
-            with beside(path, force=True) as part:
+            with atomic_output(path, force=True) as part:
                 part.write_text(render(path), encoding="utf-8")
         print(f"{path.relative_to(REPOSITORY)} {'is stale' if arguments.check else 'is written'}")
     return FAILED if stale and arguments.check else DONE

@@ -17,23 +17,19 @@ from handler.errors import ArchiveError
 from handler.zips.reader import ZipReader
 from scripts.archive.manifest import MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
 from scripts.documents import parse_json
+from scripts.errors import ServerError
 from scripts.repository import REPOSITORY
 
 __all__ = [
     "LOOPBACK",
     "Options",
     "Ports",
-    "ServerError",
     "archive_identity",
     "example_prompt",
     "is_loopback",
 ]
 
 LOOPBACK = "127.0.0.1"
-
-
-class ServerError(Exception):
-    """The server cannot be started, asked or stopped; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)

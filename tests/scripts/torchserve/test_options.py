@@ -12,11 +12,11 @@ import yaml
 
 from handler.config import HandlerConfig
 from scripts.archive.manifest import MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
+from scripts.errors import ServerError
 from scripts.repository import REPOSITORY
 from scripts.torchserve.options import (
     Options,
     Ports,
-    ServerError,
     archive_identity,
     example_prompt,
     is_loopback,
@@ -104,7 +104,7 @@ def test_what_is_no_archive_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("manifest", "words"),
     [
-        ("[" * 100_000, "is no TorchServe archive: MAR-INF/MANIFEST.json is no JSON"),
+        ("[" * 100_000, "is no TorchServe archive: MAR-INF/MANIFEST.json is not JSON"),
         ("[1]", "is no TorchServe archive"),
         ('{"model": {"modelName": "a\\u001b[2J", "modelVersion": "1"}}', "cannot be shown"),
     ],
