@@ -105,7 +105,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             max_pixels=self.config.max_pixels_in_flight,
             exact=self.config.exact,
             buckets=speed_up.buckets or (BUCKETS if self.config.pad_to_buckets else ()),
-            compile_forward=speed_up.wrap_forward,
+            wrappers=speed_up.wrappers,
         )
         self._service = GenerationService(
             self._engine, self.config, self.traits, model_name=context.model_name or "model"

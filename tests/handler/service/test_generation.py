@@ -25,6 +25,7 @@ from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
 from handler.engine.forward import Counters
 from handler.errors import EngineFault, InvalidRequest, OutOfMemory, RequestError
+from handler.pipelines import shared_state
 from handler.pipelines.cost import Cost
 from handler.pipelines.describe import describe
 from handler.service.generation import GenerationService, draw_seed
@@ -378,9 +379,11 @@ def test_a_full_waiting_room_says_when_to_come_back(make: Make) -> None:
     assert not service._engine.has_work or service._engine.num_running == 0
 
 
-def test_a_call_that_must_be_alone_has_no_second_beside_it(make: Make) -> None:
+def test_a_call_that_must_be_alone_has_no_second_beside_it(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shared_state, "_SWAP_PROCESSORS", frozenset({Faulty.__name__}))
     service = make(max_rows=16, max_images=1, max_waiting=1)
-    service._engine._runs._shared_state.is_exclusive = True
     for index in range(4):  # one runs, one waits
         open_call(service, f"c{index}")
         tick(service)
