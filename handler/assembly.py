@@ -46,7 +46,7 @@ def assemble(
         max_pixels=config.max_pixels_in_flight,
         exact=config.exact,
         buckets=speed_up.buckets or (BUCKETS if config.pad_to_buckets else ()),
-        compile_forward=speed_up.wrap_forward,
+        wrappers=speed_up.wrappers,
     )
     service = GenerationService(engine, loaded.pipeline, config, traits, model_name=model_name)
     if warm_up:
