@@ -382,7 +382,7 @@ def test_a_full_waiting_room_says_when_to_come_back(make: Make) -> None:
 def test_a_call_that_must_be_alone_has_no_second_beside_it(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared_state, "_SWAP_PROCESSORS", frozenset({Faulty.__name__}))
+    monkeypatch.setattr(shared_state, "swaps_processors", lambda kind: True)
     service = make(max_rows=16, max_images=1, max_waiting=1)
     for index in range(4):  # one runs, one waits
         open_call(service, f"c{index}")
