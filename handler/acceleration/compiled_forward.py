@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from handler.batching.arguments import STEP_PARAMETERS, num_rows
 from handler.batching.invariance import agree
-from handler.batching.merging import STEP_PARAMETERS, merge, num_rows
+from handler.batching.merging import merge
 from handler.engine.forward import is_out_of_memory
 
 __all__ = ["Forward", "PreparedForward", "Recorder", "record_cuda_graph"]

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from handler.acceleration.channels_last import put_channels_last
 from handler.acceleration.compiled_forward import PreparedForward, record_cuda_graph
-from handler.batching.merging import SHARED_PARAMETERS, STEP_PARAMETERS
+from handler.batching.arguments import SHARED_PARAMETERS, STEP_PARAMETERS
 from handler.config import HandlerConfig
 from handler.engine import BUCKETS, InFlightEngine
 from handler.engine.parking import find_slots

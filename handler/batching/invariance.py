@@ -1,4 +1,4 @@
-"""Which kinds of group were seen to keep their rows apart, and in which of their arguments.
+"""Batch invariance: which kinds of group were seen to keep their rows apart, and in what.
 
 No table of modules says which of them look at one row for all. So a group is compared with one of
 its calls run alone, and that proves only what differed between them: as long as all timesteps were
@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from handler.batching.merging import Arguments, edges, output_members
+from handler.batching.arguments import Arguments, Layout
+from handler.batching.merging import edges, output_members
 
-__all__ = ["Places", "Proofs", "agree", "is_finite", "witnesses"]
+__all__ = ["Places", "Proofs", "agree", "is_conclusive", "witnesses"]
 
 # Largest difference between a row computed in a batch and alone, relative to the largest value of
 # the output. Kernels round differently at other batch sizes; a module that mixes rows is far off.
@@ -34,7 +35,7 @@ class Proofs:
         self._unseen: dict[Hashable, Places] = {}
 
     def differences(
-        self, key: Hashable, calls: Sequence[Arguments], rows: Sequence[int]
+        self, key: Hashable, calls: Sequence[Arguments], rows: Sequence[int], layout: Layout
     ) -> list[Places] | None:
         """Where each call differs from the first, as far as that was not proven before.
 
@@ -44,7 +45,7 @@ class Proofs:
         unseen = self._unseen.get(key)
         if unseen is not None and (not unseen or len(calls) == 1):
             return None
-        ends = [edges(call, n, unseen) for call, n in zip(calls, rows, strict=True)]
+        ends = [edges(call, n, unseen, layout) for call, n in zip(calls, rows, strict=True)]
         different: list[set[Hashable]] = [set() for _ in calls]
         for place in ends[0]:
             for found, differs in zip(different, _differ([e[place] for e in ends]), strict=True):
@@ -54,11 +55,13 @@ class Proofs:
             return None
         return [frozenset(found) for found in different]
 
-    def proven(self, key: Hashable, call: Arguments, rows: int, places: Places) -> None:
+    def proven(
+        self, key: Hashable, call: Arguments, rows: int, places: Places, layout: Layout
+    ) -> None:
         """Remember that groups of this kind keep apart what differed in `places`."""
         unseen = self._unseen.get(key)
         if unseen is None:
-            unseen = frozenset(edges(call, rows))
+            unseen = frozenset(edges(call, rows, None, layout))
             _make_room(self._unseen)
         self._unseen[key] = unseen - places
 
@@ -79,16 +82,23 @@ def witnesses(differences: Sequence[Places]) -> list[int]:
     return chosen
 
 
-def is_finite(output: Any) -> bool:
+def is_conclusive(output: Any) -> bool:
+    """Whether every row of `output` has numbers that can be compared.
+
+    What a request's overflow has made all NaN agrees with anything that overflowed too.
+    """
     if isinstance(output, torch.Tensor):
-        return not output.is_floating_point() or bool(output.isfinite().all())
-    return all(is_finite(member) for _, member in output_members(output) or ())
+        if not output.is_floating_point() or not output.numel():
+            return True
+        return bool(output.reshape(len(output) if output.ndim else 1, -1).isfinite().any(1).all())
+    return all(is_conclusive(member) for _, member in output_members(output) or ())
 
 
 def agree(together: Any, alone: Any, precision: torch.dtype | None = None) -> bool:
     """Whether two outputs of a module are equal up to rounding, wherever they hold tensors.
 
-    `precision` is what the module computes in; its outputs may have a finer dtype.
+    A NaN equals a NaN only, and an infinity itself. `precision` is what the module computes in; its
+    outputs may have a finer dtype.
     """
     if isinstance(alone, torch.Tensor):
         if not isinstance(together, torch.Tensor) or together.shape != alone.shape:
@@ -98,8 +108,8 @@ def agree(together: Any, alone: Any, precision: torch.dtype | None = None) -> bo
         if not alone.numel():
             return True
         bound = max(_ROUNDING.get(d, _ROUNDING_HALF) for d in (alone.dtype, precision) if d)
-        difference = (together.float() - alone.float()).abs().amax()
-        return bool(difference <= bound * alone.abs().amax().float() + 1e-6)
+        difference, largest = _distance(together.float(), alone.float())
+        return bool(difference <= bound * largest + 1e-6)
     if type(together) is not type(alone):
         return False
     ours, theirs = output_members(together), output_members(alone)
@@ -108,6 +118,21 @@ def agree(together: Any, alone: Any, precision: torch.dtype | None = None) -> bo
     return [name for name, _ in ours] == [name for name, _ in theirs] and all(
         agree(mine, other, precision) for (_, mine), (_, other) in zip(ours, theirs, strict=True)
     )
+
+
+def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far `ours` is from `theirs` and how large that is, where it is finite.
+
+    NaN where one of them is not finite and the other is not the same.
+    """
+    difference, largest = (ours - theirs).abs().amax(), theirs.abs().amax()
+    if largest.isfinite():
+        return difference, largest
+    finite = theirs.isfinite()
+    if not torch.allclose(ours[~finite], theirs[~finite], equal_nan=True):
+        return torch.tensor(torch.nan), largest
+    ours, theirs = torch.where(finite, ours, 0.0), torch.where(finite, theirs, 0.0)
+    return (ours - theirs).abs().amax(), theirs.abs().amax()
 
 
 def _differ(rows: Sequence[torch.Tensor]) -> list[bool]:

@@ -1,16 +1,8 @@
 """Put the arguments of several calls of one module together, and take its output apart again.
 
 Pure tensor code: it knows neither pipelines nor greenlets. A call's arguments are a mapping from
-parameter name to value; a value is a tensor, a plain value, or a container of such. Every tensor
-plays one of three parts, decided by its shape and the parameter it belongs to:
-
-========  ============================================  ===============================
-part      a tensor that                                 when merged
-========  ============================================  ===============================
-rows      has the call's rows as its first dimension    concatenated
-step      is one number of a per-step parameter         expanded to rows, concatenated
-shared    is anything else (Flux's position ids)        must be equal, passed once
-========  ============================================  ===============================
+parameter name to value; a value is a tensor, a plain value, or a container of such. What becomes of
+a tensor says its part, which `handler.batching.arguments` tells.
 
 Some models (Z-Image) take the batch as a list of tensors, one a row, each of its own length. Where
 a call's first tensors come in a list, its lists of that many tensors are the rows.
@@ -23,55 +15,33 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
-from enum import Enum
 from itertools import chain, islice
 from typing import Any
 
 import torch
 
+from handler.batching.arguments import (
+    EXACT_VALUES,
+    Arguments,
+    Layout,
+    Part,
+    Path,
+    is_list_of_tensors,
+    is_listed,
+    leaves,
+    members,
+    num_rows,
+    parameter_of,
+    part_of,
+)
 from handler.batching.fingerprints import Fingerprints
 
-__all__ = [
-    "SHARED_PARAMETERS",
-    "STEP_PARAMETERS",
-    "Arguments",
-    "edges",
-    "is_listed",
-    "merge",
-    "merge_key",
-    "num_rows",
-    "output_members",
-    "split",
-]
-
-Arguments = Mapping[str, Any]
-
-# What denoisers call the parameter that tells one row's place on the noise schedule. Models turn
-# it into an embedding in float32, so integer and float schedules (DDIM, Euler) may share a batch.
-STEP_PARAMETERS = frozenset({"timestep", "timesteps", "t", "sigma", "noise_level"})
-
-# Tensors without a batch dimension whose first dimension may by accident equal the rows.
-SHARED_PARAMETERS = frozenset(
-    {"img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "rope_temporal_scale", "position_ids"}
-)
-
-_SELDOM_ROWS = STEP_PARAMETERS | SHARED_PARAMETERS
-
-_EXACT_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
+__all__ = ["edges", "merge", "merge_key", "output_members", "split", "was_written"]
 
 
-def num_rows(arguments: Arguments) -> int | None:
-    """The batch size of a call; None for a call without tensors."""
-    leading = _leading(arguments)
-    return None if leading is None else len(leading)
-
-
-def is_listed(arguments: Arguments) -> bool:
-    """Whether the call's rows are lists of tensors."""
-    return isinstance(_leading(arguments), list)
-
-
-def merge_key(arguments: Arguments, rows: int, fingerprints: Fingerprints) -> Hashable:
+def merge_key(
+    arguments: Arguments, rows: int, fingerprints: Fingerprints, layout: Layout | None = None
+) -> Hashable:
     """A value that is equal for two calls of one module if and only if they may share a forward.
 
     The same parameters, equal plain values, and tensors of the same part, dtype, device and shape
@@ -79,35 +49,48 @@ def merge_key(arguments: Arguments, rows: int, fingerprints: Fingerprints) -> Ha
     """
     listed = is_listed(arguments)
 
-    def key(name: str, value: Any) -> Hashable:
-        if listed and _is_list_of_tensors(value) and len(value) == rows:
+    def key(path: Path, name: str, value: Any) -> Hashable:
+        if listed and is_list_of_tensors(value) and len(value) == rows:
             # The model pads the lengths itself.
             kinds = {(v.dtype, v.device, v.layout, tuple(v.shape[1:])) for v in value}
             return ("listed", frozenset(kinds))
         if isinstance(value, torch.Tensor):
-            part = _part(name, value, rows)
-            if part == "step":
-                return ("step", value.device)
-            shape = tuple(value.shape[1:] if part == "rows" else value.shape)
-            contents = fingerprints.of(value) if part == "shared" else None
-            return (part, value.dtype, value.device, value.layout, shape, contents)
-        if isinstance(value, _EXACT_VALUES):
+            return _tensor_key(value, part_of(path, name, value, rows, layout), rows, fingerprints)
+        if isinstance(value, EXACT_VALUES):
             return (type(value), value)
-        parts = _members(value)
+        parts = members(value)
         if parts is None:
             return ("the very same", type(value), id(value))
-        return (type(value), tuple((k, key(_name(name, k), v)) for k, v in parts))
+        inner = ((k, key((*path, k), parameter_of(name, k), v)) for k, v in parts)
+        return (type(value), tuple(inner))
 
-    return tuple((name, key(name, value)) for name, value in arguments.items())
+    return tuple((name, key((name,), name, value)) for name, value in arguments.items())
+
+
+def _tensor_key(
+    tensor: torch.Tensor, part: Part, rows: int, fingerprints: Fingerprints
+) -> Hashable:
+    if part is Part.STEP:
+        return (part, tensor.device)
+    kind = (part, tensor.dtype, tensor.device, tensor.layout)
+    if part is Part.SHARED:
+        return (*kind, tuple(tensor.shape), fingerprints.of(tensor))
+    rows_a_row = tensor.shape[0] // rows if part is Part.FOLDED else 1
+    return (*kind, tuple(tensor.shape[1:]), rows_a_row)
 
 
 def merge(
-    calls: Sequence[Arguments], rows: Sequence[int], *, pad_to: int | None = None
+    calls: Sequence[Arguments],
+    rows: Sequence[int],
+    *,
+    pad_to: int | None = None,
+    layout: Layout | None = None,
+    copies: bool = False,
 ) -> dict[str, Any]:
     """The arguments of one forward that serves `calls`, whose `merge_key` must be equal.
 
     `rows[i]` is the batch size of ``calls[i]``; their rows stand in this order. With `pad_to` the
-    last row is repeated until there are that many.
+    last row is repeated until there are that many. With `copies` no tensor is the caller's own.
 
     Raises:
         ValueError: `pad_to` is less than the rows there are.
@@ -117,29 +100,37 @@ def merge(
         raise ValueError(f"pad_to={pad_to} is less than the {sum(rows)} rows to merge")
     listed = is_listed(calls[0])
 
-    def join(name: str, values: Sequence[Any]) -> Any:
+    def join(path: Path, name: str, values: Sequence[Any]) -> Any:
         first = values[0]
-        if listed and _is_list_of_tensors(first) and len(first) == rows[0]:
+        if listed and is_list_of_tensors(first) and len(first) == rows[0]:
             return [*chain(*values), *values[-1][-1:] * padding]
         if isinstance(first, torch.Tensor):
-            part = _part(name, first, rows[0])
-            if part == "shared":
-                return first
-            if part == "step":
-                values = _steps(values, rows)
-            if padding:
-                values = [*values, values[-1][-1:].expand(padding, *values[-1].shape[1:])]
-            return torch.cat(list(values))
-        if isinstance(first, _EXACT_VALUES) or (parts := _members(first)) is None:
+            part = part_of(path, name, first, rows[0], layout)
+            if part is Part.SHARED:
+                return first.clone() if copies else first
+            return _joined(part, values, rows, padding)
+        if isinstance(first, EXACT_VALUES) or (parts := members(first)) is None:
             return first
-        columns = [_members(value) or () for value in values]
+        columns = [members(value) or () for value in values]
         joined = [
-            join(_name(name, k), [column[i][1] for column in columns])
+            join((*path, k), parameter_of(name, k), [column[i][1] for column in columns])
             for i, (k, _) in enumerate(parts)
         ]
         return _rebuild(first, joined)
 
-    return {name: join(name, [call[name] for call in calls]) for name in calls[0]}
+    return {name: join((name,), name, [call[name] for call in calls]) for name in calls[0]}
+
+
+def _joined(
+    part: Part, values: Sequence[torch.Tensor], rows: Sequence[int], padding: int
+) -> torch.Tensor:
+    if part is Part.STEP:
+        values = _steps(values, rows)
+    if padding:
+        rows_a_row = values[-1].shape[0] // rows[-1]
+        last = values[-1][-rows_a_row:]
+        values = [*values, last.repeat(padding, *[1] * (last.ndim - 1))]
+    return torch.cat(list(values))
 
 
 def split(
@@ -157,7 +148,7 @@ def split(
     total = sum(rows) if total is None else total
 
     def pieces(value: Any) -> list[Any]:
-        if listed and _is_list_of_tensors(value) and len(value) == total:
+        if listed and is_list_of_tensors(value) and len(value) == total:
             row = iter(value)
             return [[v.clone() for v in islice(row, n)] for n in rows]
         if isinstance(value, torch.Tensor):
@@ -175,68 +166,35 @@ def split(
 
 
 def edges(
-    arguments: Arguments, rows: int, wanted: Container[Hashable] | None = None
+    arguments: Arguments,
+    rows: int,
+    wanted: Container[Hashable] | None = None,
+    layout: Layout | None = None,
 ) -> dict[Hashable, torch.Tensor]:
     """The first and the last row of all that `merge` concatenates, by where they stand.
 
     With `wanted`, of those places only.
     """
-    listed = is_listed(arguments)
     found: dict[Hashable, torch.Tensor] = {}
-
-    def visit(path: tuple[Hashable, ...], name: str, value: Any) -> None:
+    for leaf in leaves(arguments, rows, layout):
+        value = leaf.value
         if isinstance(value, torch.Tensor):
-            part = _part(name, value, rows)
-            if part == "shared" or value.layout is not torch.strided:
-                return
-            value = value.reshape(-1) if part == "step" else value
-        elif not (listed and _is_list_of_tensors(value) and len(value) == rows):
-            if not isinstance(value, _EXACT_VALUES):
-                for key, member in _members(value) or ():
-                    visit((*path, key), _name(name, key), member)
-            return
-        for place in ((*path, 0), (*path, -1)):
+            if leaf.part is Part.SHARED or value.layout is not torch.strided:
+                continue
+            value = value.reshape(-1) if leaf.part is Part.STEP else value
+        for end in (0, -1):
+            place = (*leaf.path, end)
             if wanted is None or place in wanted:
-                found[place] = value[place[-1]]
-
-    for name, value in arguments.items():
-        visit((name,), name, value)
+                found[place] = value[end]
     return found
 
 
-def _name(outer: str, key: Hashable) -> str:
-    """The parameter that a container's member belongs to: its key, or the container's own name."""
-    return key if isinstance(key, str) else outer
-
-
-def _part(name: str, tensor: torch.Tensor, rows: int) -> str:
-    if name in STEP_PARAMETERS and tensor.numel() in (1, rows) and tensor.ndim <= 1:
-        return "step"
-    if tensor.ndim and tensor.shape[0] == rows and name not in SHARED_PARAMETERS:
-        return "rows"
-    return "shared"
-
-
-def _leading(arguments: Arguments) -> torch.Tensor | list[torch.Tensor] | None:
-    """The first tensor with dimensions, or list of tensors, that a call is given.
-
-    Steps and position ids are asked last, wherever they stand: they may have one row for all.
-    """
-    for _, value in sorted(arguments.items(), key=lambda item: item[0] in _SELDOM_ROWS):
-        if _is_list_of_tensors(value):
-            listed: list[torch.Tensor] = value
-            return listed
-        for tensor in _tensors(value):
-            if tensor.ndim:
-                return tensor
-    return None
-
-
-def _is_list_of_tensors(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(member, torch.Tensor) for member in value)
+def was_written(merged: Arguments) -> bool:
+    """Whether anything wrote into the tensors of `merge`, made with copies."""
+    return any(
+        not tensor.is_inference() and tensor._version > 0
+        for leaf in leaves(merged, num_rows(merged) or 0)
+        for tensor in (leaf.value if isinstance(leaf.value, list) else [leaf.value])
     )
 
 
@@ -250,27 +208,16 @@ def _steps(values: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.Te
     return [v.to(dtype).reshape(-1).expand(n) for v, n in zip(values, rows, strict=True)]
 
 
-def _members(container: Any) -> list[tuple[Hashable, Any]] | None:
-    """The members of a container in a fixed order; None for what is no container."""
-    if isinstance(container, Mapping):
-        return list(container.items())
-    if isinstance(container, (list, tuple)):
-        return list(enumerate(container))
-    if dataclasses.is_dataclass(container) and not isinstance(container, type):
-        return [(f.name, getattr(container, f.name)) for f in dataclasses.fields(container)]
-    return None
-
-
 def output_members(value: Any) -> list[tuple[Hashable, Any]] | None:
-    """Like `_members`, and the attributes of any other object.
+    """Like `members`, and the attributes of any other object.
 
     Raises:
         TypeError: it has none that can be seen.
     """
-    parts = _members(value)
+    parts = members(value)
     if parts is not None:
         return parts
-    if isinstance(value, (*_EXACT_VALUES, torch.Tensor, torch.nn.Module)) or callable(value):
+    if isinstance(value, (*EXACT_VALUES, torch.Tensor, torch.nn.Module)) or callable(value):
         return None
     if not hasattr(value, "__dict__"):
         raise TypeError(f"an output of type {type(value).__name__} cannot be split")
@@ -295,9 +242,3 @@ def _rebuild(container: Any, values: Sequence[Any]) -> Any:
     rebuilt = copy.copy(container)
     vars(rebuilt).update(zip(vars(container), values, strict=True))
     return rebuilt
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [tensor for _, member in _members(value) or () for tensor in _tensors(member)]

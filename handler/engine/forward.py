@@ -1,18 +1,21 @@
-"""Run the calls that wait for one module as few forwards, and find the guilty when one fails."""
+"""Run waiting module calls as few forwards, and isolate the failing request when one fails."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from inspect import BoundArguments
 from typing import Any
 
 import torch
 
+from handler.batching.arguments import Arguments, Layout, is_listed
 from handler.batching.fingerprints import Fingerprints
-from handler.batching.invariance import Places, Proofs, agree, is_finite, witnesses
-from handler.batching.merging import is_listed, merge, merge_key, split
+from handler.batching.invariance import Places, Proofs, agree, is_conclusive, witnesses
+from handler.batching.layouts import Layouts
+from handler.batching.merging import merge, merge_key, split, was_written
 from handler.engine.parking import ModuleCall
+from handler.engine.ticket import release_frames
 
 __all__ = ["BatchedForward", "Counters", "Failure", "Group", "is_out_of_memory"]
 
@@ -52,9 +55,16 @@ class Group:
 
     key: Hashable | None
     calls: list[ModuleCall]
+    layout: Layout = field(default_factory=dict)
+
+    @property
+    def arguments(self) -> list[Arguments]:
+        """The arguments of each call."""
+        return [call.bound.arguments for call in self.calls]
 
     @property
     def rows(self) -> list[int]:
+        """The batch size of each call."""
         return [call.num_rows for call in self.calls]
 
 
@@ -73,18 +83,23 @@ class BatchedForward:
     counters: Counters = field(default_factory=Counters)
     _fingerprints: Fingerprints = field(default_factory=Fingerprints)
     _proofs: Proofs = field(default_factory=Proofs)
+    _layouts: Layouts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._layouts = Layouts(self._fingerprints)
 
     def group(self, calls: Sequence[ModuleCall]) -> list[Group]:
         """Sort `calls` into groups, in the order of each group's first call."""
         groups: list[Group] = []
         filling: dict[Hashable, Group] = {}
         for call in calls:
-            key = self._key(call)
+            layout = self._layouts.of(id(call.slot))
+            key = self._key(call, layout)
             group = filling.get(key) if key is not None else None
             if group is not None and sum(group.rows) + call.num_rows <= self.max_rows:
                 group.calls.append(call)
                 continue
-            group = Group(key, [call])
+            group = Group(key, [call], layout)
             groups.append(group)
             if key is not None:
                 filling[key] = group
@@ -93,32 +108,36 @@ class BatchedForward:
     def run(self, group: Group) -> list[Any]:
         """The result of each call of `group`, a `Failure` where its forward raised.
 
-        An error of a shared forward is retried in parts, so that only the guilty one sees it:
-        in halves when memory ran out, else one by one.
+        An error of a shared forward is retried in parts, so that only the request that causes it
+        sees it: in halves when memory ran out, else one by one.
         """
         is_plain = len(group.calls) == 1 and self._padded(group) == sum(group.rows)
         if is_plain or group.key is None:
             return self._run(group)
-        arguments = [call.bound.arguments for call in group.calls]
-        differences = self._proofs.differences(group.key, arguments, group.rows)
-        return self._run(group) if differences is None else self._prove(group, differences)
+        differences = self._proofs.differences(group.key, group.arguments, group.rows, group.layout)
+        return self._run(group) if differences is None else self._prove(group)
 
     def _run(self, group: Group) -> list[Any]:
-        failure = None
+        results = self._attempt(group)
+        return self._recover(group, results) if isinstance(results, Failure) else results
+
+    def _attempt(self, group: Group, *, is_trial: bool = False) -> list[Any] | Failure:
         try:
-            return self._forward(group)
+            return self._forward(group, is_trial=is_trial)
         except Exception as error:
-            failure = Failure(error)
-        # Past the except clause, so that the traceback keeps no tensor of the failed attempt.
+            release_frames(error)  # of the failed attempt, whose memory the next one needs
+            return Failure(error)
+
+    def _recover(self, group: Group, failure: Failure) -> list[Any]:
+        """The results of a group whose shared forward failed, from its parts."""
         out_of_memory = is_out_of_memory(failure.error)
         parts = self._parts(group, out_of_memory)
         if not parts:
             return [failure]
-        failure = None
         self.counters.out_of_memory_retries += out_of_memory
         results = [result for part in parts for result in self.run(part)]
         if not out_of_memory and not any(isinstance(r, Failure) for r in results):
-            self._proofs.refuted(group.key)
+            self._refute(group, results)
         return results
 
     def _parts(self, group: Group, out_of_memory: bool) -> list[Group]:
@@ -126,12 +145,15 @@ class BatchedForward:
         size = len(group.calls)
         if out_of_memory and size > 1:
             half = (size + 1) // 2
-            return [Group(group.key, group.calls[:half]), Group(group.key, group.calls[half:])]
+            return [
+                replace(group, calls=group.calls[:half]),
+                replace(group, calls=group.calls[half:]),
+            ]
         if size > 1 or self._padded(group) > sum(group.rows):
             return [Group(None, [call]) for call in group.calls]
         return []
 
-    def _forward(self, group: Group) -> list[Any]:
+    def _forward(self, group: Group, *, is_trial: bool = False) -> list[Any]:
         calls, rows = group.calls, group.rows
         slot, total, padded = calls[0].slot, sum(rows), self._padded(group)
         self.prepare(calls)
@@ -140,8 +162,14 @@ class BatchedForward:
             run = slot.plain if group.key is None else slot.real
             results = [self._timed(run, calls[0].bound)]
         else:
-            merged = merge([c.bound.arguments for c in calls], rows, pad_to=padded)
+            merged = merge(
+                group.arguments, rows, pad_to=padded, layout=group.layout, copies=is_trial
+            )
             output = self._timed(slot.real, type(calls[0].bound)(slot.signature, merged))
+            if is_trial and was_written(merged):
+                raise TypeError(
+                    "the module writes into its arguments, which have to be a call's own"
+                )
             results = split(output, rows, total=padded, listed=is_listed(merged))
         self.counters.forwards += 1
         self.counters.rows += total
@@ -154,44 +182,81 @@ class BatchedForward:
         self.counters.forward_s += self.clock() - started_s
         return output
 
-    def _prove(self, group: Group, differences: Sequence[Places]) -> list[Any]:
+    def _prove(self, group: Group) -> list[Any]:
         """Run a group that is of a kind, or differs in a way, not seen before.
 
         Together, and the calls in which the new differences show also alone, to compare.
         """
-        key, calls, retries = group.key, group.calls, self.counters.out_of_memory_retries
-        together = self._run(group)
-        # What ran in halves was proven half by half.
-        if key in self._proofs.unmergeable or self.counters.out_of_memory_retries > retries:
-            return together
-        if any(isinstance(result, Failure) for result in together):
-            return together
+        trial = self._read_as(
+            group, self._layouts.likely(group.layout, group.arguments, group.rows)
+        )
+        together = self._attempt(trial, is_trial=True)
+        if isinstance(together, Failure):
+            return self._recover(group, together)
+        differences = self._differences(trial)
         alone: dict[int, Any] = {}
         for i in witnesses(differences):
-            alone[i] = self._alone(calls[i])
-            if isinstance(alone[i], Failure) or not is_finite(alone[i]):
+            alone[i] = self._alone(trial.calls[i])
+            if isinstance(alone[i], Failure):
                 return together
-            if not agree(together[i], alone[i], getattr(calls[i].slot.module, "dtype", None)):
-                self._proofs.refuted(key)
-                return [alone[j] if j in alone else self._alone(c) for j, c in enumerate(calls)]
-        seen = frozenset[Hashable]().union(*differences)
-        self._proofs.proven(key, calls[0].bound.arguments, calls[0].num_rows, seen)
-        return together
+        is_right = all(self._agree(trial, together[i], alone[i]) for i in alone)
+        if is_right and all(is_conclusive(result) for result in alone.values()):
+            self._confirm(trial, differences)
+            return together
+        results = [
+            alone[i] if i in alone else self._alone(call) for i, call in enumerate(trial.calls)
+        ]
+        if not all(self._agree(trial, *pair) for pair in zip(together, results, strict=True)):
+            self._refute(group, results)
+        return results
+
+    def _refute(self, group: Group, alone: Sequence[Any]) -> None:
+        """Read the group's calls in other ways; where none is right, they have to run alone."""
+        slot = group.calls[0].slot
+        for layout in self._layouts.others(id(slot), group.layout, group.arguments, group.rows):
+            trial = self._read_as(group, layout)
+            together = self._attempt(trial, is_trial=True)
+            if not isinstance(together, Failure) and all(
+                is_conclusive(theirs) and self._agree(trial, ours, theirs)
+                for ours, theirs in zip(together, alone, strict=True)
+            ):
+                self._confirm(trial, self._differences(trial))
+                return
+        self._proofs.refuted(group.key)
+
+    def _confirm(self, trial: Group, differences: Sequence[Places]) -> None:
+        """Remember that calls may be merged as in `trial`, as far as these differ."""
+        first, seen = trial.calls[0], frozenset[Hashable]().union(*differences)
+        self._layouts.learn(id(first.slot), trial.layout)
+        self._proofs.proven(trial.key, first.bound.arguments, first.num_rows, seen, trial.layout)
+
+    def _read_as(self, group: Group, layout: Layout) -> Group:
+        return replace(group, key=self._key_as(group.calls[0], layout), layout=layout)
+
+    def _differences(self, group: Group) -> list[Places]:
+        found = self._proofs.differences(group.key, group.arguments, group.rows, group.layout)
+        return [frozenset() for _ in group.calls] if found is None else found
+
+    def _agree(self, group: Group, together: Any, alone: Any) -> bool:
+        return agree(together, alone, getattr(group.calls[0].slot.module, "dtype", None))
 
     def _alone(self, call: ModuleCall) -> Any:
         return self._run(Group(None, [call]))[0]
 
-    def _key(self, call: ModuleCall) -> Hashable | None:
+    def _key(self, call: ModuleCall, layout: Layout) -> Hashable | None:
         """What a call has in common with those that may share its forward; None: with none."""
         if call.ticket.exact or call.num_rows == 0:
             return None
+        key = self._key_as(call, layout)
+        return None if key in self._proofs.unmergeable else key
+
+    def _key_as(self, call: ModuleCall, layout: Layout) -> Hashable:
         adapters = call.ticket.adapters
-        key = (
+        return (
             id(call.slot),
             None if adapters is None else tuple(sorted(adapters.items())),
-            merge_key(call.bound.arguments, call.num_rows, self._fingerprints),
+            merge_key(call.bound.arguments, call.num_rows, self._fingerprints, layout),
         )
-        return None if key in self._proofs.unmergeable else key
 
     def _padded(self, group: Group) -> int:
         """The rows that the group's forward runs."""

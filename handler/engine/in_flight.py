@@ -25,6 +25,7 @@ import torch
 
 from handler.engine import policy
 from handler.engine.forward import BatchedForward, Counters
+from handler.engine.global_random import GlobalRandom
 from handler.engine.parking import ModuleCall, denoisers_of, find_slots
 from handler.engine.policy import Limits
 from handler.engine.runs import Runs
@@ -87,10 +88,13 @@ class InFlightEngine:
         self.limits = Limits(max_rows, max_pixels, max_overtakes)
         # Up to the rows that may be in flight: a larger bucket would not fit either.
         capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
-        self._forward = BatchedForward(clock, max_rows, capped, self._activate_adapters)
+        self._forward = BatchedForward(clock, max_rows, capped, self._prepare)
         self._adapters = AdapterSets(list(named.values()))
         shared_states = {task: SharedState(pipeline) for task, pipeline in named.items()}
-        self._runs = Runs(shared_states, self.limits, self._adapters, clock, self.counters)
+        self._random = GlobalRandom(named.values())
+        self._runs = Runs(
+            shared_states, self.limits, self._adapters, clock, self.counters, self._random
+        )
         self._waiting: list[Ticket] = []
         self._is_at_work = False
         self._closed = False
@@ -246,6 +250,7 @@ class InFlightEngine:
             with torch.no_grad():
                 yield
         finally:
+            self._random.enter(None)
             self._is_at_work = False
 
     def _expire(self) -> None:
@@ -303,7 +308,9 @@ class InFlightEngine:
             self._waiting.remove(ticket)
         self._runs.unwind(ticket)
 
-    def _activate_adapters(self, calls: Sequence[ModuleCall]) -> None:
+    def _prepare(self, calls: Sequence[ModuleCall]) -> None:
+        """What the forward of `calls` runs under: their adapters, and whose random numbers."""
+        self._random.enter(calls[0].ticket if len(calls) == 1 else None)
         scaled = any(scales_adapters(call.ticket.kwargs) for call in calls)
         first = calls[0].ticket
         self._adapters.activate(first.pipeline, first.adapters, scaled=scaled)

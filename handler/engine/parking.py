@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 
-from handler.batching.merging import num_rows
+from handler.batching.arguments import num_rows
 from handler.engine.ticket import Ticket
 from handler.pipelines.adapters import scales_adapters
 
@@ -125,7 +125,7 @@ class ModuleCall:
     ticket: Ticket
     bound: inspect.BoundArguments
     num_rows: int
-    """Its batch size; 0 for a call without tensors."""
+    """Its batch size; 0 for a call whose arguments are no batch."""
 
 
 def park(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent
 
+from handler.batching.arguments import is_batch
 from handler.engine.forward import Counters, Failure
+from handler.engine.global_random import GlobalRandom
 from handler.engine.parking import ModuleCall, RequestGreenlet
 from handler.engine.policy import Limits
 from handler.engine.ticket import State, Ticket, release_frames
@@ -34,6 +36,7 @@ class Runs:
         adapters: AdapterSets,
         clock: Callable[[], float],
         counters: Counters,
+        random: GlobalRandom,
     ) -> None:
         self.parked: dict[Ticket, ModuleCall] = {}
         self.ended: list[Ticket] = []
@@ -43,6 +46,7 @@ class Runs:
         self._adapters = adapters
         self._clock = clock
         self._counters = counters
+        self._random = random
 
     def start(self, ticket: Ticket) -> None:
         """Run the pipeline's ``__call__`` until it parks for the first time."""
@@ -84,6 +88,7 @@ class Runs:
         assert ticket.run is not None
         ticket.run.parent = getcurrent()
         self.parked.pop(ticket, None)
+        self._random.enter(ticket)
         started_s = self._clock()
         try:
             reached = switch(*value)
@@ -112,7 +117,9 @@ class Runs:
         if not parked.slot.is_denoiser:
             return
         rows = parked.num_rows
-        if rows > self._limits.max_rows:
+        if rows > self._limits.max_rows and not is_batch(parked.bound.arguments, rows):
+            parked.num_rows = 0  # the tokens of one picture: it runs alone, as it is
+        elif rows > self._limits.max_rows:
             too_large = TooLarge(self._limits.refusal(replace(ticket.cost, rows=rows)))
             ticket.cancelling = ticket.cancelling or too_large
             self.unwind(ticket)

@@ -75,6 +75,7 @@ class Ticket:
 
     # The engine's own, while the ticket is alive.
     run: greenlet | None = None
+    random_states: list[torch.Tensor] | None = None
     cancelling: BaseException | None = None
     _outcome: Any = None
 
@@ -108,7 +109,7 @@ class Ticket:
         self.state, self._outcome, self.ended_s = state, outcome, now_s
         self.kwargs = {}
         self.memory = {}
-        self.scheduler = self.on_step = self.run = self.cancelling = None
+        self.scheduler = self.on_step = self.run = self.cancelling = self.random_states = None
 
 
 def release_frames(error: BaseException) -> None:

@@ -1,26 +1,48 @@
-"""A private view of a pipeline for each request: shared modules, schedulers of its own."""
+"""A private view of a pipeline for each request: shared modules, all other state its own."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.configuration_utils import FrozenDict
+from diffusers.image_processor import VaeImageProcessor
+from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, ProcessorMixin
+from transformers.image_processing_base import ImageProcessingMixin
 
 from handler.engine.ticket import StepEnd, Ticket
 from handler.pipelines.signature import call_defaults
 
 __all__ = ["make_view"]
 
+_log = logging.getLogger(__name__)
+
+# What keeps nothing of a call: a copy of it would only cost time and memory.
+_ATOMIC = (str, bytes, int, float, complex, type(None), type, torch.dtype, torch.device)
+_STATELESS = (
+    *_ATOMIC,
+    torch.nn.Module,
+    torch.Generator,
+    FrozenDict,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    FeatureExtractionMixin,
+    ImageProcessingMixin,
+    VaeImageProcessor,
+)
+
 
 def make_view(pipeline: Any, ticket: Ticket) -> tuple[Any, dict[str, Any]]:
     """A shallow copy of `pipeline` for one request, and the keyword arguments to call it with.
 
-    Pipelines keep the state of a call on themselves and on their scheduler, so each request has
-    its own of both; the modules with the weights are shared.
+    Pipelines keep the state of a call on themselves, on their scheduler and on other components, so
+    each request has its own of all these; the modules with the weights are shared.
     """
     view = _private_copy(pipeline)
     if ticket.scheduler is not None:
@@ -37,16 +59,56 @@ def make_view(pipeline: Any, ticket: Ticket) -> tuple[Any, dict[str, Any]]:
     return view, kwargs
 
 
-def _private_copy(pipeline: Any) -> Any:
-    """A shallow copy with schedulers of its own, those of pipelines inside it included."""
+def _private_copy(pipeline: Any, memo: dict[int, Any] | None = None) -> Any:
+    """A shallow copy with schedulers, guiders and whatever else keeps state of its own.
+
+    What it shares is found by what it is, inside of other objects too: weights, tokenizers,
+    processors. `memo` is `copy.deepcopy`'s.
+    """
     view = copy.copy(pipeline)
+    memo = {} if memo is None else memo
+    memo[id(pipeline)] = view
+    _remember_shared(vars(pipeline), memo)
     for name, part in vars(pipeline).items():
-        if isinstance(part, SchedulerMixin):
-            vars(view)[name] = copy.deepcopy(part)
-        elif isinstance(part, DiffusionPipeline):
-            vars(view)[name] = _private_copy(part)
+        if isinstance(part, DiffusionPipeline):
+            vars(view)[name] = memo.get(id(part)) or _private_copy(part, memo)
+        elif not isinstance(part, _STATELESS):
+            vars(view)[name] = _own(part, memo)
     view.set_progress_bar_config(disable=True)
     return view
+
+
+def _remember_shared(value: Any, memo: dict[int, Any]) -> None:
+    """Enter in `memo` all within `value` that copies have in common with it."""
+    pending, seen = [value], set[int]()
+    while pending:
+        each = pending.pop()
+        if id(each) in seen or isinstance(each, _ATOMIC):
+            continue
+        seen.add(id(each))
+        if isinstance(each, _STATELESS):
+            memo[id(each)] = each
+        elif isinstance(each, Mapping):
+            pending += each.values()
+        elif isinstance(each, (list, tuple, set)):
+            pending += each
+        elif not isinstance(each, (DiffusionPipeline, SchedulerMixin)):
+            pending += getattr(each, "__dict__", {}).values()
+
+
+def _own(part: Any, memo: dict[int, Any]) -> Any:
+    try:
+        return copy.deepcopy(part, memo)
+    except Exception:
+        if isinstance(part, SchedulerMixin):
+            raise
+        _warn_of(type(part).__name__)
+        return part
+
+
+@functools.cache
+def _warn_of(kind: str) -> None:
+    _log.warning("requests share a %s, which cannot be copied", kind)
 
 
 def _report_steps(ticket: Ticket, theirs: Callable[..., Any] | None) -> Callable[..., Any]:

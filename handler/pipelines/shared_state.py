@@ -1,47 +1,76 @@
-"""Pipelines whose calls change the modules that all requests share: these run one at a time."""
+"""Pipelines whose calls change the modules that all requests share: these run one at a time.
+
+They are found by what they do. Some put their own attention processors into the denoiser and the
+old ones back only where a call returns; some guiders hook into the denoiser for one of a step's
+forwards; a step cache of diffusers remembers the last forwards of one call, and skips some of the
+next.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
+from types import CodeType
 from typing import Any
 
 import torch
+from diffusers.guiders.guider_utils import BaseGuidance
 
-__all__ = ["SharedState"]
+__all__ = ["SharedState", "swaps_processors"]
 
-# They put their own attention processors into the denoiser, and the old ones back only where a call
-# returns.
-_SWAP_PROCESSORS = frozenset(
-    {
-        "PAGMixin",
-        "LEditsPPPipelineStableDiffusion",
-        "LEditsPPPipelineStableDiffusionXL",
-        "StableDiffusionAttendAndExcitePipeline",
-        "StableDiffusionPix2PixZeroPipeline",
-        "StableDiffusionSAGPipeline",
-    }
-)
+_SWAPPING = frozenset({"set_attn_processor", "set_processor"})
 
 
 class SharedState:
     """What a call of `pipeline` may leave behind on its modules."""
 
     def __init__(self, pipeline: Any) -> None:
-        modules: list[Any] = [
-            part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)
-        ]
-        swaps = any(kind.__name__ in _SWAP_PROCESSORS for kind in type(pipeline).__mro__)
+        parts = pipeline.components.values()
+        modules: list[Any] = [part for part in parts if isinstance(part, torch.nn.Module)]
+        swaps = swaps_processors(type(pipeline))
         self._processors = [
-            (module, module.attn_processors)
+            (attention, attention.processor)
             for module in modules
-            if swaps and hasattr(module, "attn_processors")
+            for attention in (module.modules() if swaps else ())
+            if hasattr(attention, "processor") and hasattr(attention, "set_processor")
         ]
-        # Such a cache remembers the last forwards of one call, and skips some of the next.
         self._caching = [m for m in modules if getattr(m, "is_cache_enabled", False)]
-        self.is_exclusive = swaps or bool(self._caching)
+        hooks = any(isinstance(part, BaseGuidance) and _hooks_in(part) for part in parts)
+        self.is_exclusive = swaps or hooks or bool(self._caching)
 
     def restore(self) -> None:
         """Undo what a call did, however it ended."""
-        for module, processors in self._processors:
-            module.set_attn_processor(dict(processors))
+        for attention, processor in self._processors:
+            attention.set_processor(processor)
         for module in self._caching:
             module._reset_stateful_cache()
+
+
+def swaps_processors(kind: type) -> bool:
+    """Whether ``kind.__call__``, with what it calls of its own, sets attention processors."""
+    functions = [kind.__call__]
+    for function in functions:
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        for name in _names_in(code):
+            if name in _SWAPPING:
+                return True
+            # Its own methods, and the functions beside it in its module.
+            near = inspect.unwrap(function).__globals__.get(name)
+            is_near = getattr(near, "__module__", None) == function.__module__
+            for called in (getattr(kind, name, None), near if is_near else None):
+                if inspect.isfunction(called) and called not in functions:
+                    functions.append(called)
+    return False
+
+
+def _names_in(code: CodeType | None) -> Iterator[str]:
+    """The names that a function's code mentions, and the functions within it."""
+    if code is not None:
+        yield from code.co_names
+        for constant in code.co_consts:
+            if isinstance(constant, CodeType):
+                yield from _names_in(constant)
+
+
+def _hooks_in(guider: BaseGuidance) -> bool:
+    return type(guider).prepare_models is not BaseGuidance.prepare_models

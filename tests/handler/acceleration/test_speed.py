@@ -14,7 +14,6 @@ from handler.acceleration.speed import Plan, SpeedUp, make_plan
 from handler.config import HandlerConfig
 from handler.diffusers_handler import DiffusersHandler
 from handler.engine import InFlightEngine
-from handler.engine.forward import BatchedForward, Group
 from handler.errors import ConfigError
 from tests.support.compilers import Compiler, Graphs
 from tests.support.frontend import CONTINUOUS, QUICK, Frontend
@@ -221,21 +220,24 @@ def test_a_picture_that_cannot_be_drawn_is_said_and_ends_nothing(
     engine.close()
 
 
-def test_only_denoisers_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_denoisers_are_padded() -> None:
     """A picture that is decoded alone is not decoded twice."""
-    rows = {}
-    run = BatchedForward._forward
-
-    def counted(self: BatchedForward, group: Group) -> list[Any]:
-        rows.setdefault(group.calls[0].slot.name, self._padded(group))
-        return run(self, group)
-
-    monkeypatch.setattr(BatchedForward, "_forward", counted)
-    engine = InFlightEngine(toy(), buckets=(4,))
-    engine.submit(toy_kwargs(0, guidance_scale=1.0))
+    pipeline, rows = toy(), dict[str, list[int]]()
+    parts = {
+        "encoder": pipeline.text_encoder.table,
+        "unet": pipeline.unet.enter,
+        "vae": pipeline.vae.leave,
+    }
+    for name, part in parts.items():
+        part.register_forward_pre_hook(
+            lambda _, inputs, name=name: rows.setdefault(name, []).append(len(inputs[0]))
+        )
+    engine = InFlightEngine(pipeline, buckets=(4,))
+    engine.submit(toy_kwargs(0, guidance_scale=1.0, num_inference_steps=2))
     engine.run()
     engine.close()
-    assert rows == {"text_encoder.forward": 1, "unet.forward": 4, "vae.decode": 1}
+    # The first forward is compared with one that is not padded.
+    assert rows == {"encoder": [1], "unet": [4, 1, 4], "vae": [1]}
 
 
 Serve = Callable[..., DiffusersHandler]

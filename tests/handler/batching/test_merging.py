@@ -17,16 +17,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
+from handler.batching.arguments import is_listed, num_rows
 from handler.batching.fingerprints import Fingerprints
-from handler.batching.merging import (
-    edges,
-    is_listed,
-    merge,
-    merge_key,
-    num_rows,
-    output_members,
-    split,
-)
+from handler.batching.merging import edges, merge, merge_key, output_members, split
 
 Pair = namedtuple("Pair", "left right")
 

@@ -378,6 +378,38 @@ def test_rows_that_turn_out_larger_are_counted_as_they_are() -> None:
     assert "needs 9 rows" in str(too_large.error)
 
 
+class Packed(ToyUNet):
+    """Takes the tokens of one picture packed together: no tensor of it is a batch."""
+
+    def forward(
+        self, tokens: torch.Tensor, ids: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor
+    ) -> Any:
+        sample = tokens.reshape(1, 8, 8, 4).permute(0, 3, 1, 2)
+        (noise,) = super().forward(sample * (1 + ids.sum()), timestep, text[None])
+        return (noise.permute(0, 2, 3, 1).reshape(64, 4),)
+
+
+@pytest.mark.parametrize("first", ["ids", "tokens"])
+def test_packed_tokens_are_no_batch_and_run(first: str) -> None:
+    """64 of them, where 16 rows are the most: the request is as large as it said, one row."""
+
+    class Packing(ToyPipeline):
+        def denoise(self, rows: Any, t: torch.Tensor, embeds: Any) -> torch.Tensor:
+            tokens = rows.permute(0, 2, 3, 1).reshape(64, 4)
+            ids = {"ids": torch.arange(39) / 1000}
+            arguments = {**ids, "tokens": tokens} if first == "ids" else {"tokens": tokens, **ids}
+            noise = self.unet(**arguments, timestep=t, text=embeds[0])[0]
+            return noise.reshape(1, 8, 8, 4).permute(0, 3, 1, 2)
+
+    pipeline = toy(Packing, unet=Packed())
+    expected = [solo(pipeline, i, guidance_scale=1.0) for i in range(3)]
+    with opened(pipeline, max_rows=16) as engine:
+        tickets = [engine.submit(toy_kwargs(i, guidance_scale=1.0)) for i in range(3)]
+        engine.run()
+        assert [ticket.cost.rows for ticket in tickets] == [1, 1, 1]
+    assert all_right(tickets, expected)
+
+
 def test_newcomers_do_not_starve_who_is_in_flight() -> None:
     """One-step requests of four rows that claim two, one a tick: the old one keeps its turns."""
 

@@ -14,7 +14,6 @@ from handler.engine import InFlightEngine
 from handler.engine.parking import find_slots
 from handler.engine.ticket import State, Ticket
 from handler.errors import DeadlineExceeded
-from handler.pipelines import shared_state
 from tests.support.clock import Clock
 from tests.support.engine_tools import is_right, opened, solo
 from tests.support.pipelines import build, example_kwargs, image_of
@@ -190,24 +189,30 @@ def test_an_argument_left_out_is_the_default_that_another_pipeline_names() -> No
 
 
 @pytest.fixture
-def exclusive(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def exclusive() -> dict[str, Any]:
     """Two pipelines on the same modules; calls of the second change them."""
-    monkeypatch.setattr(shared_state, "_SWAP_PROCESSORS", frozenset({Doubling.__name__}))
-    plain = toy()
+    plain = toy(unet=DoublingUNet())
     doubling = toy(Doubling)
     doubling.register_modules(**plain.components)
     return {"plain": plain, "doubling": doubling}
 
 
+class DoublingUNet(ToyUNet):
+    """Stands for a denoiser with attention processors: what is set doubles its weights."""
+
+    def set_attn_processor(self, factor: float) -> None:
+        self.leave.weight.data.mul_(factor)
+
+
 class Doubling(ToyPipeline):
-    """Doubles the weights of the shared denoiser for as long as a call lasts."""
+    """Changes the shared denoiser for as long as a call lasts."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.unet.leave.weight.data.mul_(2)
+        self.unet.set_attn_processor(2.0)
         try:
             return super().__call__(*args, **kwargs)
         finally:
-            self.unet.leave.weight.data.div_(2)
+            self.unet.set_attn_processor(0.5)
 
 
 def test_an_exclusive_task_runs_alone_and_the_others_share(exclusive: dict[str, Any]) -> None:

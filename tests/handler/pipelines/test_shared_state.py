@@ -8,11 +8,15 @@ import diffusers
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig
-from diffusers.pipelines.pag import pag_utils
+from diffusers.guiders import (
+    AdaptiveProjectedMixGuidance,
+    ClassifierFreeGuidance,
+    SkipLayerGuidance,
+)
 
 from handler.engine import InFlightEngine
 from handler.engine.ticket import State
-from handler.pipelines.shared_state import _SWAP_PROCESSORS, SharedState
+from handler.pipelines.shared_state import SharedState, swaps_processors
 from tests.support.pipelines import build, example_kwargs, image_of, shared
 
 
@@ -69,6 +73,50 @@ def test_most_pipelines_change_nothing(family: str) -> None:
     assert not SharedState(shared(family)).is_exclusive
 
 
-@pytest.mark.parametrize("name", sorted(_SWAP_PROCESSORS))
-def test_the_names_are_those_of_diffusers(name: str) -> None:
-    assert hasattr(pag_utils if name == "PAGMixin" else diffusers, name)
+@pytest.mark.parametrize(
+    "kind",
+    [
+        diffusers.StableDiffusionPAGPipeline,
+        diffusers.SanaPAGPipeline,
+        diffusers.StableDiffusionSAGPipeline,
+        diffusers.StableDiffusionAttendAndExcitePipeline,
+        diffusers.StableDiffusionPix2PixZeroPipeline,
+        diffusers.LEditsPPPipelineStableDiffusionXL,
+        diffusers.TextToVideoZeroPipeline,
+        diffusers.TextToVideoZeroSDXLPipeline,
+    ],
+)
+def test_pipelines_that_set_attention_processors_are_found_by_their_code(kind: type) -> None:
+    assert swaps_processors(kind)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        diffusers.StableDiffusionPipeline,
+        diffusers.StableDiffusionXLPipeline,
+        diffusers.AnimateDiffPipeline,
+        diffusers.FluxPipeline,
+        diffusers.WanPipeline,
+    ],
+)
+def test_pipelines_that_only_call_their_modules_are_not(kind: type) -> None:
+    """Though all of them inherit methods that set processors when a user calls them."""
+    assert not swaps_processors(kind)
+
+
+@pytest.mark.parametrize(
+    ("guider", "is_exclusive"),
+    [
+        (AdaptiveProjectedMixGuidance(), False),
+        (ClassifierFreeGuidance(), False),
+        (SkipLayerGuidance(skip_layer_guidance_layers=[0]), True),
+    ],
+)
+def test_a_guider_that_hooks_into_the_denoiser_has_it_to_itself(
+    guider: Any, is_exclusive: bool
+) -> None:
+    pipeline = diffusers.MotifVideoPipeline(
+        scheduler=None, vae=None, text_encoder=None, tokenizer=None, transformer=None, guider=guider
+    )
+    assert SharedState(pipeline).is_exclusive is is_exclusive

@@ -1,0 +1,199 @@
+"""The tensors among a module call's arguments: where they stand, and what part each one plays.
+
+==========  ==================================================  ===============================
+part        a tensor that                                       when merged
+==========  ==================================================  ===============================
+rows        has the call's rows as its first dimension          concatenated
+folded      has several rows for each of the call's (frames)    concatenated
+step        is one number of a per-step parameter               expanded to rows, concatenated
+shared      is anything else (Flux's position ids)              must be equal, passed once
+==========  ==================================================  ===============================
+
+Shapes and names decide, and where these are ambiguous a `Layout` says what was found out: a call of
+one row alone does not tell whether a tensor of sixteen rows is sixteen frames or a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterator, Mapping
+from enum import Enum
+from typing import Any
+
+import torch
+
+__all__ = [
+    "EXACT_VALUES",
+    "SHARED_PARAMETERS",
+    "STEP_PARAMETERS",
+    "Arguments",
+    "Layout",
+    "Leaf",
+    "Part",
+    "Path",
+    "is_batch",
+    "is_list_of_tensors",
+    "is_listed",
+    "leading",
+    "leaves",
+    "members",
+    "num_rows",
+    "parameter_of",
+    "part_of",
+]
+
+Arguments = Mapping[str, Any]
+
+Path = tuple[Hashable, ...]
+"""Where a value stands: the parameter's name, then the keys of the containers around it."""
+
+
+class Part(Enum):
+    """What becomes of a tensor when calls are merged."""
+
+    ROWS = "rows"
+    FOLDED = "folded"
+    STEP = "step"
+    SHARED = "shared"
+
+
+Layout = Mapping[Path, Part]
+"""What was found out about tensors whose shapes do not tell their part."""
+
+# What denoisers call the parameter that tells one row's place on the noise schedule. Models turn
+# it into an embedding in float32, so integer and float schedules (DDIM, Euler) may share a batch.
+STEP_PARAMETERS = frozenset({"timestep", "timesteps", "t", "sigma", "noise_level"})
+
+# Tensors without a batch dimension whose first dimension may by accident equal the rows.
+SHARED_PARAMETERS = frozenset(
+    {"img_ids", "txt_ids", "image_rotary_emb", "freqs_cis", "rope_temporal_scale", "position_ids"}
+)
+
+_SELDOM_ROWS = STEP_PARAMETERS | SHARED_PARAMETERS
+
+EXACT_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Leaf:
+    """One tensor among a call's arguments, or one list of tensors that are rows."""
+
+    path: Path
+    value: Any
+    part: Part
+
+
+def num_rows(arguments: Arguments) -> int | None:
+    """The batch size of a call; None for a call without tensors."""
+    first = leading(arguments)
+    return None if first is None else len(first)
+
+
+def is_batch(arguments: Arguments, rows: int) -> bool:
+    """Whether the tensor that `num_rows` counted is a batch, and not the tokens of one picture.
+
+    Of a batch some other tensor has the same first dimension, unless there is no other.
+    """
+    first = leading(arguments)
+    others = [
+        tensor
+        for name, value in arguments.items()
+        for tensor in _tensors(value)
+        if tensor.ndim and tensor is not first and name not in SHARED_PARAMETERS
+    ]
+    others = [tensor for tensor in others if tensor.ndim > 1 or tensor.shape[0] > 1]
+    return isinstance(first, list) or not others or any(t.shape[0] == rows for t in others)
+
+
+def is_listed(arguments: Arguments) -> bool:
+    """Whether the call's rows are lists of tensors."""
+    return isinstance(leading(arguments), list)
+
+
+def part_of(path: Path, name: str, tensor: torch.Tensor, rows: int, layout: Layout | None) -> Part:
+    """The part of the tensor at `path`, which belongs to the parameter `name`.
+
+    Without a `layout`, tensors of several rows a row are shared.
+    """
+    if name in STEP_PARAMETERS and tensor.numel() in (1, rows) and tensor.ndim <= 1:
+        return Part.STEP
+    if not tensor.ndim or name in SHARED_PARAMETERS:
+        return Part.SHARED
+    length = tensor.shape[0]
+    if length == rows:
+        return layout.get(path, Part.ROWS) if layout else Part.ROWS
+    # One dimension alone is a list of numbers (packed token ids), not rows.
+    can_fold = layout is not None and rows and tensor.ndim > 1 and length % rows == 0 < length
+    return layout.get(path, Part.FOLDED) if layout is not None and can_fold else Part.SHARED
+
+
+def leaves(arguments: Arguments, rows: int, layout: Layout | None = None) -> Iterator[Leaf]:
+    """Every tensor of a call and every list of tensors that are its rows, in order."""
+    listed = is_listed(arguments)
+
+    def visit(path: Path, name: str, value: Any) -> Iterator[Leaf]:
+        if isinstance(value, torch.Tensor):
+            yield Leaf(path, value, part_of(path, name, value, rows, layout))
+        elif listed and is_list_of_tensors(value) and len(value) == rows:
+            yield Leaf(path, value, Part.ROWS)
+        elif not isinstance(value, EXACT_VALUES):
+            for key, member in members(value) or ():
+                yield from visit((*path, key), parameter_of(name, key), member)
+
+    for name, value in arguments.items():
+        yield from visit((name,), name, value)
+
+
+def parameter_of(outer: str, key: Hashable) -> str:
+    """The parameter that a container's member belongs to: its key, or the container's own name."""
+    return key if isinstance(key, str) else outer
+
+
+def is_list_of_tensors(value: Any) -> bool:
+    """Whether `value` is a list of one or more tensors and of nothing else."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(member, torch.Tensor) for member in value)
+    )
+
+
+def members(container: Any) -> list[tuple[Hashable, Any]] | None:
+    """The members of a container in a fixed order; None for what is no container."""
+    if isinstance(container, Mapping):
+        return list(container.items())
+    if isinstance(container, (list, tuple)):
+        return list(enumerate(container))
+    if dataclasses.is_dataclass(container) and not isinstance(container, type):
+        return [(f.name, getattr(container, f.name)) for f in dataclasses.fields(container)]
+    return None
+
+
+def leading(arguments: Arguments) -> torch.Tensor | list[torch.Tensor] | None:
+    """The first tensor, or list of tensors, whose first dimension may be the batch.
+
+    Tensors of one dimension are asked after all others: they may be token ids packed together.
+    Steps and position ids are asked last, wherever they stand: they may have one row for all.
+    """
+    flat: torch.Tensor | None = None
+    for seldom in (False, True):
+        for name, value in arguments.items():
+            if (name in _SELDOM_ROWS) is not seldom:
+                continue
+            if is_list_of_tensors(value):
+                listed: list[torch.Tensor] = value
+                return listed
+            for tensor in _tensors(value):
+                if tensor.ndim > 1:
+                    return tensor
+                if tensor.ndim and flat is None:
+                    flat = tensor
+        if flat is not None:
+            return flat
+    return None
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [tensor for _, member in members(value) or () for tensor in _tensors(member)]

@@ -1,0 +1,71 @@
+"""Torch's global random generators: each request finds them in a state of its own.
+
+Some pipelines draw from them in spite of the generator that they are given: an encoder's sample, a
+scheduler that is not passed it. In company they would take each other's numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+
+from handler.engine.ticket import Ticket
+
+__all__ = ["GlobalRandom"]
+
+
+class GlobalRandom:
+    """Puts the global generators in the state of whoever runs next.
+
+    Those of the CPU and of the devices that the modules of `pipelines` are on.
+
+    A request's state starts from the seed of its own `generator`. Requests without one draw from
+    the generators as everybody else in the process does.
+    """
+
+    def __init__(self, pipelines: Collection[Any]) -> None:
+        indices = {
+            weight.device.index or 0
+            for pipeline in pipelines
+            for component in pipeline.components.values()
+            if isinstance(component, torch.nn.Module)
+            for weight in component.parameters()
+            if weight.is_cuda
+        }
+        cuda = [torch.cuda.default_generators[index] for index in sorted(indices)]
+        self._generators: list[torch.Generator] = [torch.default_generator, *cuda]
+        self._owner: Ticket | None = None
+        self._outside: list[torch.Tensor] = []
+
+    def enter(self, ticket: Ticket | None) -> None:
+        """Continue with the state of `ticket`; None is what it is outside of any request.
+
+        Copies 5 kB twice, about 4 µs, and nothing where `ticket` ran last.
+        """
+        owner = ticket if ticket is not None and _seed_of(ticket) is not None else None
+        if owner is self._owner:
+            return
+        now = [generator.get_state() for generator in self._generators]
+        if self._owner is None:
+            self._outside = now
+        elif not self._owner.ended:
+            self._owner.random_states = now
+        self._owner = owner
+        states = self._outside if owner is None else owner.random_states or self._seeded(owner)
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)
+
+    def _seeded(self, ticket: Ticket) -> list[torch.Tensor]:
+        seed = _seed_of(ticket)
+        assert seed is not None
+        return [torch.Generator(g.device).manual_seed(seed).get_state() for g in self._generators]
+
+
+def _seed_of(ticket: Ticket) -> int | None:
+    """The seed of the request's generator, of the first where it has one a picture."""
+    generator = ticket.kwargs.get("generator")
+    if isinstance(generator, (list, tuple)) and generator:
+        generator = generator[0]
+    return generator.initial_seed() if isinstance(generator, torch.Generator) else None
