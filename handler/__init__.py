@@ -4,6 +4,8 @@
 `diffusers_handler`   TorchServe's contexts, cycles and streams
 `torchserve_entry`    the file that TorchServe imports
 `watchdog`            notices that TorchServe sends no more cycles
+`single_worker`       keeps a second worker of a model from starting
+`torchserve_logs`     TorchServe's own log lines, one line each
 `service`             from a request to its reply
 `acceleration`        forwards made cheaper
 `engine`              requests in flight

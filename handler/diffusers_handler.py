@@ -37,6 +37,8 @@ from handler.pipelines.describe import describe
 from handler.service.event_stream import INTERRUPTED
 from handler.service.generation import GenerationService, draw_seed
 from handler.service.metrics import emit
+from handler.single_worker import hold_model
+from handler.torchserve_logs import shorten_torchserve_logs
 from handler.watchdog import SilenceAlarm
 
 __all__ = ["DiffusersHandler"]
@@ -90,6 +92,9 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         model_config: Mapping[str, Any] = context.model_yaml_config or {}
         self.config = HandlerConfig.from_mapping(model_config.get("handler"))
         self._is_continuous = bool(model_config.get("continuousBatching", False))
+        shorten_torchserve_logs()
+        if self._is_continuous:
+            hold_model(Path(context.system_properties["model_dir"]))
         _check_workers(model_config, is_continuous=self._is_continuous)
         keep_prompts_out_of_the_log()
         properties = context.system_properties

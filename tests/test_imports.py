@@ -18,6 +18,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"errors", "messages"},
     "library_logs": set(),
     "watchdog": set(),
+    "single_worker": {"errors"},
+    "torchserve_logs": set(),
     "api": {"config", "errors", "messages"},
     "zips": {"errors", "messages"},
     "loading": {"zips", "config", "errors", "messages", "library_logs"},
@@ -28,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "service": {"engine", "pipelines", "api", "config", "errors", "messages"},
     "diffusers_handler": {
         *("service", "acceleration", "engine", "pipelines", "loading", "api"),
-        *("config", "errors", "library_logs", "watchdog"),
+        *("config", "errors", "library_logs", "watchdog", "single_worker", "torchserve_logs"),
     },
     "torchserve_entry": {"diffusers_handler"},
 }
