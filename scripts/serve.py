@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
+from scripts.torchserve.interrupts import signals_as_interrupts
 from scripts.torchserve.options import LOOPBACK, Options, Ports, ServerError, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
+from scripts.torchserve.state import StateDir
 
 __all__ = ["choose_archive", "curl_line", "main"]
 
@@ -47,6 +49,8 @@ def start(arguments: argparse.Namespace) -> int:
         if not running.is_ready():
             with _progress("Waiting for the worker") as tell:
                 running.wait_until_ready(arguments.timeout_s, tell)
+        if problem := running.problem():
+            raise ServerError(f"{running.model_name} is being served at {running.url}: {problem}")
         _introduce(running, "is already serving", brief=arguments.brief)
         return 0
     server = TorchServer(options)
@@ -59,21 +63,25 @@ def start(arguments: argparse.Namespace) -> int:
         server.check(running)
         print("The archive or the settings have changed: restarting.")
         running.stop()
-    try:
-        with _progress("Starting TorchServe") as tell:
-            server.start()
-            server.wait_until_ready(arguments.timeout_s, tell)
-    except BaseException:
-        server.stop()
-        raise
+    with signals_as_interrupts():
+        try:
+            with _progress("Starting TorchServe") as tell:
+                server.start()
+                server.wait_until_ready(arguments.timeout_s, tell)
+        except BaseException:
+            server.stop()
+            raise
     _introduce(server, "is serving", brief=arguments.brief)
     return 0
 
 
 def stop(arguments: argparse.Namespace) -> int:
-    """Stop the instance; that none runs is no failure."""
+    """Stop the instance, and remove what a killed one left; that none runs is not a failure."""
     server = TorchServer.find(arguments.run_dir)
     if server is None:
+        state = StateDir(arguments.run_dir)
+        if state.is_ours:
+            state.clean()
         print("No server is running.")
         return 0
     print(f"Stopping TorchServe (process {server.pid}) ...", flush=True)
@@ -83,20 +91,23 @@ def stop(arguments: argparse.Namespace) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Say what is served and how its workers are; 1 when nothing is."""
+    """Say what is served, whether it draws, and if not why; 1 when it does not."""
     server = TorchServer.find(arguments.run_dir)
     if server is None:
         print("{}" if arguments.json else "No server is running; `make serve` starts one.")
         return 1
-    workers = server.workers()
+    model, problem = server.model(), server.problem()
+    workers = [] if model is None else model.workers
     state = {
-        "ready": any(worker.get("status") == "READY" for worker in workers),
+        "ready": model is not None and model.is_ready,
+        "problem": problem,
         "model": server.model_name,
         "version": server.model_version,
         "archive": str(server.options.archive),
         "predictions": server.predictions_url,
         "grpc": f"{LOOPBACK}:{server.options.ports.grpc_inference}",
         "metrics": server.metrics_url,
+        "management": server.management_address,
         "log": str(server.log_file),
         "pid": server.pid,
         "workers": [
@@ -107,8 +118,9 @@ def status(arguments: argparse.Namespace) -> int:
         print(json.dumps(state, indent=2))
     else:
         for key, value in state.items():
-            print(f"{key:<12} {value if isinstance(value, str) else json.dumps(value)}")
-    return 0
+            if value is not None:
+                print(f"{key:<12} {value if isinstance(value, str) else json.dumps(value)}")
+    return 0 if problem is None else 1
 
 
 def logs(arguments: argparse.Namespace) -> int:
