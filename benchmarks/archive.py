@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from isal.isal_zlib import crc32
 
 from benchmarks.archive_figures import our_figures, upstream_figures
 from benchmarks.report import Figure, write_report
 from benchmarks.systems import System, one_at_a_time
-from handler.zips.crc32 import crc32
 from scripts.torchserve.options import Options, Ports
 from scripts.torchserve.process import TorchServer
 

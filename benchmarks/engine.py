@@ -26,6 +26,7 @@ from diffusers import DiffusionPipeline
 from benchmarks.report import Figure, Spread, write_report
 from demo.build import build_pipeline
 from handler.engine import InFlightEngine
+from handler.engine.forward import Counters
 from handler.engine.ticket import Ticket
 from handler.pipelines.schedulers import make_scheduler
 
@@ -91,36 +92,16 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - started_s, result
 
 
-class TimedEngine(InFlightEngine):
-    """An engine that knows which of its seconds are the model's and which are the pipelines'."""
+def own_share_of(counters: Counters, before: Counters | None = None) -> float:
+    """The share of the ticks' seconds that is neither a model's nor a pipeline's: the engine's own.
 
-    def __init__(self, pipeline: Any, **options: Any) -> None:
-        super().__init__(pipeline, **options)
-        self.model_s = 0.0
-        self.pipelines_s = 0.0
-        for slot in self._slots:
-            slot.plain, slot.real = (self._timing_model(f) for f in (slot.plain, slot.real))
-        runs: Any = self._runs
-        runs._continue = self._timing_pipelines(runs._continue)
-
-    def _timing_model(self, real: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            seconds, output = timed(lambda: real(*args, **kwargs))
-            self.model_s += seconds
-            return output
-
-        return forward
-
-    def _timing_pipelines(self, let_run: Callable[..., None]) -> Callable[..., None]:
-        def _continue(ticket: Ticket, switch: Callable[..., Any], *value: Any) -> None:
-            def timed_switch(*args: Any) -> Any:
-                seconds, reached = timed(lambda: switch(*args))
-                self.pipelines_s += seconds
-                return reached
-
-            let_run(ticket, timed_switch, *value)
-
-        return _continue
+    Of the ticks since `counters` stood as in `before`.
+    """
+    before = before or Counters()
+    tick_s = counters.tick_s - before.tick_s
+    forward_s = counters.forward_s - before.forward_s
+    pipeline_s = counters.pipeline_s - before.pipeline_s
+    return (tick_s - forward_s - pipeline_s) / tick_s
 
 
 def measure_throughput(pipeline: Any, rounds: int) -> tuple[list[Figure], dict[str, object]]:
@@ -187,13 +168,12 @@ def measure_overhead(pipeline: Any, rounds: int) -> list[Figure]:
     engine.close()
     shares = []
     for _ in range(max(1, rounds // 3)):
-        timed_engine = TimedEngine(pipeline, max_rows=2 * NUM_REQUESTS)
+        busy = InFlightEngine(pipeline, max_rows=2 * NUM_REQUESTS)
         for mixed in mixed_requests():
-            submit(timed_engine, mixed)
-        timed_engine.run()
-        tick_s = timed_engine.counters.tick_s
-        shares.append((tick_s - timed_engine.model_s - timed_engine.pipelines_s) / tick_s * 100)
-        timed_engine.close()
+            submit(busy, mixed)
+        busy.run()
+        shares.append(100 * own_share_of(busy.counters))
+        busy.close()
     return [
         Figure("one request: engine / direct, seconds", Spread(tuple(ratios)), "x", at_most=1.03),
         Figure("of a tick of 16, the engine's own", Spread(tuple(shares)), "%", at_most=2.0),

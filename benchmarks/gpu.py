@@ -16,17 +16,18 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.engine import TimedEngine
+from benchmarks.engine import own_share_of
 from benchmarks.report import Figure, Spread, write_report
 from benchmarks.shapes import MODELS, Model, build, call_arguments, count_flops
 from handler.acceleration.speed import SpeedUp, make_plan
 from handler.config import HandlerConfig
+from handler.engine import InFlightEngine
 
 STEPS = (30, 50, 70)
 # Dense, half precision, of the chip's name as torch tells it.
@@ -140,11 +141,11 @@ def run_in_flight(
     expected: Sequence[np.ndarray[Any, Any]] = (),
 ) -> Run:
     """Ours: always `num_in_flight` under way, until `rounds` times as many are drawn."""
-    engine = TimedEngine(
+    engine = InFlightEngine(
         work.pipeline,
         max_rows=2 * num_in_flight,
         buckets=speed_up.buckets,
-        compile_forward=speed_up.wrap_forward,
+        wrappers=speed_up.wrappers,
     )
     try:
         start_s, _ = work.timed(lambda: speed_up.warm_up(engine, [_short(work)]))
@@ -153,7 +154,7 @@ def run_in_flight(
         for request in work.requests(min(2, num_in_flight)):
             engine.submit({**request, "num_inference_steps": 2})
         engine.run()
-        before = (engine.counters.tick_s, engine.model_s, engine.pipelines_s)
+        before = replace(engine.counters)
 
         def draw_all() -> list[Any]:
             tickets = [engine.submit(request) for request in requests]
@@ -161,16 +162,15 @@ def run_in_flight(
             return [ticket.result().images for ticket in tickets]
 
         seconds, pictures = work.timed(draw_all)
-        after = (engine.counters.tick_s, engine.model_s, engine.pipelines_s)
+        own_share = own_share_of(engine.counters, before)
     finally:
         engine.close()
-    tick_s, model_s, pipelines_s = (b - a for a, b in zip(before, after, strict=True))
     off = [float(np.abs(p - e).max()) for p, e in zip(pictures, expected, strict=False)]
     return work.run(
         f"in flight, {num_in_flight}",
         requests,
         seconds,
-        own_share=(tick_s - model_s - pipelines_s) / tick_s,
+        own_share=own_share,
         largest_difference=max(off, default=None),
         start_s=start_s,
     )

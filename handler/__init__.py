@@ -1,11 +1,13 @@
 """Everything that runs inside a TorchServe worker; packed whole into every archive.
 
 ====================  =====================================================================
-`diffusers_handler`   TorchServe's contexts, cycles and streams
+`diffusers_handler`   TorchServe's contexts and cycles
+`cycle_replies`       what a cycle replies: whole replies, chunks of streams, nothing yet
 `torchserve_entry`    the file that TorchServe imports
 `watchdog`            notices that TorchServe sends no more cycles
 `single_worker`       keeps a second worker of a model from starting
 `torchserve_logs`     TorchServe's own log lines, one line each
+`assembly`            configuration + loaded pipeline → engine → service
 `service`             from a request to its reply
 `acceleration`        forwards made cheaper
 `engine`              requests in flight
@@ -15,8 +17,10 @@
 `api`                 what a client may send and gets back; no torch, no diffusers
 `zips`                reading untrusted zip files
 `config`, `errors`    settings of the operator; every error, with its HTTP status
+`library_logs`        quiets the logs of diffusers and transformers
 ====================  =====================================================================
 
-Imports go downward only: ``diffusers_handler → service, acceleration → engine → pipelines,
-batching → api → errors``, and ``loading → zips, errors, config``; `loading` and `api` never meet.
+Imports go downward only: ``diffusers_handler → assembly → service, acceleration → engine →
+pipelines, batching → api → errors``, and ``loading → zips, errors, config``; `loading` and `api`
+never meet.
 """

@@ -1,152 +1,217 @@
 """What an operator may set: the ``handler:`` section of model-config.yaml, checked whole.
 
-A key's default and its allowed values stand together in `HandlerConfig`; checks that need two
-keys are in `_cross_problems`.
+Everything about a key stands in `HandlerConfig`: default, allowed values, meaning. The section in
+config/model-config.yaml and the table in docs/configuration.md are written from there by
+``python -m scripts.write_docs``. Checks that need two keys are in `_cross_problems`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import TypeVar, cast
+from typing import TypeVar
 
+from handler import config_checks as allow
+from handler.config_checks import Check
 from handler.errors import ConfigError
-from handler.messages import nearest, number_range, show
+from handler.messages import nearest, show
 
-__all__ = ["OUTPUT_FORMATS", "HandlerConfig"]
+__all__ = ["OUTPUT_FORMATS", "HandlerConfig", "Key", "keys"]
 
 OUTPUT_FORMATS = ("png", "jpeg", "webp", "npy", "json", "array")
 # Two prompts of 8000 characters are the most that fit the 64 KB that JPEG gives to its EXIF data.
 _MAX_PROMPT_CHARS = 8000
 
 _T = TypeVar("_T")
-# A check turns what YAML gave into the value, or raises ValueError saying what is allowed.
-_Check = Callable[[object], object]
 
 
-def _integer(low: int, high: int) -> _Check:
-    def check(value: object) -> object:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise ValueError(f"an integer from {low} to {high}")
-        return value
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key with its check, and as documentation shows it."""
 
-    return check
-
-
-def _number(low: float, high: float) -> _Check:
-    def check(value: object) -> object:
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        # A NaN is in no range.
-        if not is_number or not low <= cast(float, value) <= high:
-            raise ValueError(f"a number from {number_range(low, high)}")
-        return float(cast(float, value))
-
-    return check
-
-
-def _boolean(value: object) -> object:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
+    name: str
+    default: object
+    check: Check
+    meaning: str
+    span: str
+    """What is allowed, where other keys say it; else what `check` says."""
+    note: str
+    left_out: str
+    """What counts where the default is None."""
+    example: str
+    """A value as YAML writes it, for a key whose default is None."""
+    section: str
+    """The heading of the keys that begin with this one; empty for the others."""
 
 
-def _one_of(*choices: str) -> _Check:
-    def check(value: object) -> object:
-        if value not in choices:
-            raise ValueError(f"one of {', '.join(choices)}")
-        return value
-
-    return check
-
-
-def _text(value: object) -> object:
-    if not isinstance(value, str) or re.search("[\x00\ud800-\udfff]", value):
-        raise ValueError("text")
-    return value.strip()
-
-
-def _device(value: object) -> object:
-    if not isinstance(value, str) or not re.fullmatch(r"cpu|mps|(cuda|xpu)(:[0-9]{1,3})?", value):
-        raise ValueError("cpu, cuda, cuda:<number>, xpu or mps")
-    return value
-
-
-def _speed(value: object) -> object:
-    # YAML reads a bare `off` as false.
-    return _one_of("off", "safe", "max")("off" if value is False else value)
-
-
-def _sizes(value: object) -> object:
-    """A list of sizes as a tuple of (height, width)."""
-    entries = value if isinstance(value, (list, tuple)) else ()
-    sizes = tuple(_size(entry) for entry in entries)
-    if not 0 < len(sizes) <= 16 or None in sizes:
-        raise ValueError("a list of 1 to 16 sizes such as 512x768, height x width")
-    return sizes
-
-
-def _size(value: object) -> tuple[int, int] | None:
-    if isinstance(value, tuple):
-        return cast(tuple[int, int], value)  # checked before: this is a `HandlerConfig` copied
-    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", value) if isinstance(value, str) else None
-    return None if match is None else (int(match[1]), int(match[2]))
-
-
-def _optional(check: _Check) -> _Check:
-    def check_or_none(value: object) -> object:
-        return None if value is None else check(value)
-
-    return check_or_none
-
-
-def _key(default: _T, check: _Check) -> _T:
-    return field(default=default, metadata={"check": check})
+def _key(
+    default: _T,
+    check: Check,
+    meaning: str,
+    *,
+    span: str | None = None,
+    note: str = "",
+    left_out: str = "",
+    example: str = "",
+    section: str = "",
+) -> _T:
+    documentation = {
+        "check": check,
+        "meaning": meaning,
+        "span": check.span if span is None else span,
+        "note": note,
+        "left_out": left_out,
+        "example": example,
+        "section": section,
+    }
+    return field(default=default, metadata=documentation)
 
 
 @dataclass(frozen=True, slots=True)
 class HandlerConfig:
     """All settings of the handler; sizes in pixels, times in the unit that the name ends with."""
 
-    # Loading. None: cuda:<gpu_id> in float16 where CUDA is, else the CPU in float32.
-    device: str | None = _key(None, _optional(_device))
-    dtype: str | None = _key(None, _optional(_one_of("float16", "bfloat16", "float32")))
-    num_threads: int | None = _key(None, _optional(_integer(1, 1024)))
-    speed: str = _key("safe", _speed)
-    warm_up_sizes: tuple[tuple[int, int], ...] | None = _key(None, _optional(_sizes))
+    device: str | None = _key(
+        None,
+        allow.optional(allow.device()),
+        "where the pipeline runs",
+        left_out="`cuda:<gpu_id>` where there is CUDA, else `cpu`",
+        example="cpu",
+        section="Loading",
+    )
+    dtype: str | None = _key(
+        None,
+        allow.optional(allow.one_of("float16", "bfloat16", "float32")),
+        "precision of the weights",
+        left_out="`float16` on CUDA, else `float32`",
+        example="float32",
+    )
+    num_threads: int | None = _key(
+        None,
+        allow.optional(allow.integer(1, 1024)),
+        "CPU threads of torch",
+        left_out="torch's own choice",
+        example="2",
+    )
+    speed: str = _key(
+        "safe",
+        allow.one_of("off", "safe", "max"),
+        "how far forwards are made faster, see docs/performance.md",
+        note="`max` may change pictures slightly",
+    )
+    warm_up_sizes: tuple[tuple[int, int], ...] | None = _key(
+        None,
+        allow.optional(allow.sizes()),
+        "sizes, height x width, that are prepared before READY",
+        left_out="the default size",
+        example="[512x512,768x768]",
+    )
 
-    # What a request gets that does not say otherwise.
-    num_inference_steps: int = _key(50, _integer(1, 1000))
-    guidance_scale: float = _key(7.5, _number(0.0, 1000.0))
-    height: int = _key(768, _integer(8, 16384))
-    width: int = _key(768, _integer(8, 16384))
-    negative_prompt: str | None = _key(None, _optional(_text))
-    scheduler: str | None = _key(None, _optional(_text))
-    default_output: str = _key("png", _one_of(*OUTPUT_FORMATS))
-    jpeg_quality: int = _key(90, _integer(1, 100))
-    embed_metadata: bool = _key(True, _boolean)
+    num_inference_steps: int = _key(
+        50,
+        allow.integer(1, 1000),
+        "denoising steps",
+        span="1 to `max_num_inference_steps`",
+        section="What a request gets that does not say otherwise",
+    )
+    guidance_scale: float = _key(
+        7.5,
+        allow.number(0.0, 1000.0),
+        "classifier-free guidance",
+        span="`min_guidance_scale` to `max_guidance_scale`",
+        note="1 or less is without",
+    )
+    height: int = _key(
+        768, allow.integer(8, 16384), "pixels", span="`min_size_px` to `max_size_px`"
+    )
+    width: int = _key(768, allow.integer(8, 16384), "pixels", span="`min_size_px` to `max_size_px`")
+    negative_prompt: str | None = _key(
+        None,
+        allow.optional(allow.text()),
+        "what pictures should not show",
+        left_out="nothing",
+        example="blurry",
+    )
+    scheduler: str | None = _key(
+        None,
+        allow.optional(allow.text()),
+        "short name, or name of a diffusers class",
+        left_out="the pipeline's own",
+        example="ddim",
+    )
+    default_output: str = _key(
+        "png",
+        allow.one_of(*OUTPUT_FORMATS),
+        "what a request without `output_format` and `Accept` gets",
+    )
+    jpeg_quality: int = _key(90, allow.integer(1, 100), "quality of JPEG and WebP")
+    embed_metadata: bool = _key(
+        True, allow.boolean(), "write prompt, seed and parameters into PNG, JPEG and WebP"
+    )
 
-    # Limits of one request.
-    max_prompt_chars: int = _key(2000, _integer(1, _MAX_PROMPT_CHARS))
-    max_num_inference_steps: int = _key(150, _integer(1, 1000))
-    min_guidance_scale: float = _key(0.0, _number(0.0, 1000.0))
-    max_guidance_scale: float = _key(30.0, _number(0.0, 1000.0))
-    min_size_px: int = _key(64, _integer(8, 16384))
-    max_size_px: int = _key(1536, _integer(8, 16384))
-    max_pixels: int = _key(1024 * 1024, _integer(64, 2**28))
-    max_images: int = _key(4, _integer(1, 64))
-    max_instances: int = _key(8, _integer(1, 64))
-    max_body_bytes: int = _key(1024 * 1024, _integer(256, 2**31 - 1))
+    max_prompt_chars: int = _key(
+        2000,
+        allow.integer(1, _MAX_PROMPT_CHARS),
+        "characters of a prompt or negative prompt",
+        section="Limits of one request",
+    )
+    max_num_inference_steps: int = _key(150, allow.integer(1, 1000), "denoising steps")
+    min_guidance_scale: float = _key(0.0, allow.number(0.0, 1000.0), "classifier-free guidance")
+    max_guidance_scale: float = _key(30.0, allow.number(0.0, 1000.0), "classifier-free guidance")
+    min_size_px: int = _key(64, allow.integer(8, 16384), "pixels of height and of width")
+    max_size_px: int = _key(1536, allow.integer(8, 16384), "pixels of height and of width")
+    max_pixels: int = _key(
+        1024 * 1024, allow.integer(64, 2**28), "pixels of one picture, height x width"
+    )
+    max_images: int = _key(
+        4,
+        allow.integer(1, 64),
+        "pictures of one prompt",
+        note="each may take two of `max_rows`",
+    )
+    max_instances: int = _key(8, allow.integer(1, 64), "prompts of one KServe request")
+    max_body_bytes: int = _key(
+        1024 * 1024,
+        allow.integer(256, 2**31 - 1),
+        "bytes of a body",
+        note="see also `max_request_size` in config.properties",
+    )
 
-    # The engine. A guided picture is two rows of a forward, an unguided one is one.
-    max_rows: int = _key(16, _integer(2, 1024))
-    max_pixels_in_flight: int | None = _key(None, _optional(_integer(64, 2**40)))
-    max_waiting: int = _key(64, _integer(0, 10000))
-    cycle_ms: float = _key(20.0, _number(0.0, 10000.0))
-    exact: bool = _key(False, _boolean)
-    deadline_s: float | None = _key(None, _optional(_number(0.001, 86400.0)))
-    pad_to_buckets: bool = _key(False, _boolean)
-    encode_threads: int = _key(2, _integer(1, 64))
+    max_rows: int = _key(
+        16,
+        allow.integer(2, 1024),
+        "rows that one forward may hold",
+        note="at least twice `max_images`: a picture with guidance is two rows, one without is one",
+        section="The engine",
+    )
+    max_pixels_in_flight: int | None = _key(
+        None,
+        allow.optional(allow.integer(64, 2**40)),
+        "pixels of all pictures being drawn",
+        span="`max_pixels` to 2^40",
+        left_out="no limit",
+        example="9437184",
+    )
+    max_waiting: int = _key(
+        64, allow.integer(0, 10000), "requests that may wait for admission", note="beyond that 503"
+    )
+    cycle_ms: float = _key(
+        20.0, allow.number(0.0, 10000.0), "milliseconds of denoising between two looks at the queue"
+    )
+    exact: bool = _key(
+        False, allow.boolean(), "bit-equal to the pipeline called alone, at the price of batching"
+    )
+    deadline_s: float | None = _key(
+        None,
+        allow.optional(allow.number(0.001, 86400.0)),
+        "seconds after which any request gets 504",
+        left_out="none",
+        example="120",
+    )
+    pad_to_buckets: bool = _key(
+        False, allow.boolean(), "pad rows to a few counts, so that compiled forwards see few shapes"
+    )
+    encode_threads: int = _key(2, allow.integer(1, 64), "threads that encode finished pictures")
 
     def __post_init__(self) -> None:
         problems = [
@@ -171,12 +236,17 @@ class HandlerConfig:
         if problems:
             raise ConfigError(_message(problems))
         # Checked just above, key by key; the checks also make floats of integers.
-        checked = {name: _checks()[name](value) for name, value in section.items()}
+        checked = {name: _checks()[name].convert(value) for name, value in section.items()}
         return cls(**checked)  # type: ignore[arg-type]
 
 
-def _checks() -> dict[str, _Check]:
-    return {f.name: f.metadata["check"] for f in fields(HandlerConfig)}
+def keys() -> tuple[Key, ...]:
+    """Every key of the ``handler:`` section, in the order of the file."""
+    return tuple(Key(f.name, f.default, **f.metadata) for f in fields(HandlerConfig))
+
+
+def _checks() -> dict[str, Check]:
+    return {key.name: key.check for key in keys()}
 
 
 def _unknown_problems(section: Mapping[str, object], known: list[str]) -> Iterator[str]:
@@ -192,9 +262,9 @@ def _value_problems(section: Mapping[str, object]) -> Iterator[str]:
     for name, value in section.items():
         if name in checks:
             try:
-                checks[name](value)
-            except ValueError as error:
-                yield f"{name}: {show(value)} is not allowed; must be {error}"
+                checks[name].convert(value)
+            except ValueError:
+                yield f"{name}: {show(value)} is not allowed; must be {checks[name].allowed}"
 
 
 def _cross_problems(config: HandlerConfig) -> Iterator[str]:
@@ -240,7 +310,7 @@ def _warm_up_problems(config: HandlerConfig) -> Iterator[str]:
         is_allowed = min(sides) >= config.min_size_px and max(sides) <= config.max_size_px
         if not is_allowed or height * width > config.max_pixels:
             yield (
-                f"warm_up_sizes: {height}x{width} is no size that a request may ask for; see"
+                f"warm_up_sizes: {height}x{width} is not a size that a request may ask for; see"
                 " min_size_px, max_size_px and max_pixels"
             )
 

@@ -9,7 +9,7 @@ ServingError
 │   ├── Cancelled           499  somebody cancelled it
 │   ├── EngineFault         500  the pipeline raised
 │   ├── QueueFull           503  try again after ``retry_after_s``
-│   ├── DeadlineExceeded    504  out of time
+│   ├── DeadlineExceeded    504  past its deadline
 │   └── OutOfMemory         507  does not fit on the device, even alone
 ├── ConfigError             start-up stops: the configuration is wrong
 └── ArchiveError            start-up stops, or a script ends: the archive is wrong
@@ -80,31 +80,46 @@ class RequestError(ServingError):
 
 
 class InvalidRequest(RequestError):
+    """Something in the request is wrong; every problem is named at once, by field."""
+
     status, phrase, code = 400, "Bad Request", "invalid_request"
 
 
 class NotFound(RequestError):
+    """No running request has this id."""
+
     status, phrase, code = 404, "Not Found", "not_found"
 
 
 class Conflict(RequestError):
+    """The id belongs to a request that is still running."""
+
     status, phrase, code = 409, "Conflict", "conflict"
 
 
 class TooLarge(RequestError):
+    """The body is larger than the server is configured to take."""
+
     status, phrase, code = 413, "Content Too Large", "too_large"
 
 
 class Cancelled(RequestError):
+    """Somebody cancelled the request."""
+
     status, phrase, code = 499, "Client Closed Request", "cancelled"
 
 
 class EngineFault(RequestError):
+    """The pipeline failed, or the server; its log says why."""
+
     status, phrase, code = 500, "Internal Server Error", "engine_fault"
 
 
 class QueueFull(RequestError):
-    """The waiting room is full; `retry_after_s` goes into the Retry-After header."""
+    """Too many requests are waiting; the header Retry-After says in how many seconds to retry.
+
+    `retry_after_s` goes into that header.
+    """
 
     status, phrase, code = 503, "Service Unavailable", "queue_full"
 
@@ -114,12 +129,17 @@ class QueueFull(RequestError):
 
     @property
     def headers(self) -> dict[str, str]:
+        """Retry-After, in seconds."""
         return {"Retry-After": str(self.retry_after_s)}
 
 
 class DeadlineExceeded(RequestError):
+    """The deadline passed, or the steps cannot end before it at the present pace."""
+
     status, phrase, code = 504, "Gateway Timeout", "deadline_exceeded"
 
 
 class OutOfMemory(RequestError):
+    """The picture does not fit into the device's memory, even alone."""
+
     status, phrase, code = 507, "Insufficient Storage", "out_of_memory"

@@ -1,54 +1,57 @@
-"""Quiets the logs and progress bars of diffusers and transformers, for a while or for good."""
+"""The one place that quiets the logs and progress bars of diffusers, transformers and the hub.
+
+`quiet_for_good` is the worker's: pipelines warn of truncated prompts by quoting them, and progress
+bars are for terminals. `quiet_libraries` is for a while, where the libraries are called with what
+no user asked for, or report in tables what we report in a line. `hub_bars_on_terminals` is for
+downloads.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
-__all__ = ["keep_prompts_out_of_the_log", "quiet_diffusers", "quiet_libraries"]
+__all__ = ["hub_bars_on_terminals", "quiet_for_good", "quiet_libraries"]
 
 
-def keep_prompts_out_of_the_log() -> None:
-    """Pipelines warn of truncated prompts by quoting them; progress bars are for terminals."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    for library in (diffusers_logging, transformers_logging):
+def quiet_for_good() -> None:
+    """Let the libraries log errors only, and draw no progress bars, for as long as we run."""
+    for library in _libraries():
         library.set_verbosity_error()
         library.disable_progress_bar()
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' progress bars, and transformers' tables, out of the log."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    libraries = [
-        library
-        for library in (diffusers_logging, transformers_logging)
-        if library.is_progress_bar_enabled()
-    ]
-    for library in libraries:
-        library.disable_progress_bar()
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
+    """Let the libraries log errors only, and draw no progress bars, within the context."""
+    libraries = _libraries()
+    before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in libraries]
+    quiet_for_good()
     try:
         yield
     finally:
-        transformers_logging.set_verbosity(verbosity)
-        for library in libraries:
-            library.enable_progress_bar()
+        for library, (verbosity, had_bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if had_bars:
+                library.enable_progress_bar()
 
 
 @contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Keep warnings about sizes that nobody asked for out of the log."""
-    from diffusers.utils import logging as diffusers_logging
+def hub_bars_on_terminals() -> Iterator[None]:
+    """Let the hub's client draw progress bars on a terminal only, within the context."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    level = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
+    if sys.stderr.isatty():
         yield
-    finally:
-        diffusers_logging.set_verbosity(level)
+    else:
+        with disable_progress_bars():
+            yield
+
+
+def _libraries() -> tuple[ModuleType, ModuleType]:
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    return diffusers_logging, transformers_logging

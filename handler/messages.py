@@ -1,4 +1,4 @@
-"""Text for error messages: values and names as they may be shown, whoever sent them.
+"""Text for error messages: values and names from untrusted clients, safe to show.
 
 Nothing here recurses into a value or formats one of unbounded size.
 """
@@ -20,12 +20,12 @@ __all__ = [
 
 MAX_NAME_CHARS = 64
 _SHOWN_CHARS = 60
-# Beyond 256 bits a number is no one's seed; converting longer ones to decimal is refused by Python.
+# Nobody means a number of more than 256 bits; Python refuses to write very long ones in decimal.
 _MAX_INTEGER_BITS = 256
 
 
 def show(value: object) -> str:
-    """A value as it may stand in a message: short, printable, for any input whatever."""
+    """A value as it may stand in a message: short and printable, whatever it is."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -65,6 +65,7 @@ def nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def number_range(low: float, high: float) -> str:
+    """``low to high``, without needless digits."""
     return f"{low:.17g} to {high:.17g}"
 
 

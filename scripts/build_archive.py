@@ -1,7 +1,4 @@
-"""Packs a pipeline and the handler as one .mar; changes with that command line.
-
-One pass: weights are read once, hashed, and written once, straight into their final place.
-"""
+"""The command that packs a pipeline with its handler as an archive."""
 
 from __future__ import annotations
 
@@ -14,12 +11,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from scripts.archive.hub import download
 from scripts.archive.precision import PRECISIONS
 from scripts.archive.signing import signature_path
 from scripts.archive.writer import ArchivePlan, write_archive
-from scripts.console import DONE, UsageError, command
+from scripts.console import DONE, run_command
 from scripts.documents import parse_yaml
-from scripts.download_weights import download
+from scripts.errors import UsageError
 
 __all__ = ["main"]
 
@@ -50,6 +48,10 @@ def _run(arguments: argparse.Namespace) -> int:
                 f"--{flag} {getattr(arguments, flag)!r}: wanted letters, digits and _ . -, "
                 "a letter or digit first, at most 100"
             )
+    if ".." in f"{arguments.name}.":
+        raise UsageError(
+            f"--name {arguments.name!r}: TorchServe refuses two dots in a row and a dot at the end"
+        )
     if any("\ud800" <= letter <= "\udfff" for letter in arguments.smoke_prompt or ""):
         raise UsageError(f"--smoke-prompt {arguments.smoke_prompt!a}: wanted text in UTF-8")
     is_folder = arguments.format == "dir"
@@ -99,8 +101,8 @@ def _pairs(flag: str, values: Sequence[str]) -> list[tuple[str, str]]:
     for name, text in pairs:
         if not _WORD.fullmatch(name) or not text:
             raise UsageError(f"{flag} {name}={text}: wanted NAME=VALUE")
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise UsageError(f"{flag}: a name is given twice")
+    if len({name.casefold() for name, _ in pairs}) < len(pairs):
+        raise UsageError(f"{flag}: a name is given twice (upper and lower case are not told apart)")
     return pairs
 
 
@@ -156,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    return command(_parser(), _run, argv)
+    return run_command(_parser(), _run, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every command line here shares: exit codes, one-line errors, progress, finished files."""
+"""What every command shares: exit codes, one-line errors, progress bars, atomic output."""
 
 from __future__ import annotations
 
@@ -6,49 +6,52 @@ import argparse
 import io
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from handler.errors import ServingError
+from scripts.errors import ServerError, UsageError
+from scripts.interrupts import signals_as_interrupts
 
 __all__ = [
     "DONE",
     "FAILED",
     "MISUSED",
     "Progress",
-    "UsageError",
-    "beside",
-    "command",
+    "atomic_output",
     "printable",
     "progress",
+    "run_command",
 ]
 
 DONE, FAILED, MISUSED = 0, 1, 2
 
 
-class UsageError(ServingError):
-    """The command was called wrongly; the message says how to call it."""
-
-
 class Progress(Protocol):
     """What long work reports to: bytes done since the last call."""
 
-    def __call__(self, num_bytes: int, /) -> object: ...
+    def __call__(self, num_bytes: int, /) -> object:
+        """Take notice of `num_bytes` more that are done."""
+        ...
 
 
-def command(
+def run_command(
     parser: argparse.ArgumentParser,
     run: Callable[[argparse.Namespace], int],
-    argv: list[str] | None,
+    argv: Sequence[str] | None,
 ) -> int:
-    """Parse `argv` and run; return the exit code, with any error as one line on stderr."""
+    """Parse `argv` and run; return the exit code.
+
+    An error is one line on stderr, with the lines of the server's log below it that say why.
+    Ctrl-C, SIGTERM and SIGHUP end the command by KeyboardInterrupt, so that no partial output is
+    left. Where the reader of stdout has gone, the command ends without a message.
+    """
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as stop:
@@ -57,53 +60,44 @@ def command(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names and licences are of any script
     try:
-        with _ended_as_by_hand():
+        with signals_as_interrupts():
             code = run(arguments)
             sys.stdout.flush()
         return code
-    except UsageError as error:
-        return _complain(parser.prog, error, MISUSED)
     except (ServingError, OSError) as error:
-        _drop_unwritten()
-        return _complain(parser.prog, error, FAILED)
+        was_lost = _drop_unwritten()
+        if isinstance(error, BrokenPipeError) and was_lost:
+            return FAILED
+        _complain(parser.prog, error.message if isinstance(error, ServerError) else error)
+        if isinstance(error, ServerError):
+            for line in error.log.splitlines():
+                print(printable(line), file=sys.stderr)
+        return MISUSED if isinstance(error, UsageError) else FAILED
     except KeyboardInterrupt:
-        return _complain(parser.prog, "interrupted; nothing half done counts as finished", FAILED)
+        _complain(parser.prog, "interrupted")
+        return FAILED
 
 
-@contextmanager
-def _ended_as_by_hand() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, which removes what is half done."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {
-        each: signal.signal(each, signal.default_int_handler)
-        for each in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(each) == signal.SIG_DFL
-    }
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+def _drop_unwritten() -> bool:
+    """Forget what stdout still holds and cannot write: Python would try again, and exit by 120.
 
-
-def _drop_unwritten() -> None:
-    """Forget what stdout still holds and cannot write: Python would try again, and exit by 120."""
+    Says whether there was any.
+    """
     try:
         sys.stdout.flush()
     except OSError:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        return True
+    return False
 
 
-def _complain(program: str, error: object, code: int) -> int:
+def _complain(program: str, error: object) -> None:
     print(f"{program}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
-    return code
 
 
 def printable(text: str) -> str:
-    """Return `text` without what a terminal would obey: it may come from an archive."""
+    """Return `text` without control characters, which a terminal would obey."""
     return "".join(
         letter if letter.isprintable() or unicodedata.category(letter) == "Zs" else "\ufffd"
         for letter in text
@@ -132,11 +126,12 @@ def progress(label: str, total_bytes: int) -> Iterator[Progress]:
 
 
 @contextmanager
-def beside(target: Path, *, force: bool, marker: str | None = None) -> Iterator[Path]:
-    """Give a path of `target`'s name in a hidden folder beside it; move it into place at the end.
+def atomic_output(target: Path, *, force: bool, marker: str | None = None) -> Iterator[Path]:
+    """Give a temporary path to write to, which becomes `target` when the context ends.
 
-    What is written there is a file, or a folder in which there is a file `marker`; with `force`
-    it replaces its like and nothing else. What else the hidden folder holds goes with it.
+    What is written there is a file, or a folder with a file `marker` in it. With `force` it
+    replaces an existing file, or a folder with such a marker, and nothing else. The path is in a
+    hidden folder of its own in `target`'s folder, which is removed with all that is left in it.
     Raises: UsageError, where `target` exists and may not be replaced.
     """
     _check_replaceable(target, force, marker)

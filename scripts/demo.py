@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scripts.console import DONE, run_command
+from scripts.errors import ServerError
 from scripts.serve import curl_line
-from scripts.torchserve.options import ServerError
 from scripts.torchserve.process import TorchServer
 
 __all__ = ["main"]
@@ -35,17 +36,16 @@ class Answer:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw one picture; return 0 done, 1 failed, 2 misused."""
-    arguments = _parser().parse_args(argv)
-    try:
-        _check_target(arguments.out)
-        server = TorchServer.find(arguments.run_dir)
-        if server is None:
-            raise ServerError("no server is running; `make demo` starts one and draws")
-        draw(server, {"prompt": arguments.prompt, "seed": arguments.seed}, arguments.out)
-    except (ServerError, OSError) as problem:
-        print(f"demo: {problem}", file=sys.stderr)
-        return 1
-    return 0
+    return run_command(_parser(), _run, argv)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    _check_target(arguments.out)
+    server = TorchServer.find(arguments.run_dir)
+    if server is None:
+        raise ServerError("no server is running; `make demo` starts one and draws")
+    draw(server, {"prompt": arguments.prompt, "seed": arguments.seed}, arguments.out)
+    return DONE
 
 
 def _check_target(out: Path) -> None:
@@ -61,7 +61,7 @@ def draw(server: TorchServer, fields: dict[str, object], out: Path) -> None:
     answer = post(server, fields)
     if answer.status != 200:
         reason = answer.body.decode("utf-8", "replace").strip()
-        raise ServerError(f"the server answered {answer.status}: {reason}\nmake logs says more")
+        raise ServerError(f"the server answered {answer.status}: {reason}; make logs says more")
     with tempfile.NamedTemporaryFile(dir=out.resolve().parent, delete=False) as part:
         part.write(answer.body)
     os.chmod(part.name, 0o644)
@@ -102,7 +102,7 @@ def post(server: TorchServer, fields: dict[str, object]) -> Answer:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.demo", description="Draw a picture on the running server."
+        prog="demo", description="Draw a picture on the running server."
     )
     parser.add_argument("--run-dir", type=Path, default=Path(".run"), help="the server's state")
     parser.add_argument("--prompt", default=FIRST_PROMPT, help="what to draw")

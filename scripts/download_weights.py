@@ -1,33 +1,15 @@
-"""Fetches one variant of a pipeline from the hub; changes with the hub's client."""
+"""The command that downloads a pipeline from the hub."""
 
 from __future__ import annotations
 
 import argparse
-import glob
-import hashlib
-import json
-import os
-import re
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from handler.errors import ArchiveError, ServingError
-from handler.loading.contents import MODEL_INDEX, check_model_index, pickled
-from handler.messages import first_lines
-from handler.zips.central_directory import check_name
-from scripts.archive.pipeline_files import (
-    SOURCE_NOTE,
-    choose_names,
-    component_classes,
-    read_source_note,
-)
-from scripts.console import DONE, UsageError, command
-from scripts.documents import parse_json
+from scripts.archive.hub import download
+from scripts.console import DONE, run_command
 
-__all__ = ["download", "main"]
+__all__ = ["main"]
 
 _EXAMPLES = """\
 examples:
@@ -40,202 +22,6 @@ examples:
 Only what the pipeline needs is fetched: one variant of its weights, as safetensors (fp16 if the
 model has it, else the full one). Interrupted? The same command goes on where it stopped.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class _Hub:
-    """Where a model is fetched from; `revision` is a commit."""
-
-    model_id: str
-    revision: str
-    endpoint: str | None
-    token: str | None
-
-
-def download(model_id: str, *, revision: str, out: Path, is_full: bool = False) -> Path:
-    """Fetch the pipeline `model_id` at `revision` into the folder `out`; go on where one stopped.
-
-    Raises: ArchiveError, saying what a gated, missing or unfit model needs; UsageError, where
-    `out` holds something else.
-    """
-    from huggingface_hub.errors import HFValidationError
-
-    token = os.environ.get("HF_TOKEN") or None
-    try:
-        with _progress_bars():
-            hub = _download(model_id, revision, out, token, "float32" if is_full else "float16")
-    except HFValidationError as error:
-        raise UsageError(f"{model_id!r} is no model id such as org/name: {error}") from error
-    except ServingError:
-        raise
-    except Exception as error:
-        # The client raises errors of several libraries; every one ends in one clear line.
-        raise ArchiveError(_explain(error, model_id, revision, token)) from error
-    _note(out, model_id, hub.revision, is_complete=True)
-    return out
-
-
-def _download(model_id: str, revision: str, out: Path, token: str | None, dtype_name: str) -> _Hub:
-    from huggingface_hub import HfApi
-
-    endpoint = os.environ.get("HF_ENDPOINT") or None
-    info = HfApi(endpoint=endpoint, token=token).model_info(
-        model_id, revision=revision, files_metadata=True
-    )
-    hub = _Hub(model_id, str(info.sha), endpoint, token)
-    sizes = {each.rfilename: each.size or 0 for each in info.siblings or []}
-    _check_names(model_id, sizes)
-    if MODEL_INDEX not in sizes:
-        raise ArchiveError(f"{model_id} is no diffusers pipeline: it has no {MODEL_INDEX}")
-    _claim(out, model_id, hub.revision)
-    _fetch(hub, [MODEL_INDEX], out)
-    index = check_model_index(
-        parse_json((out / MODEL_INDEX).read_bytes(), f"{model_id}: {MODEL_INDEX}"), model_id
-    )
-    names = _choose(model_id, index, sizes, dtype_name)
-    total = sum(sizes[name] for name in names)
-    print(f"{model_id}: {len(names)} files, {total / 1e6:,.1f} MB → {out}", file=sys.stderr)
-    _fetch(hub, names, out)
-    return hub
-
-
-def _check_names(model_id: str, names: Iterable[str]) -> None:
-    """Refuse a model with a file that would be written outside of the folder it is fetched into."""
-    for name in names:
-        try:
-            check_name(name)
-        except ArchiveError as error:
-            raise ArchiveError(f"{model_id}: {error}; nothing was fetched") from error
-
-
-@contextmanager
-def _progress_bars() -> Iterator[None]:
-    """Let the hub's client draw bars on a terminal only."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if sys.stderr.isatty():
-        yield
-    else:
-        with disable_progress_bars():
-            yield
-
-
-def _claim(out: Path, model_id: str, revision: str) -> None:
-    """Take the folder `out` for this download, unless it holds another one."""
-    note = read_source_note(out)
-    if note is None and out.is_dir() and any(out.iterdir()):
-        raise UsageError(f"{out} is not empty and no download of ours: choose another folder")
-    if note is not None and (note.get("model_id"), note.get("revision")) != (model_id, revision):
-        raise UsageError(
-            f"{out} holds {note.get('model_id')} at {note.get('revision')}: delete it, or choose "
-            "another folder"
-        )
-    if note is None:
-        out.mkdir(parents=True, exist_ok=True)
-        _note(out, model_id, revision, is_complete=False)
-
-
-def _note(out: Path, model_id: str, revision: str, *, is_complete: bool) -> None:
-    note = {"model_id": model_id, "revision": revision, "is_complete": is_complete}
-    part = out / f"{SOURCE_NOTE}.part"
-    part.write_text(json.dumps(note) + "\n")
-    os.replace(part, out / SOURCE_NOTE)
-
-
-def _choose(
-    model_id: str, index: dict[str, object], sizes: dict[str, int], dtype_name: str
-) -> list[str]:
-    components = component_classes(index)
-    names = choose_names(sizes, components, dtype_name)
-    for component in components:
-        inside = [name for name in sizes if name.startswith(f"{component}/")]
-        has_weights = any(name.endswith(".safetensors") for name in inside)
-        if pickled(inside) and not has_weights:
-            raise ArchiveError(
-                f"{model_id}: {component} has only pickled weights ({', '.join(pickled(inside))}), "
-                "which are refused: look for a revision with safetensors"
-            )
-    return names
-
-
-def _fetch(hub: _Hub, names: list[str], out: Path) -> None:
-    """Fetch `names` into `out`: small files together, weights one by one."""
-    from huggingface_hub import snapshot_download
-
-    small = [name for name in names if not name.endswith(".safetensors")]
-    snapshot_download(
-        hub.model_id,
-        revision=hub.revision,
-        local_dir=out,
-        endpoint=hub.endpoint,
-        token=hub.token,
-        # Patterns are globs; a name is one only when its special letters are escaped.
-        allow_patterns=[glob.escape(name) for name in small],
-    )
-    for name in names:
-        if name not in small:
-            _fetch_weights(hub, name, out / name)
-
-
-def _fetch_weights(hub: _Hub, name: str, target: Path) -> None:
-    """Fetch one file of weights; go on from what an earlier call left.
-
-    huggingface_hub 2.4 throws a partial file away when it fails (it resumes within one call only),
-    which for weights may be gigabytes.
-    """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-    if target.is_file():
-        return
-    url = hf_hub_url(hub.model_id, name, revision=hub.revision, endpoint=hub.endpoint)
-    metadata = get_hf_file_metadata(url, token=hub.token, endpoint=hub.endpoint)
-    etag = re.sub(r"\W", "", metadata.etag or "")
-    part = target.with_name(f"{target.name}.{etag[:64]}.part")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with part.open("ab") as file:
-        http_get(
-            url,
-            file,
-            resume_size=file.tell(),
-            expected_size=metadata.size,
-            headers=build_hf_headers(token=hub.token),
-            displayed_filename=name,
-        )
-    if len(etag) == 64 and _sha256(part) != etag:  # the hub's ETag of large files is their SHA-256
-        part.unlink()
-        raise ArchiveError(f"{name} arrived damaged; run the same command to fetch it again")
-    os.replace(part, target)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _explain(error: Exception, model_id: str, revision: str, token: str | None) -> str:
-    """Say what to do about `error`; the hub's own words are long and name no remedy of ours."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        remedy = "with the account that HF_TOKEN belongs to" if token else "and set HF_TOKEN"
-        return f"{model_id} is gated: accept its terms at its page on the hub {remedy}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        hint = "or HF_TOKEN may not read it" if token else "or it is private: set HF_TOKEN"
-        return f"{model_id} does not exist, {hint}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{model_id} has no revision {revision!r}"
-    if isinstance(error, errors.HfHubHTTPError):
-        status = error.response.status_code if error.response is not None else "no status"
-        hint = "; HF_TOKEN is not valid" if status == 401 else ""
-        return f"the hub answered {status} for {model_id}{hint}"
-    return (
-        f"{model_id} could not be fetched: {first_lines(error, 1)}; run the same command to go on"
-    )
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -261,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--revision", default="main", help="branch, tag or commit (default: main)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where to")
     parser.add_argument("--full", action="store_true", help="prefer full precision to fp16")
-    return command(parser, _run, argv)
+    return run_command(parser, _run, argv)
 
 
 if __name__ == "__main__":

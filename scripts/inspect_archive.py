@@ -1,4 +1,4 @@
-"""Shows what an archive holds without unpacking it; changes with what is worth showing."""
+"""The command that shows what an archive holds, without unpacking it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from handler.errors import ArchiveError, ConfigError
 from handler.loading.contents import pickled
 from scripts.archive.checks import read_config, read_manifest
 from scripts.archive.manifest import CONFIG_NAME, TORCHSERVE_MANIFEST_NAME, component_facts
-from scripts.archive.reader import ArchiveView, open_archive, read_headers, read_index
+from scripts.archive.reader import ArchiveView, open_archive
 from scripts.archive.signing import signature_path
 from scripts.archive.store import add_archive, chosen_archive
-from scripts.console import DONE, command, printable
+from scripts.console import DONE, printable, run_command
 from scripts.documents import parse_json
 
 __all__ = ["inspect", "main"]
@@ -42,8 +42,7 @@ def inspect(path: Path) -> dict[str, Any]:
     """Return the facts about the archive `path`. Raises: ArchiveError."""
     with open_archive(path) as view:
         manifest = read_manifest(view) or {}
-        index = read_index(view.model)
-        components = component_facts(index, read_headers(view.model))
+        components = component_facts(view.index, view.headers)
         num_parameters = sum(facts.get("parameters", 0) for facts in components.values())
         weights_bytes = sum(facts.get("size_bytes", 0) for facts in components.values())
         return {
@@ -53,7 +52,7 @@ def inspect(path: Path) -> dict[str, Any]:
             "is_signed": signature_path(path).is_file(),
             "torchserve": _torchserve(view),
             "pipeline": {
-                "class": index["_class_name"],
+                "class": view.index.class_name,
                 "parameters": num_parameters,
                 "weights_bytes": weights_bytes,
                 "components": components,
@@ -219,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_archive(parser)
     parser.add_argument("--json", action="store_true", help="print the facts as JSON")
-    return command(parser, _run, argv)
+    return run_command(parser, _run, argv)
 
 
 if __name__ == "__main__":

@@ -11,28 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
-from scripts.torchserve.interrupts import signals_as_interrupts
-from scripts.torchserve.options import LOOPBACK, Options, Ports, ServerError, example_prompt
+from scripts.archive.store import choose_archive
+from scripts.console import run_command
+from scripts.errors import ServerError
+from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 from scripts.torchserve.state import StateDir
 
-__all__ = ["choose_archive", "curl_line", "main"]
+__all__ = ["curl_line", "main"]
 
 EXAMPLE_PROMPT = "A futuristic cityscape"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return 0 done, 1 failed, 2 misused."""
-    arguments = _parser().parse_args(argv)
-    try:
-        return int(arguments.run(arguments))
-    except (ServerError, OSError) as problem:
-        print(f"serve: {problem}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("serve: interrupted", file=sys.stderr)
-        return 1
+    return run_command(_parser(), lambda arguments: arguments.run(arguments), argv)
 
 
 def start(arguments: argparse.Namespace) -> int:
@@ -63,14 +56,13 @@ def start(arguments: argparse.Namespace) -> int:
         server.check(running)
         print("The archive or the settings have changed: restarting.")
         running.stop()
-    with signals_as_interrupts():
-        try:
-            with _progress("Starting TorchServe") as tell:
-                server.start()
-                server.wait_until_ready(arguments.timeout_s, tell)
-        except BaseException:
-            server.stop()
-            raise
+    try:
+        with _progress("Starting TorchServe") as tell:
+            server.start()
+            server.wait_until_ready(arguments.timeout_s, tell)
+    except BaseException:
+        server.stop()
+        raise
     _introduce(server, "is serving", brief=arguments.brief)
     return 0
 
@@ -129,39 +121,11 @@ def logs(arguments: argparse.Namespace) -> int:
     if not log_file.exists():
         raise ServerError(f"there is no log yet: {log_file}")
     follow = ["-F"] if arguments.follow else []
-    command = ["tail", "-n", str(arguments.lines), *follow, str(log_file)]
+    tail = ["tail", "-n", str(arguments.lines), *follow, str(log_file)]
     try:
-        return subprocess.run(command, check=False).returncode
+        return subprocess.run(tail, check=False).returncode
     except KeyboardInterrupt:
         return 0
-
-
-def choose_archive(store: Path, name: str | None) -> Path:
-    """Return the store's archive called `name` (a .mar or a folder), or its only one.
-
-    Raises: ServerError.
-    """
-    found = [
-        (path.name, path)
-        for path in sorted(store.glob("*/"))
-        if (path / TORCHSERVE_MANIFEST_NAME).exists()
-    ]
-    found += [(path.stem, path) for path in sorted(store.glob("*.mar"))]
-    names = sorted({each for each, _ in found})
-    if name and name not in names:
-        raise ServerError(
-            f"{store} has no archive called {name}; it has: {', '.join(names) or 'none'}"
-        )
-    if not found:
-        raise ServerError(f"{store} has no archive; `make archive` builds the embedded one")
-    if not name and len(names) > 1:
-        raise ServerError(
-            f"{store} has several archives; choose one with NAME=: {', '.join(names)}"
-        )
-    chosen = [path for each, path in found if each == (name or names[0])]
-    if len(chosen) > 1:
-        raise ServerError(f"{chosen[0]} and {chosen[1]} have one name: remove the older one")
-    return chosen[0]
 
 
 def curl_line(server: TorchServer, fields: dict[str, object], output: str) -> str:
@@ -212,7 +176,7 @@ def _progress(what: str) -> Iterator[Callable[[float], None]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m scripts.serve",
+        prog="serve",
         description="Start, stop and watch a TorchServe instance of this repository's.",
         epilog="make serve, make stop, make status and make logs call this.",
     )
@@ -222,11 +186,11 @@ def _parser() -> argparse.ArgumentParser:
         "--run-dir", type=Path, default=Path(".run"), help="the instance's state (default: .run)"
     )
 
-    def add(command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def add(run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(
-            command.__name__, parents=[common], help=text, description=command.__doc__
+            run.__name__, parents=[common], help=text, description=run.__doc__
         )
-        sub.set_defaults(run=command)
+        sub.set_defaults(run=run)
         return sub
 
     starter = add(start, "serve an archive and wait until a worker is READY")

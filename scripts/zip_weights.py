@@ -1,4 +1,4 @@
-"""Packs a pipeline folder as model.zip, alone; changes with that command line."""
+"""The command that packs a pipeline folder as a model.zip, alone."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 from scripts.archive.copying import Copier
-from scripts.archive.members import payload, write_payload
+from scripts.archive.members import make_member, write_member
 from scripts.archive.pipeline_files import list_pipeline
 from scripts.archive.zip_writer import ZipWriter
-from scripts.console import DONE, beside, command, progress
+from scripts.console import DONE, atomic_output, progress, run_command
 
 __all__ = ["main", "zip_pipeline"]
 
@@ -29,13 +29,13 @@ needs no zip of yours.
 
 def zip_pipeline(folder: Path, out: Path, *, force: bool = False) -> int:
     """Pack `folder` into the zip `out`; return its size in bytes. Raises: ArchiveError."""
-    files = list_pipeline(folder)
+    files = list_pipeline(folder).files
     total = sum(file.size_bytes for file in files)
-    with beside(out, force=force) as part, progress("zipping", total) as report:
+    with atomic_output(out, force=force) as part, progress("zipping", total) as report:
         with part.open("x+b") as file, Copier() as copier:
             writer = ZipWriter(file, copier)
             for each in files:
-                write_payload(writer, payload(each), report)
+                write_member(writer, make_member(each), report)
             writer.close()
         return part.stat().st_size
 
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the pipeline's folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: FOLDER.zip")
     parser.add_argument("--force", action="store_true", help="replace FILE if it is there")
-    return command(parser, _run, argv)
+    return run_command(parser, _run, argv)
 
 
 if __name__ == "__main__":

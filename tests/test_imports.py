@@ -15,7 +15,8 @@ from scripts.repository import REPOSITORY
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "messages": {"errors"},
-    "config": {"errors", "messages"},
+    "config_checks": {"messages"},
+    "config": {"config_checks", "errors", "messages"},
     "library_logs": set(),
     "watchdog": set(),
     "single_worker": {"errors"},
@@ -27,10 +28,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipelines": {"api", "batching", "config", "errors", "messages", "library_logs"},
     "engine": {"pipelines", "batching", "errors"},
     "acceleration": {"engine", "pipelines", "batching", "config", "errors"},
-    "service": {"engine", "pipelines", "api", "config", "errors", "messages"},
-    "diffusers_handler": {
+    "service": {"engine", "pipelines", "api", "config", "errors"},
+    "assembly": {
         *("service", "acceleration", "engine", "pipelines", "loading", "api"),
-        *("config", "errors", "library_logs", "watchdog", "single_worker", "torchserve_logs"),
+        *("config", "errors"),
+    },
+    "cycle_replies": {"service", "api"},
+    "diffusers_handler": {
+        *("assembly", "cycle_replies", "service", "loading", "api"),
+        *("config", "errors", "library_logs", "single_worker", "torchserve_logs", "watchdog"),
     },
     "torchserve_entry": {"diffusers_handler"},
 }

@@ -33,6 +33,7 @@ from handler.batching.merging import SHARED_PARAMETERS, STEP_PARAMETERS
 from handler.config import HandlerConfig
 from handler.engine import BUCKETS, InFlightEngine
 from handler.engine.parking import find_slots
+from handler.engine.wrappers import CompiledForwards, ForwardWrapper
 from handler.pipelines.shared_state import SharedState
 
 if TYPE_CHECKING:
@@ -165,9 +166,9 @@ class SpeedUp:
         return tuple(sorted({*(b for b in BUCKETS if 1 < b < self._max_rows), self._max_rows}))
 
     @property
-    def wrap_forward(self) -> Callable[[Forward], Forward] | None:
-        """For the engine's `compile_forward`."""
-        return self._prepare if self.plan.prepares else None
+    def wrappers(self) -> tuple[ForwardWrapper, ...]:
+        """For the engine: what runs the prepared forwards, if any are."""
+        return (CompiledForwards(self._prepare),) if self.plan.prepares else ()
 
     def warm_up(self, engine: InFlightEngine, calls: Sequence[Mapping[str, Any]]) -> None:
         """Draw `calls`; meanwhile forwards are prepared for all that look like theirs."""

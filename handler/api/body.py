@@ -1,6 +1,6 @@
-"""Opening a row as TorchServe delivers it: what kind of body it is, and the fields in it.
+"""Opens a body as TorchServe delivers it: which kind it is, and the fields in it.
 
-{}                      a form without any field: `curl -d 'a prompt'` ends here
+{}                      a form without any field, as `curl -d 'a prompt'` sends
 {'body': …}             text, bytes, or JSON that the frontend has parsed (bytes if broken)
 {name: …, name: …}      a form (urlencoded or multipart) or gRPC; values are text or bytes
 """
@@ -12,10 +12,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from handler.api.foreign_names import DRAWS_FROM_TEXT, is_picture_input
 from handler.errors import InvalidRequest, TooLarge
 from handler.messages import show, shown_name
 
-__all__ = ["HOW_TO_SEND", "Payload", "media_type", "open_row"]
+__all__ = ["HOW_TO_SEND", "Payload", "media_type", "open_body"]
 
 HOW_TO_SEND = (
     "is missing; send it as JSON (curl -H 'Content-Type: application/json'"
@@ -44,45 +45,45 @@ def media_type(headers: Mapping[str, str]) -> str:
     return headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
-def open_row(
-    row: Mapping[str, object], headers: Mapping[str, str], *, max_body_bytes: int
+def open_body(
+    body: Mapping[str, object], headers: Mapping[str, str], *, max_body_bytes: int
 ) -> Payload:
-    """Find out what was sent.
+    """The fields of a body; `headers` have lower-cased names.
 
     Raises:
         TooLarge: the body is larger than `max_body_bytes`.
         InvalidRequest: the body cannot be read at all.
     """
-    size_bytes = _size_bytes(row, headers)
+    size_bytes = _size_bytes(body, headers)
     if size_bytes > max_body_bytes:
         raise TooLarge(f"the body has {size_bytes} bytes; allowed are {max_body_bytes}")
-    if not row:
+    if not body:
         raise _unreadable("prompt", HOW_TO_SEND)
-    if row.keys() == {"body"} and media_type(headers) not in _FORMS:
-        return _open_body(row["body"], media_type(headers))
-    return _open_form(row)
+    if body.keys() == {"body"} and media_type(headers) not in _FORMS:
+        return _open_content(body["body"], media_type(headers))
+    return _open_form(body)
 
 
-def _open_body(body: object, media: str) -> Payload:
-    if isinstance(body, (bytes, bytearray, memoryview)):
-        body = _decode_body(bytes(body), media)
-    if isinstance(body, str):
-        return Payload({"prompt": body}, is_form=False)
-    if isinstance(body, Mapping):
-        return Payload(body, is_form=False)
-    if isinstance(body, (list, tuple)):
+def _open_content(content: object, media: str) -> Payload:
+    if isinstance(content, (bytes, bytearray, memoryview)):
+        content = _decode(bytes(content), media)
+    if isinstance(content, str):
+        return Payload({"prompt": content}, is_form=False)
+    if isinstance(content, Mapping):
+        return Payload(content, is_form=False)
+    if isinstance(content, (list, tuple)):
         example = '{"instances": [{"prompt": "a"}, {"prompt": "b"}]}'
-        raise _unreadable("body", f"is {show(body)}; several prompts are sent as {example}")
-    raise _unreadable("body", f"{show(body)} is neither text nor an object with a prompt")
+        raise _unreadable("body", f"is {show(content)}; several prompts are sent as {example}")
+    raise _unreadable("body", f"{show(content)} is neither text nor an object with a prompt")
 
 
-def _decode_body(body: bytes, media: str) -> object:
+def _decode(content: bytes, media: str) -> object:
     """Bytes to text or, where they were sent as JSON or look like a JSON object, its value."""
     is_json = media == "application/json" or media.endswith("+json")
     if not (is_json or media.startswith("text/") or media in ("", "application/octet-stream")):
         raise _unreadable("Content-Type", f"{show(media)} cannot be read; send {_READABLE}")
     try:
-        text = body.decode("utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _unreadable("body", _not_utf8(error)) from error
     if not is_json and (media.startswith("text/") or not _LOOKS_LIKE_JSON_OBJECT.match(text)):
@@ -96,26 +97,27 @@ def _decode_body(body: bytes, media: str) -> object:
         raise _unreadable("body", f"is not JSON: {error}{hint}") from error
 
 
-def _open_form(row: Mapping[str, object]) -> Payload:
+def _open_form(form: Mapping[str, object]) -> Payload:
     fields: dict[str, object] = {}
     problems: dict[str, str] = {}
-    for name, value in row.items():
+    for name, value in form.items():
         if isinstance(value, (bytes, bytearray, memoryview)):
             try:
                 value = bytes(value).decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                problems[shown_name(name)] = _not_utf8(error)
+                is_picture = is_picture_input(name)
+                problems[shown_name(name)] = DRAWS_FROM_TEXT if is_picture else _not_utf8(error)
                 continue
         fields[name] = value
     return Payload(fields, is_form=True, problems=problems)
 
 
-def _size_bytes(row: Mapping[str, object], headers: Mapping[str, str]) -> int:
+def _size_bytes(body: Mapping[str, object], headers: Mapping[str, str]) -> int:
     """The body's size; where it came parsed and without a length, what its values hold."""
     declared = headers.get("content-length", "")
     if re.fullmatch("[0-9]{1,18}", declared):
         return int(declared)
-    size, pending = 0, list[object](row.values())
+    size, pending = 0, list[object](body.values())
     while pending:
         value = pending.pop()
         if isinstance(value, memoryview):

@@ -1,39 +1,37 @@
-"""Requests in: one row of TorchServe's data and its headers become a checked `Call`.
+"""Reads a request: a body as TorchServe delivers it and its headers become a checked `Call`.
 
-    row ─▶ rows.open_row ─▶ kserve.open_message ─▶ request.parse_fields ─▶ Call
-           what was sent    its wrapping           one prompt's fields
+    body ─▶ body.open_body ─▶ kserve.open_message ─▶ request.parse_fields ─▶ Call
+            what was sent     its wrapping           one prompt's fields
 
-Here are the fields that steer the call itself: output format, id, deadline, stream, cancel.
+Here are the fields that steer the reply: output format, id, deadline, stream, cancel.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 from handler.api.accept import EVENT_STREAM, MEDIA_TYPES, negotiate
-from handler.api.body import HOW_TO_SEND, Payload, media_type, open_row
-from handler.api.fields import FieldReader
+from handler.api.body import HOW_TO_SEND, Payload, media_type, open_body
+from handler.api.fields import ID_RULE, FieldReader, is_id
 from handler.api.kserve import Envelope, Message, open_message
-from handler.api.request import ALIASES, CALL_FIELDS, GenerationRequest, parse_fields
+from handler.api.request import GenerationRequest, parse_fields
+from handler.api.schema import REPLY_FIELDS, Value
 from handler.api.traits import PipelineTraits
-from handler.config import OUTPUT_FORMATS, HandlerConfig
+from handler.api.translation import names_for
+from handler.config import HandlerConfig
 from handler.errors import InvalidRequest, RequestError
 from handler.messages import show, summarise
 
 __all__ = ["Call", "CancelCall", "Envelope", "read_call"]
 
-MIN_DEADLINE_S, MAX_DEADLINE_S = 0.001, 86400.0
 _IMAGE_FORMATS = ("png", "jpeg", "webp")
-_OUTPUT_CHOICES = {**{name: name for name in OUTPUT_FORMATS}, "jpg": "jpeg"}
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
-_REQUEST_ID_RULE = "1 to 128 of the characters A-Z a-z 0-9 . _ : -"
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Everything that one row asks for. KServe calls may hold several requests."""
+    """Everything that one HTTP or gRPC request asks for; KServe's may hold several prompts."""
 
     requests: tuple[GenerationRequest, ...]
     envelope: Envelope
@@ -66,20 +64,20 @@ class _Options:
 
 
 def read_call(
-    row: Mapping[str, object],
+    body: Mapping[str, object],
     headers: Mapping[str, str],
     config: HandlerConfig,
     traits: PipelineTraits,
     *,
     draw_seed: Callable[[], int],
 ) -> Call | CancelCall:
-    """Read one row of TorchServe's data; `headers` have lower-cased names.
+    """Read one item of TorchServe's data; `headers` have lower-cased names.
 
     Raises:
         RequestError: the one thing that it raises, for any input: InvalidRequest with every
             problem, or TooLarge.
     """
-    payload = open_row(row, headers, max_body_bytes=config.max_body_bytes)
+    payload = open_body(body, headers, max_body_bytes=config.max_body_bytes)
     message = open_message(payload, max_instances=config.max_instances)
     reader = FieldReader(message.shared, allow_text=payload.is_form)
     if message.shared.get("cancel") is not None:
@@ -88,11 +86,11 @@ def read_call(
     problems = {**message.problems, **reader.problems}
     requests = []
     for instance in message.instances:
-        for name in CALL_FIELDS & instance.fields.keys():
+        for name in REPLY_FIELDS.keys() & instance.fields.keys():
             problems[instance.path + name] = "counts for the whole body: put it beside instances"
         try:
             request = parse_fields(
-                {**reader.rest(), **_without_call_fields(instance.fields)},
+                {**reader.rest(), **_without_reply_fields(instance.fields)},
                 config,
                 traits,
                 is_form=payload.is_form,
@@ -120,68 +118,58 @@ def read_call(
 
 
 def _read_cancel(reader: FieldReader, message: Message) -> CancelCall:
-    request_id = _read_id(reader, "cancel")
+    request_id = reader.id("cancel")
     wrapped = {Envelope.KSERVE_V1: ["instances"], Envelope.KSERVE_V2: ["inputs"]}
     for name in [*reader.rest(), *wrapped.get(message.envelope, ()), *message.problems]:
-        reader.report("cancel", f"goes alone, without {show(name)}")
+        reader.report("cancel", f"must be sent alone, without {show(name)}")
     if request_id is None or reader.problems:
         raise InvalidRequest(summarise(reader.problems), reader.problems)
     return CancelCall(request_id)
 
 
-def _read_id(reader: FieldReader, name: str) -> str | None:
-    value = reader.take(name)
-    if value is None or (isinstance(value, str) and _REQUEST_ID.fullmatch(value)):
-        return value
-    reader.report(name, f"{show(value)} is no id; allowed are {_REQUEST_ID_RULE}")
-    return None
-
-
 def _read_options(
     reader: FieldReader, headers: Mapping[str, str], envelope: Envelope, config: HandlerConfig
 ) -> _Options:
-    reader.take("cancel")
-    request_id = _read_id(reader, "request_id")
-    header_id = headers.get("x-request-id")
+    sent = {name: reader.read(each, config) for name, each in REPLY_FIELDS.items()}
+    request_id, header_id = sent["request_id"], headers.get("x-request-id")
     if request_id is None and header_id is not None:
-        if _REQUEST_ID.fullmatch(header_id):
-            request_id = header_id
-        else:
-            reader.report(
-                "X-Request-Id", f"{show(header_id)} is no id; allowed are {_REQUEST_ID_RULE}"
-            )
-    max_deadline_s = MAX_DEADLINE_S if config.deadline_s is None else config.deadline_s
-    deadline_s = reader.number("deadline_s", low=MIN_DEADLINE_S, high=max_deadline_s)
-    output_format, accepts_stream = _read_output_format(reader, headers, envelope, config)
-    stream = reader.boolean("stream")
-    if stream is None:
-        stream = accepts_stream
+        request_id = header_id
+        if not is_id(header_id):
+            reader.report("X-Request-Id", f"{show(header_id)} is not an id; allowed are {ID_RULE}")
+    output_format, accepts_stream = _choose_output_format(
+        reader, sent["output_format"], headers, envelope, config
+    )
+    stream = accepts_stream if sent["stream"] is None else bool(sent["stream"])
     if stream and not headers:
         # Only gRPC has none, and its unary calls have one reply.
         reader.report("stream", "only over HTTP, not over gRPC")
     if stream and envelope is not Envelope.PLAIN:
         reader.report("stream", "only plain requests are streamed, not KServe's")
-    previews = reader.integer("previews", low=0, high=config.max_num_inference_steps)
-    if previews and not stream:
+    if sent["previews"] and not stream:
         reader.report("previews", f'needs "stream": true or Accept: {EVENT_STREAM}')
+    deadline_s = config.deadline_s if sent["deadline_s"] is None else sent["deadline_s"]
     return _Options(
         output_format=output_format,
-        request_id=request_id,
-        deadline_s=config.deadline_s if deadline_s is None else deadline_s,
+        request_id=cast("str | None", request_id),
+        deadline_s=cast("float | None", deadline_s),
         stream=stream,
-        preview_every=previews or 0,
+        preview_every=cast("int | None", sent["previews"]) or 0,
     )
 
 
-def _read_output_format(
-    reader: FieldReader, headers: Mapping[str, str], envelope: Envelope, config: HandlerConfig
+def _choose_output_format(
+    reader: FieldReader,
+    sent: Value,
+    headers: Mapping[str, str],
+    envelope: Envelope,
+    config: HandlerConfig,
 ) -> tuple[str, bool]:
     """The output format, and whether the Accept header asks for a stream."""
-    chosen = reader.choice("output_format", _OUTPUT_CHOICES)
+    chosen = cast("str | None", sent)
     if envelope is not Envelope.PLAIN:
         # The protocol fixes the reply's type; its pictures are PNG unless the body says otherwise.
         if chosen == "array":
-            reader.report("output_format", "KServe replies hold png, jpeg, webp or npy, no array")
+            reader.report("output_format", "KServe replies hold png, jpeg, webp or npy, not array")
         return ("png" if chosen is None or chosen == "json" else chosen), False
     accept = headers.get("accept", "")
     negotiated = negotiate(accept, config.default_output)
@@ -204,12 +192,12 @@ def _check_image_count(
         )
 
 
-def _without_call_fields(fields: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in fields.items() if name not in CALL_FIELDS}
+def _without_reply_fields(fields: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in fields.items() if name not in REPLY_FIELDS}
 
 
 def _is_shared(name: str, message: Message) -> bool:
-    return any(known in message.shared for known in (name, *ALIASES.get(name, ())))
+    return any(known in message.shared for known in names_for(name))
 
 
 def _invalid(

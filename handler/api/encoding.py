@@ -1,4 +1,4 @@
-"""Pictures to bytes: every format, the same bytes for the same input."""
+"""Encodes pictures in every output format; equal pictures give equal bytes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""Reading named values that a client sent: types without guessing, every problem kept.
+"""Reads the values that a client sent under their names, and collects every problem.
 
 A form (or gRPC) can only send text, so there ``"50"`` is an integer; JSON has types, so there it
-is not. Nothing here recurses into a value or formats one of unbounded size: what is read comes
-from strangers.
+is not. Clients are untrusted: nothing here recurses into a value or formats one of unbounded size.
 """
 
 from __future__ import annotations
@@ -10,14 +9,23 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from handler.api.schema import Field, Kind, Value, bounds_of
+from handler.config import HandlerConfig
 from handler.messages import nearest, number_range, show, shown_name
 
-__all__ = ["FieldReader"]
+__all__ = ["ID_RULE", "FieldReader", "is_id"]
 
 MAX_UNKNOWN_NAMED = 16
 _FORM_INTEGER = re.compile(r"[+-]?[0-9]{1,20}", re.ASCII)
 _FORM_NUMBER = re.compile(r"[+-]?([0-9]{1,40}(\.[0-9]{0,40})?|\.[0-9]{1,40})([eE][+-]?[0-9]{1,4})?")
 _FORM_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+ID_RULE = "1 to 128 of the characters A-Z a-z 0-9 . _ : -"
+
+
+def is_id(value: object) -> bool:
+    """Whether `value` may name a request."""
+    return isinstance(value, str) and _ID.fullmatch(value) is not None
 
 
 class FieldReader:
@@ -35,6 +43,7 @@ class FieldReader:
         self.problems: dict[str, str] = {}
 
     def report(self, name: str, problem: str) -> None:
+        """Note a problem, unless the field has one already."""
         self.problems.setdefault(self._prefix + name, problem)
 
     def take(self, name: str, aliases: Sequence[str] = ()) -> object | None:
@@ -60,6 +69,22 @@ class FieldReader:
             self.report(shown_name(name), f"unknown field; {hint}")
         if len(unknown) > MAX_UNKNOWN_NAMED:
             self.report("…", f"{len(unknown) - MAX_UNKNOWN_NAMED} more unknown fields")
+
+    def read(self, field: Field, config: HandlerConfig) -> Value:
+        """The checked value of a field of the table; None when absent or wrong."""
+        name, aliases = field.name, field.aliases
+        if field.kind is Kind.BOOLEAN:
+            return self.boolean(name)
+        if field.kind is Kind.CHOICE:
+            return self.choice(name, field.choices)
+        if field.kind is Kind.ID:
+            return self.id(name)
+        low, high = bounds_of(field, config)
+        if field.kind is Kind.NUMBER:
+            return self.number(name, aliases, low=low, high=high)
+        if field.kind is Kind.INTEGER:
+            return self.integer(name, aliases, low=int(low), high=int(high))
+        return self.text(name, aliases, min_chars=int(low), max_chars=int(high))
 
     def text(
         self, name: str, aliases: Sequence[str] = (), *, min_chars: int = 0, max_chars: int
@@ -87,6 +112,7 @@ class FieldReader:
         return None
 
     def integer(self, name: str, aliases: Sequence[str] = (), *, low: int, high: int) -> int | None:
+        """An integer from `low` to `high`."""
         value = self.take(name, aliases)
         if value is None:
             return None
@@ -95,7 +121,7 @@ class FieldReader:
         if isinstance(value, bool) or not isinstance(value, int):
             quoted = isinstance(value, str) and _FORM_INTEGER.fullmatch(value)
             hint = "; write it without quotes" if quoted else ""
-            self.report(name, f"{show(value)} is no integer{hint}; allowed: {low} to {high}")
+            self.report(name, f"{show(value)} is not an integer{hint}; allowed: {low} to {high}")
         elif not low <= value <= high:
             self.report(name, f"{show(value)} is out of range; allowed: {low} to {high}")
         else:
@@ -115,7 +141,7 @@ class FieldReader:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             quoted = isinstance(value, str) and _FORM_NUMBER.fullmatch(value)
             hint = "; write it without quotes" if quoted else ""
-            self.report(name, f"{show(value)} is no number{hint}; allowed: {allowed}")
+            self.report(name, f"{show(value)} is not a number{hint}; allowed: {allowed}")
         elif not low <= value <= high:  # as it is for a NaN
             self.report(name, f"{show(value)} is out of range; allowed: {allowed}")
         else:
@@ -123,6 +149,7 @@ class FieldReader:
         return None
 
     def boolean(self, name: str) -> bool | None:
+        """True or false."""
         value = self.take(name)
         if self._allow_text and isinstance(value, str):
             value = _FORM_BOOLEANS.get(value.strip().lower(), value)
@@ -142,3 +169,11 @@ class FieldReader:
             hint = f"did you mean {match}? " if match else ""
             self.report(name, f"{show(value)} is not allowed; {hint}one of {', '.join(choices)}")
         return chosen
+
+    def id(self, name: str) -> str | None:
+        """The id of a request."""
+        value = self.take(name)
+        if value is None or (isinstance(value, str) and is_id(value)):
+            return value
+        self.report(name, f"{show(value)} is not an id; allowed are {ID_RULE}")
+        return None

@@ -1,4 +1,4 @@
-"""The shapes a JSON body may have: plain, Hugging Face, KServe v1 and v2; all become one `Message`.
+"""The forms of a JSON body: plain, Hugging Face, KServe v1 and v2; all become one `Message`.
 
 plain          {"prompt": "a", "seed": 1}          also with "parameters": {…}
 Hugging Face   {"inputs": "a", "parameters": {…}}
@@ -15,7 +15,8 @@ from enum import Enum
 
 from handler.api.body import Payload
 from handler.api.fields import FieldReader
-from handler.api.request import ALIASES, FIELD_NAMES
+from handler.api.foreign_names import FOREIGN_NAMES
+from handler.api.schema import PICTURE_FIELDS, PICTURE_NAMES
 from handler.messages import show, shown_name
 
 __all__ = ["Envelope", "Message", "open_message"]
@@ -26,6 +27,10 @@ _V2_DATATYPES = frozenset(
     + [f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)]
 )
 _V2_TENSOR_KEYS = frozenset(["name", "shape", "datatype", "data", "parameters"])
+
+
+# The names that an instance or a tensor may have.
+_INSTANCE_NAMES = PICTURE_NAMES | FOREIGN_NAMES.keys()
 
 
 class Envelope(Enum):
@@ -63,10 +68,15 @@ def open_message(payload: Payload, *, max_instances: int) -> Message:
     if "instances" in fields:
         return _open_v1(fields, problems, max_instances)
     tensors = fields.get("inputs")
-    if isinstance(tensors, (list, tuple)):
+    if isinstance(tensors, (list, tuple)) and not _are_prompts(tensors):
         return _open_v2(fields, tensors, problems, max_instances)
     shared = _with_parameters(fields, "", problems)
     return Message(Envelope.PLAIN, shared, (Instance("", {}),), problems)
+
+
+def _are_prompts(items: Sequence[object]) -> bool:
+    """Whether a list is one of prompts, as other clients of Hugging Face's form send."""
+    return bool(items) and all(isinstance(each, str) for each in items)
 
 
 def _with_parameters(
@@ -106,7 +116,7 @@ def _open_v1(body: Mapping[str, object], problems: dict[str, str], max_instances
             item = {"prompt": item}
         if isinstance(item, Mapping):
             fields = _with_parameters(item, path, problems)
-            for name in _given(fields) & _given(shared) & FIELD_NAMES:
+            for name in _given(fields) & _given(shared) & _INSTANCE_NAMES:
                 problems[f"{path}{name}"] = "given more than once: inside and beside instances"
             instances.append(Instance(path, fields))
         else:
@@ -133,7 +143,7 @@ def _open_v2(
     envelope_id = reader.text("id", max_chars=MAX_ENVELOPE_ID_CHARS)
     problems.update(reader.problems)
     columns = _read_columns(tensors, problems)
-    prompts = next((columns[n] for n in ("prompt", *ALIASES["prompt"]) if n in columns), [])
+    prompts = next((columns[n] for n in PICTURE_FIELDS["prompt"].names if n in columns), [])
     if not problems and not 1 <= len(prompts) <= max_instances:
         problems["inputs"] = f"hold {len(prompts)} prompts; allowed are 1 to {max_instances}"
     for name, column in columns.items():
@@ -151,8 +161,8 @@ def _open_v2(
 def _read_columns(tensors: Sequence[object], problems: dict[str, str]) -> dict[str, list[object]]:
     """The values of every input tensor, by the name of the field that they are for."""
     columns: dict[str, list[object]] = {}
-    if len(tensors) > len(FIELD_NAMES):
-        problems["inputs"] = f"has {len(tensors)} tensors; there are {len(FIELD_NAMES)} fields"
+    if len(tensors) > len(PICTURE_NAMES):
+        problems["inputs"] = f"has {len(tensors)} tensors; there are {len(PICTURE_NAMES)} fields"
         return columns
     for index, tensor in enumerate(tensors):
         path = f"inputs[{index}]"
@@ -164,10 +174,10 @@ def _read_columns(tensors: Sequence[object], problems: dict[str, str]) -> dict[s
             continue
         name = tensor.get("name")
         # A lone tensor can only be the prompt, and the protocol leaves its name to the model.
-        if isinstance(name, str) and len(tensors) == 1 and name not in FIELD_NAMES:
+        if isinstance(name, str) and len(tensors) == 1 and name not in _INSTANCE_NAMES:
             name = "prompt"
-        if not isinstance(name, str) or name not in FIELD_NAMES:
-            known = ", ".join(sorted(FIELD_NAMES))
+        if not isinstance(name, str) or name not in _INSTANCE_NAMES:
+            known = ", ".join(sorted(PICTURE_NAMES))
             problems[f"{path}.name"] = f"{show(name)} is not one of {known}"
         elif name in columns:
             problems[f"{path}.name"] = f"{name} is given more than once"

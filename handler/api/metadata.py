@@ -1,4 +1,4 @@
-"""What a picture says about how it was drawn, in the forms that image tools read."""
+"""The metadata embedded in a picture: its request, in the forms that image tools read."""
 
 from __future__ import annotations
 
@@ -6,26 +6,10 @@ import json
 from dataclasses import dataclass
 
 from handler.api.request import GenerationRequest
+from handler.api.schema import PICTURE_FIELDS
+from handler.api.traits import SAMPLER_NAMES
 
 __all__ = ["ImageMetadata", "parameters_line", "request_parameters", "to_json"]
-
-# The names that the web front ends for Stable Diffusion gave to diffusers' schedulers; tools that
-# read the line know these. Others are written as their class name.
-_SAMPLER_NAMES = {
-    "DDIMScheduler": "DDIM",
-    "DEISMultistepScheduler": "DEIS",
-    "DPMSolverMultistepScheduler": "DPM++ 2M",
-    "DPMSolverSDEScheduler": "DPM++ SDE",
-    "EulerAncestralDiscreteScheduler": "Euler a",
-    "EulerDiscreteScheduler": "Euler",
-    "HeunDiscreteScheduler": "Heun",
-    "KDPM2AncestralDiscreteScheduler": "DPM2 a",
-    "KDPM2DiscreteScheduler": "DPM2",
-    "LCMScheduler": "LCM",
-    "LMSDiscreteScheduler": "LMS",
-    "PNDMScheduler": "PLMS",
-    "UniPCMultistepScheduler": "UniPC",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,33 +23,30 @@ class ImageMetadata:
 
 def request_parameters(request: GenerationRequest) -> dict[str, object]:
     """The request as JSON values, without its seed: that differs from picture to picture."""
-    return {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
-        "height": request.height,
-        "width": request.width,
-        "scheduler": request.scheduler,
-    }
+    values = request.values().items()
+    return {name: value for name, value in values if PICTURE_FIELDS[name].is_recorded}
 
 
 def parameters_line(metadata: ImageMetadata) -> str:
     """Prompt, negative prompt and settings, laid out as AUTOMATIC1111's web UI does."""
     request = metadata.request
-    settings = {
-        "Steps": str(request.num_inference_steps),
-        "Sampler": _SAMPLER_NAMES.get(request.scheduler or "", request.scheduler),
-        "CFG scale": f"{request.guidance_scale:.17g}",
-        "Seed": str(metadata.seed),
-        "Size": f"{request.width}x{request.height}",
-        "Model": _quoted(metadata.model_name),
+    written = {
+        # Others than these are written as their class name. None is the pipeline's own, whose
+        # name is not known here: it is left out.
+        "scheduler": SAMPLER_NAMES.get(request.scheduler or "", request.scheduler),
+        "seed": metadata.seed,
+        "height": f"{request.width}x{request.height}",
     }
+    settings = {
+        label: written.get(name, value)
+        for name, value in request.values().items()
+        if (label := PICTURE_FIELDS[name].label)
+    }
+    settings["Model"] = metadata.model_name or None
     lines = [request.prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
-    # Without a scheduler of its own a request runs with the pipeline's, whose name is not known.
-    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value))
+    lines.append(", ".join(f"{k}: {_text(v)}" for k, v in settings.items() if v is not None))
     return "\n".join(lines)
 
 
@@ -80,6 +61,8 @@ def to_json(metadata: ImageMetadata) -> str:
     )
 
 
-def _quoted(value: str) -> str:
-    """Quoted where the line's own punctuation would break it."""
-    return json.dumps(value, ensure_ascii=False) if set(value) & set(',:\n"') else value
+def _text(value: object) -> str:
+    """Write a setting; text is quoted where the line's own punctuation would break it."""
+    if isinstance(value, str) and set(value) & set(',:\n"'):
+        return json.dumps(value, ensure_ascii=False)
+    return f"{value:.17g}" if isinstance(value, float) else str(value)

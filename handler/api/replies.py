@@ -1,4 +1,4 @@
-"""Replies out: finished pictures or an error become status, headers and body."""
+"""Makes replies: finished pictures or an error become status, headers and body."""
 
 from __future__ import annotations
 

@@ -1,57 +1,47 @@
-"""What one request may ask of the pipeline: fields, ranges, schedulers.
+"""What one request asks of the pipeline, and the checks that concern several of its fields.
 
-`parse_fields` is the only door: plain fields in, a checked `GenerationRequest` or every problem
-at once out. It knows nothing of HTTP, TorchServe or torch.
+`parse_fields` is the only entry: plain fields become a checked `GenerationRequest`, or every
+problem at once. Each field by itself is checked by its entry in `schema`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 
 from handler.api.fields import FieldReader
-from handler.api.traits import PipelineTraits, scheduler_choices, scheduler_class, short_name
+from handler.api.schema import (
+    MAX_SEED,
+    PICTURE_FIELDS,
+    PICTURE_NAMES,
+    REPLY_FIELDS,
+    PictureField,
+    Value,
+    default_of,
+)
+from handler.api.traits import (
+    PipelineTraits,
+    scheduler_choices,
+    scheduler_class,
+    scheduler_problem,
+    short_name,
+)
+from handler.api.translation import translate
 from handler.config import HandlerConfig
 from handler.errors import ConfigError, InvalidRequest
-from handler.messages import nearest, show, summarise
+from handler.messages import show, summarise
 
-__all__ = [
-    "ALIASES",
-    "CALL_FIELDS",
-    "FIELD_NAMES",
-    "MAX_SEED",
-    "GenerationRequest",
-    "check_against_pipeline",
-    "parse_fields",
-]
-
-# The largest integer that every JSON reader keeps exact.
-MAX_SEED = 2**53 - 1
-
-ALIASES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "prompt": ("data", "inputs", "text"),
-        "negative_prompt": (),
-        "seed": (),
-        "num_inference_steps": ("steps",),
-        "guidance_scale": ("guidance",),
-        "height": (),
-        "width": (),
-        "num_images": ("n",),
-        "scheduler": (),
-    }
-)
-FIELD_NAMES = frozenset(ALIASES) | {alias for names in ALIASES.values() for alias in names}
-# These steer the reply, not the picture: `wire` reads them.
-CALL_FIELDS = frozenset(
-    ["output_format", "request_id", "deadline_s", "stream", "previews", "cancel"]
-)
+__all__ = ["GenerationRequest", "check_against_pipeline", "parse_fields"]
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One checked request; picture k of it is drawn with the seed ``seed + k``."""
+    """One checked request; picture k of it is drawn with the seed ``seed + k``.
+
+    Fields of the table that need no code of their own are in `extra`, those that were given or
+    have a default.
+    """
 
     prompt: str
     negative_prompt: str | None
@@ -63,11 +53,23 @@ class GenerationRequest:
     num_images: int
     scheduler: str | None
     """A diffusers class name; None is the pipeline's own."""
+    extra: Mapping[str, Value] = field(default_factory=dict, hash=False)
+
+    def values(self) -> dict[str, Value]:
+        """The fields by name, in the order of the table."""
+        return {
+            name: getattr(self, name) if name in _ATTRIBUTES else self.extra[name]
+            for name in PICTURE_FIELDS
+            if name in _ATTRIBUTES or name in self.extra
+        }
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seed of every picture."""
         return tuple(range(self.seed, self.seed + self.num_images))
+
+
+_ATTRIBUTES = frozenset(each.name for each in dataclasses.fields(GenerationRequest)) - {"extra"}
 
 
 def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> None:
@@ -108,82 +110,90 @@ def parse_fields(
     Raises:
         InvalidRequest: with every problem, by field.
     """
+    fields, problems = translate(fields)
     reader = FieldReader(fields, allow_text=is_form)
-    prompt = reader.text(
-        "prompt", ALIASES["prompt"], min_chars=1, max_chars=config.max_prompt_chars
-    )
-    if prompt is None and not reader.problems:
+    for name, problem in problems.items():
+        reader.report(name, problem)
+    sent = {name: reader.read(each, config) for name, each in PICTURE_FIELDS.items()}
+    if sent["prompt"] is None and "prompt" not in reader.problems:
         reader.report("prompt", "is missing")
-    negative_prompt = reader.text("negative_prompt", max_chars=config.max_prompt_chars)
-    num_images = reader.integer("num_images", ALIASES["num_images"], low=1, high=config.max_images)
-    num_images = num_images or 1
-    seed = reader.integer("seed", low=0, high=MAX_SEED - num_images + 1)
-    num_inference_steps = reader.integer(
-        "num_inference_steps",
-        ALIASES["num_inference_steps"],
-        low=1,
-        high=config.max_num_inference_steps,
-    )
-    guidance_scale = reader.number(
-        "guidance_scale",
-        ALIASES["guidance_scale"],
-        low=config.min_guidance_scale,
-        high=config.max_guidance_scale,
-    )
-    height, width = _read_size(reader, config, traits)
-    scheduler = _read_scheduler(reader, config, traits)
-    num_inference_steps = num_inference_steps or config.num_inference_steps
-    _check_steps(reader, num_inference_steps, scheduler, config, traits)
-    _check_all_pixels(reader, num_images, (height, width), config)
-    _refuse_what_the_pipeline_lacks(reader, fields, num_images, traits)
-    reader.refuse_rest(FIELD_NAMES | CALL_FIELDS)
+    _refuse_what_the_pipeline_lacks(reader, fields, traits)
+    values = {**_defaults(config, traits), **{n: v for n, v in sent.items() if v is not None}}
+    values["scheduler"] = _resolve_scheduler(reader, values["scheduler"], traits)
+    extra = {name: value for name, value in values.items() if name not in _ATTRIBUTES}
+    attributes = {name: values[name] for name in _ATTRIBUTES}
+    # The table's kinds are those of the attributes; what is wrong has its default until the end.
+    request = GenerationRequest(**attributes, extra=extra)  # type: ignore[arg-type]
+    _check_num_images(reader, request, traits)
+    _check_size(reader, request, config, traits)
+    _check_steps(reader, request, config, traits)
+    _check_all_pixels(reader, request, config)
+    reader.refuse_rest(PICTURE_NAMES | REPLY_FIELDS.keys())
     if reader.problems:
         raise InvalidRequest(summarise(reader.problems), reader.problems)
-    assert prompt is not None
-    if negative_prompt is None and "negative_prompt" in traits.parameters:
-        negative_prompt = config.negative_prompt
-    return GenerationRequest(
-        prompt=prompt,
-        negative_prompt=negative_prompt,
-        seed=draw_seed() if seed is None else seed,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=config.guidance_scale if guidance_scale is None else guidance_scale,
-        height=height,
-        width=width,
-        num_images=num_images,
-        scheduler=scheduler,
-    )
+    return request if sent["seed"] is not None else replace(request, seed=draw_seed())
 
 
-def _read_size(
-    reader: FieldReader, config: HandlerConfig, traits: PipelineTraits
-) -> tuple[int, int]:
-    sizes = []
-    for name, default in (("height", config.height), ("width", config.width)):
-        size_px = reader.integer(name, low=config.min_size_px, high=config.max_size_px)
-        if size_px is not None and size_px % traits.size_multiple_px:
+def _defaults(config: HandlerConfig, traits: PipelineTraits) -> dict[str, Value]:
+    """What counts for every field that is not sent; extra fields have an entry if they have one."""
+    values: dict[str, Value] = {"seed": 0}  # drawn at the end
+    for name, each in PICTURE_FIELDS.items():
+        value = default_of(each, config)
+        if name in _ATTRIBUTES:
+            values.setdefault(name, value)
+        elif value is not None and not _is_lacking(each, traits):
+            values[name] = value
+    if _is_lacking(PICTURE_FIELDS["negative_prompt"], traits):
+        values["negative_prompt"] = None
+    return values
+
+
+def _is_lacking(each: PictureField, traits: PipelineTraits) -> bool:
+    return each.argument is not None and each.argument not in traits.parameters
+
+
+def _refuse_what_the_pipeline_lacks(
+    reader: FieldReader, fields: Mapping[str, object], traits: PipelineTraits
+) -> None:
+    for name, each in PICTURE_FIELDS.items():
+        is_sent = any(fields.get(n) is not None for n in each.names)
+        if is_sent and each.is_refused_without_argument and _is_lacking(each, traits):
+            reader.report(name, "this pipeline has no such parameter")
+
+
+def _resolve_scheduler(reader: FieldReader, name: Value, traits: PipelineTraits) -> str | None:
+    """The class name for the name that was sent or configured."""
+    if not isinstance(name, str):
+        return None
+    class_name = scheduler_class(name, traits)
+    if class_name is None:
+        reader.report("scheduler", scheduler_problem(name, traits))
+    return class_name
+
+
+def _check_num_images(
+    reader: FieldReader, request: GenerationRequest, traits: PipelineTraits
+) -> None:
+    """Check that there may be several, and that the seeds of all of them stay exact in JSON."""
+    if request.num_images > 1 and _is_lacking(PICTURE_FIELDS["num_images"], traits):
+        reader.report("num_images", "this pipeline draws one picture a request")
+    high = MAX_SEED - request.num_images + 1
+    if request.seed > high:
+        reader.report("seed", f"{request.seed} is out of range; allowed: 0 to {high}")
+
+
+def _check_size(
+    reader: FieldReader, request: GenerationRequest, config: HandlerConfig, traits: PipelineTraits
+) -> None:
+    height, width = request.height, request.width
+    for name, size_px in (("height", height), ("width", width)):
+        if size_px % traits.size_multiple_px:
             reader.report(name, _not_a_multiple(size_px, traits.size_multiple_px))
-        sizes.append(default if size_px is None else size_px)
-    height, width = sizes
     if height * width > config.max_pixels and not {"height", "width"} & reader.problems.keys():
         reader.report(
             "height",
             f"{height}x{width} (height x width) is {height * width} pixels;"
             f" allowed are {config.max_pixels}",
-        )
-    return height, width
-
-
-def _check_all_pixels(
-    reader: FieldReader, num_images: int, size: tuple[int, int], config: HandlerConfig
-) -> None:
-    allowed, (height, width) = config.max_pixels_in_flight, size
-    pixels = num_images * height * width
-    if allowed is not None and pixels > allowed and not reader.problems:
-        reader.report(
-            "num_images",
-            f"{num_images} of {height}x{width} (height x width) are {pixels} pixels;"
-            f" allowed are {allowed} together",
         )
 
 
@@ -192,47 +202,26 @@ def _not_a_multiple(size_px: int, multiple: int) -> str:
     return f"{size_px} is not a multiple of {multiple}; nearest are {below} and {below + multiple}"
 
 
-def _read_scheduler(
-    reader: FieldReader, config: HandlerConfig, traits: PipelineTraits
-) -> str | None:
-    name = reader.text("scheduler", min_chars=1, max_chars=100)
-    if name is None:
-        default = config.scheduler
-        return None if default is None else scheduler_class(default, traits)
-    class_name = scheduler_class(name, traits)
-    if class_name is None:
-        choices = scheduler_choices(traits)
-        match = nearest(name, choices)
-        hint = f"did you mean {match}? " if match else ""
-        reader.report(
-            "scheduler",
-            f"{show(name)} does not go with this pipeline; {hint}allowed: {', '.join(choices)}",
-        )
-    return class_name
-
-
 def _check_steps(
-    reader: FieldReader,
-    num_steps: int,
-    scheduler: str | None,
-    config: HandlerConfig,
-    traits: PipelineTraits,
+    reader: FieldReader, request: GenerationRequest, config: HandlerConfig, traits: PipelineTraits
 ) -> None:
-    least = traits.least_steps_with(scheduler)
+    num_steps, least = request.num_inference_steps, traits.least_steps_with(request.scheduler)
     if num_steps < least and not {"num_inference_steps", "scheduler"} & reader.problems.keys():
         reader.report(
             "num_inference_steps",
-            f"{num_steps} is too few for {short_name(scheduler or traits.schedulers[0])};"
+            f"{num_steps} is too few for {short_name(request.scheduler or traits.schedulers[0])};"
             f" allowed: {least} to {config.max_num_inference_steps}",
         )
 
 
-def _refuse_what_the_pipeline_lacks(
-    reader: FieldReader, fields: Mapping[str, object], num_images: int, traits: PipelineTraits
+def _check_all_pixels(
+    reader: FieldReader, request: GenerationRequest, config: HandlerConfig
 ) -> None:
-    for name in ("negative_prompt", "num_inference_steps", "guidance_scale", "height", "width"):
-        sent = any(fields.get(n) is not None for n in (name, *ALIASES[name]))
-        if sent and name not in traits.parameters:
-            reader.report(name, "this pipeline has no such parameter")
-    if num_images > 1 and "num_images_per_prompt" not in traits.parameters:
-        reader.report("num_images", "this pipeline draws one picture a request")
+    allowed, height, width = config.max_pixels_in_flight, request.height, request.width
+    pixels = request.num_images * height * width
+    if allowed is not None and pixels > allowed and not reader.problems:
+        reader.report(
+            "num_images",
+            f"{request.num_images} of {height}x{width} (height x width) are {pixels} pixels;"
+            f" allowed are {allowed} together",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from inspect import BoundArguments
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from handler.batching.fingerprints import Fingerprints
 from handler.batching.invariance import Places, Proofs, agree, is_finite, witnesses
 from handler.batching.merging import is_listed, merge, merge_key, split
-from handler.engine.parking import Parked
+from handler.engine.parking import ModuleCall
 
 __all__ = ["BatchedForward", "Counters", "Failure", "Group", "is_out_of_memory"]
 
@@ -30,7 +31,9 @@ class Counters:
     """Forwards that served more than one request."""
     out_of_memory_retries: int = 0
     forward_s: float = 0.0
-    """Seconds in the real forwards, as the host sees them."""
+    """Seconds in the modules' own forwards, as the host sees them."""
+    pipeline_s: float = 0.0
+    """Seconds in the pipelines' own code, what it does not park included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class Group:
     """
 
     key: Hashable | None
-    calls: list[Parked]
+    calls: list[ModuleCall]
 
     @property
     def rows(self) -> list[int]:
@@ -66,12 +69,12 @@ class BatchedForward:
     clock: Callable[[], float]
     max_rows: int
     buckets: Sequence[int] = ()
-    prepare: Callable[[Sequence[Parked]], None] = lambda calls: None
+    prepare: Callable[[Sequence[ModuleCall]], None] = lambda calls: None
     counters: Counters = field(default_factory=Counters)
     _fingerprints: Fingerprints = field(default_factory=Fingerprints)
     _proofs: Proofs = field(default_factory=Proofs)
 
-    def group(self, calls: Sequence[Parked]) -> list[Group]:
+    def group(self, calls: Sequence[ModuleCall]) -> list[Group]:
         """Sort `calls` into groups, in the order of each group's first call."""
         groups: list[Group] = []
         filling: dict[Hashable, Group] = {}
@@ -132,22 +135,24 @@ class BatchedForward:
         calls, rows = group.calls, group.rows
         slot, total, padded = calls[0].slot, sum(rows), self._padded(group)
         self.prepare(calls)
-        started = self.clock()
         if len(calls) == 1 and padded == total:
-            bound = calls[0].bound
             # Faster code is for batches: what runs alone is exact, or there to compare with.
             run = slot.plain if group.key is None else slot.real
-            results = [run(*bound.args, **bound.kwargs)]
+            results = [self._timed(run, calls[0].bound)]
         else:
             merged = merge([c.bound.arguments for c in calls], rows, pad_to=padded)
-            bound = type(calls[0].bound)(slot.signature, merged)
-            output = slot.real(*bound.args, **bound.kwargs)
+            output = self._timed(slot.real, type(calls[0].bound)(slot.signature, merged))
             results = split(output, rows, total=padded, listed=is_listed(merged))
-        self.counters.forward_s += self.clock() - started
         self.counters.forwards += 1
         self.counters.rows += total
         self.counters.merged_forwards += len(calls) > 1
         return results
+
+    def _timed(self, forward: Callable[..., Any], bound: BoundArguments) -> Any:
+        started_s = self.clock()
+        output = forward(*bound.args, **bound.kwargs)
+        self.counters.forward_s += self.clock() - started_s
+        return output
 
     def _prove(self, group: Group, differences: Sequence[Places]) -> list[Any]:
         """Run a group that is of a kind, or differs in a way, not seen before.
@@ -173,10 +178,10 @@ class BatchedForward:
         self._proofs.proven(key, calls[0].bound.arguments, calls[0].num_rows, seen)
         return together
 
-    def _alone(self, call: Parked) -> Any:
+    def _alone(self, call: ModuleCall) -> Any:
         return self._run(Group(None, [call]))[0]
 
-    def _key(self, call: Parked) -> Hashable | None:
+    def _key(self, call: ModuleCall) -> Hashable | None:
         """What a call has in common with those that may share its forward; None: with none."""
         if call.ticket.exact or call.num_rows == 0:
             return None

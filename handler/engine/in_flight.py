@@ -18,49 +18,56 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from handler.engine import policy
 from handler.engine.forward import BatchedForward, Counters
-from handler.engine.parking import Parked, find_slots
+from handler.engine.parking import ModuleCall, denoisers_of, find_slots
 from handler.engine.policy import Limits
 from handler.engine.runs import Runs
-from handler.engine.submission import make_ticket
+from handler.engine.submission import Intake, Served, Submission
 from handler.engine.tick_times import Pace
 from handler.engine.ticket import State, StepEnd, Ticket
+from handler.engine.wrappers import UNANSWERED, ForwardWrapper, Wrappers
 from handler.errors import Cancelled, DeadlineExceeded
 from handler.pipelines.adapters import AdapterSets, scales_adapters
 from handler.pipelines.cost import Cost
+from handler.pipelines.shared_state import SharedState
 
 __all__ = ["BUCKETS", "InFlightEngine"]
 
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 """Row counts to pad to, for forwards that are compiled or captured for a few shapes."""
 
+# The task of an engine's only pipeline, where it was given without a name.
+_ONLY_TASK = "default"
+
 
 class InFlightEngine:
-    """Serves calls of `pipeline`, any number in flight, from the thread that calls `step`.
+    """Serves calls of pipelines, any number in flight, from the thread that calls `step`.
 
     Args:
-        pipeline: any diffusers pipeline; left as it was by `close`.
+        pipelines: any diffusers pipeline, or several by the name of their task; requests of
+            pipelines that share modules share their forwards. Left as they were by `close`.
         modules: what to park (``"unet"``, ``"vae.decode"``); by default found by their names.
         max_rows, max_pixels: what may be in flight at once, as `Cost` counts it.
         max_overtakes: how many may pass one that waits for room, before nobody may.
         exact: run every request's rows alone, bit-equal to the pipeline called directly.
         buckets: row counts to pad forwards to, such as `BUCKETS`; none: no padding.
-        compile_forward: wraps each denoiser's real forward, such as `torch.compile`.
+        wrappers: what makes the denoisers' forwards cheaper, the first nearest to the module.
         clock: seconds; deadlines and times are read from it and nothing else.
 
     Raises:
-        ValueError: another engine serves the pipeline, the pipeline moves its modules between
-            devices, or a name in `modules` is wrong.
+        ValueError: no pipeline is given, another engine serves one of them, one moves its modules
+            between devices, or a name in `modules` is wrong.
     """
 
     def __init__(
         self,
-        pipeline: Any,
+        pipelines: Any | Mapping[str, Any],
         *,
         modules: Sequence[str] | None = None,
         max_rows: int = 16,
@@ -68,28 +75,48 @@ class InFlightEngine:
         max_overtakes: int = 16,
         exact: bool = False,
         buckets: Sequence[int] = (),
-        compile_forward: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+        wrappers: Sequence[ForwardWrapper] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.pipeline = pipeline
+        named = dict(pipelines) if isinstance(pipelines, Mapping) else {_ONLY_TASK: pipelines}
+        if not named:
+            raise ValueError("an engine needs a pipeline")
+        self.pipelines: Mapping[str, Any] = MappingProxyType(named)
         self.exact = exact
         self.clock = clock
         self.limits = Limits(max_rows, max_pixels, max_overtakes)
         # Up to the rows that may be in flight: a larger bucket would not fit either.
         capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
         self._forward = BatchedForward(clock, max_rows, capped, self._activate_adapters)
-        self._adapters = AdapterSets(pipeline)
-        self._runs = Runs(pipeline, self.limits, self._adapters, clock)
+        self._adapters = AdapterSets(list(named.values()))
+        shared_states = {task: SharedState(pipeline) for task, pipeline in named.items()}
+        self._runs = Runs(shared_states, self.limits, self._adapters, clock, self.counters)
         self._waiting: list[Ticket] = []
         self._is_at_work = False
         self._closed = False
         self._pace = Pace()
-        self._slots = find_slots(pipeline, modules)
+        self._intake = Intake(self.limits, self._adapters, self._pace, clock)
+        self._wrappers = Wrappers(wrappers)
+        self._slots = find_slots(*named.values(), names=modules)
+        self._served = {
+            task: Served(
+                task,
+                pipeline,
+                shared_states[task].is_exclusive,
+                denoisers_of(pipeline, self._slots),
+            )
+            for task, pipeline in named.items()
+        }
         for slot in self._slots:
-            if compile_forward is not None and slot.is_denoiser:
-                slot.real = compile_forward(slot.real)
+            if slot.is_denoiser:
+                slot.real = self._wrappers.wrap_forward(slot.real)
         for slot in self._slots:
             slot.install()
+
+    @property
+    def pipeline(self) -> Any:
+        """The first pipeline, which draws what names no task."""
+        return next(iter(self.pipelines.values()))
 
     @property
     def counters(self) -> Counters:
@@ -123,45 +150,41 @@ class InFlightEngine:
         self,
         kwargs: Mapping[str, Any],
         *,
+        task: str | None = None,
         scheduler: str | Any | None = None,
         deadline_s: float | None = None,
         exact: bool | None = None,
         adapters: Mapping[str, float] | None = None,
         on_step: Callable[[StepEnd], None] | None = None,
     ) -> Ticket:
-        """Queue one call of the pipeline with exactly these keyword arguments.
+        """Queue one call of a pipeline with exactly these keyword arguments.
 
-        `scheduler` is a diffusers class name or a short name (``"euler"``), or a scheduler object
-        to copy. `deadline_s` is in seconds from now. `adapters` maps the names of
-        loaded adapters to weights. Give each call its own `generator`.
+        `task` names the pipeline, the first by default. `scheduler` is a diffusers class name or a
+        short name (``"euler"``), or a scheduler object to copy. `deadline_s` is in seconds from
+        now. `adapters` maps the names of loaded adapters to weights. Give each call its own
+        `generator`.
 
         Raises:
-            ValueError: an argument, the scheduler or an adapter that the pipeline does not have.
+            ValueError: an unknown task; an argument, the scheduler or an adapter that the pipeline
+                does not have.
             TooLarge: it would never fit.
             DeadlineExceeded: its steps would surely last longer, at the present pace.
             RuntimeError: the engine is closed.
         """
         if self._closed:
             raise RuntimeError("the engine is closed")
-        ticket = make_ticket(
-            self.pipeline,
-            kwargs,
-            scheduler=scheduler,
-            deadline_s=deadline_s,
-            exact=self.exact if exact is None else exact,
-            adapters=adapters,
-            on_step=on_step,
-            limits=self.limits,
-            adapter_sets=self._adapters,
-            pace=self._pace,
-            now_s=self.clock(),
-        )
+        served = self._served.get(next(iter(self._served)) if task is None else task)
+        if served is None:
+            raise ValueError(f"no pipeline for the task {task!r}; there are {list(self._served)}")
+        exact = self.exact if exact is None else exact
+        asked = Submission(kwargs, scheduler, deadline_s, exact, adapters, on_step)
+        ticket = self._intake.ticket(served, asked)
         self._waiting.append(ticket)
         return ticket
 
     def step(self) -> list[Ticket]:
         """One tick: drop who is out of time, admit, one forward a group. Returns who ended."""
-        started_s, served = self.clock(), list[Cost]()
+        started_s, served = self.clock(), list[ModuleCall]()
         try:
             with self._at_work():
                 self._expire()
@@ -171,7 +194,8 @@ class InFlightEngine:
             seconds = self.clock() - started_s
             self.counters.tick_s += seconds
         if served:
-            self._pace.note(seconds, served)
+            denoisers = {id(call.slot.module) for call in served}
+            self._pace.note(seconds, [call.ticket.cost for call in served], denoisers)
         if not self._runs.parked:
             self._pace.forget()
         ended, self._runs.ended = self._runs.ended, []
@@ -235,11 +259,8 @@ class InFlightEngine:
                 self._end(ticket)
 
     def _admission(self) -> policy.Admission:
-        """Who would join now; calls that must be alone join one by one."""
-        if self._runs.is_exclusive:
-            is_free = bool(self._waiting) and not self._runs.parked
-            return policy.Admission((0,) if is_free else (), {})
-        return policy.admit(self._waiting, self.in_flight, self.limits)
+        """Who would join now."""
+        return policy.admit(self._waiting, self._runs.parked, self.limits)
 
     def _admit(self) -> None:
         admission = self._admission()
@@ -251,22 +272,30 @@ class InFlightEngine:
             ticket.last_tick = self.counters.ticks
             self._runs.start(ticket)
 
-    def _tick(self) -> list[Cost]:
+    def _tick(self) -> list[ModuleCall]:
         """Give every parked call that may run one forward, and let its request run on.
 
-        Returns the costs of those that the denoiser served.
+        Returns those that a denoiser served.
         """
         self.counters.ticks += 1
         for ticket in policy.choose(list(self._runs.parked), self.limits):
             ticket.last_tick = self.counters.ticks
         calls = [p for t, p in self._runs.parked.items() if t.last_tick == self.counters.ticks]
-        served = [call.ticket.cost for call in calls if call.slot.is_denoiser]
-        for group in self._forward.group(calls):
+        served = [call for call in calls if call.slot.is_denoiser]
+        answers = {call: self._wrappers.before(call) for call in calls}
+        for call, answer in answers.items():
+            if answer is not UNANSWERED:
+                self._resume(call, answer)
+        left = [call for call, answer in answers.items() if answer is UNANSWERED]
+        for group in self._forward.group(left):
             for call, result in zip(group.calls, self._forward.run(group), strict=True):
-                if call.slot.is_denoiser:
-                    call.ticket.denoised_s = self.clock()
-                self._runs.resume(call.ticket, result)
+                self._resume(call, self._wrappers.after(call, result))
         return served
+
+    def _resume(self, call: ModuleCall, result: Any) -> None:
+        if call.slot.is_denoiser:
+            call.ticket.denoised_s = self.clock()
+        self._runs.resume(call.ticket, result)
 
     def _end(self, ticket: Ticket) -> None:
         """End a ticket that is cancelled, wherever it is."""
@@ -274,6 +303,7 @@ class InFlightEngine:
             self._waiting.remove(ticket)
         self._runs.unwind(ticket)
 
-    def _activate_adapters(self, calls: Sequence[Parked]) -> None:
+    def _activate_adapters(self, calls: Sequence[ModuleCall]) -> None:
         scaled = any(scales_adapters(call.ticket.kwargs) for call in calls)
-        self._adapters.activate(calls[0].ticket.adapters, scaled=scaled)
+        first = calls[0].ticket
+        self._adapters.activate(first.pipeline, first.adapters, scaled=scaled)

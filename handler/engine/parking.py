@@ -22,7 +22,7 @@ from handler.batching.merging import num_rows
 from handler.engine.ticket import Ticket
 from handler.pipelines.adapters import scales_adapters
 
-__all__ = ["Parked", "RequestGreenlet", "Slot", "find_slots"]
+__all__ = ["ModuleCall", "RequestGreenlet", "Slot", "denoisers_of", "find_slots"]
 
 _log = logging.getLogger(__name__)
 
@@ -76,8 +76,27 @@ class Slot:
     plain: Callable[..., Any] = field(init=False)
     """The module's own method, for calls that must not differ from the pipeline called alone."""
 
+    _defaults: dict[str, Any] = field(init=False)
+
     def __post_init__(self) -> None:
         self.plain = self.real
+        parameters = self.signature.parameters.values()
+        takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        self._defaults = {} if takes_any else defaults
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> inspect.BoundArguments:
+        """The arguments of a call by name, without those that are the parameter's default.
+
+        So that a pipeline that says ``added_cond_kwargs=None`` may share a forward with one that
+        leaves it out.
+        """
+        bound = self.signature.bind(*args, **kwargs)
+        arguments = bound.arguments
+        for name, default in self._defaults.items():
+            if name in arguments and arguments[name] is default:
+                del arguments[name]
+        return bound
 
     def install(self) -> None:
         """Put `park` in front of the real method."""
@@ -99,7 +118,7 @@ class Slot:
 
 
 @dataclass(eq=False, slots=True)
-class Parked:
+class ModuleCall:
     """One call of one request, waiting for its result."""
 
     slot: Slot
@@ -123,42 +142,65 @@ def park(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return slot.plain(*args, **kwargs)
     engine = current.parent
     assert engine is not None
-    bound = slot.signature.bind(*args, **kwargs)
+    bound = slot.bind(args, kwargs)
     rows = num_rows(bound.arguments) or 0
-    return engine.switch(Parked(slot, current.ticket, bound, rows))
+    return engine.switch(ModuleCall(slot, current.ticket, bound, rows))
 
 
-def find_slots(pipeline: Any, names: Iterable[str] | None = None) -> list[Slot]:
-    """The methods of `pipeline` to park, found by diffusers' component names or given by `names`.
+def find_slots(*pipelines: Any, names: Iterable[str] | None = None) -> list[Slot]:
+    """The methods of `pipelines` to park, found by diffusers' component names or given by `names`.
 
     A name is a component (``"unet"``, meaning its forward) or a component's method
-    (``"vae.decode"``).
+    (``"vae.decode"``), of those pipelines that have it. What several pipelines share is one slot,
+    whatever they call it.
 
     Raises:
-        ValueError: a given name is no module of the pipeline; a module was compiled in place, is
+        ValueError: a given name is no module of any pipeline; a module was compiled in place, is
             moved between devices or serves another engine.
     """
+    given = None if names is None else list(names)
+    components = [_modules_of(pipeline) for pipeline in pipelines]
+    slots: dict[tuple[int, str], Slot] = {}
+    for modules in components:
+        for name in _default_names(modules) if given is None else given:
+            if given is None or _has(modules, name):
+                slot = _make_slot(modules, name)
+                slots.setdefault((id(slot.module), slot.method), slot)
+    for name in given or ():
+        if not any(_has(modules, name) for modules in components):
+            known = sorted({component for modules in components for component in modules})
+            raise ValueError(f"cannot park {name!r}; the pipeline's modules are {known}")
+    return list(slots.values())
+
+
+def denoisers_of(pipeline: Any, slots: Iterable[Slot]) -> frozenset[int]:
+    """The identities of the modules of `pipeline` that are parked as denoisers."""
+    own = {id(component) for component in pipeline.components.values()}
+    return frozenset(id(s.module) for s in slots if s.is_denoiser and id(s.module) in own)
+
+
+def _modules_of(pipeline: Any) -> dict[str, torch.nn.Module]:
     if getattr(pipeline, "_all_hooks", None):
         raise ValueError(
             "this pipeline offloads its modules to the CPU between calls, which requests in "
             "flight cannot share; load it without enable_model_cpu_offload"
         )
-    modules = {
+    return {
         name: component
         for name, component in pipeline.components.items()
         if isinstance(component, torch.nn.Module)
     }
-    wanted = list(names) if names is not None else list(_default_names(modules))
-    slots = [_make_slot(modules, name) for name in wanted]
-    return list({(id(slot.module), slot.method): slot for slot in slots}.values())
+
+
+def _has(modules: dict[str, torch.nn.Module], name: str) -> bool:
+    component, _, method = name.partition(".")
+    return component in modules and hasattr(modules[component], method or "forward")
 
 
 def _make_slot(modules: dict[str, torch.nn.Module], name: str) -> Slot:
     """The slot of a component, or of a component's method, by its name."""
     component, _, method = name.partition(".")
     method = method or "forward"
-    if component not in modules or not hasattr(modules[component], method):
-        raise ValueError(f"cannot park {name!r}; the pipeline's modules are {sorted(modules)}")
     module = modules[component]
     # `torch.compile(module)` wraps a module: it has a forward of its own, that takes anything,
     # and passes the rest on.
@@ -168,7 +210,7 @@ def _make_slot(modules: dict[str, torch.nn.Module], name: str) -> Slot:
     if original._compiled_call_impl is not None:
         raise ValueError(
             f"{component} was compiled in place, where the engine would be compiled with it; "
-            "let the engine compile its forward (compile_forward=torch.compile)"
+            "let the engine compile its forward (wrappers=[CompiledForwards(torch.compile)])"
         )
     real = getattr(module, method)
     if hasattr(real, _PARKS) or hasattr(getattr(original, method), _PARKS):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -50,6 +50,9 @@ class Candidate(Protocol):
     @property
     def last_tick(self) -> int: ...
 
+    @property
+    def is_exclusive(self) -> bool: ...
+
 
 AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
 
@@ -62,8 +65,12 @@ class Admission:
     overtaken: dict[int, int]
 
 
-def admit(waiting: Sequence[Candidate], in_flight: Cost, limits: Limits) -> Admission:
+def admit(
+    waiting: Sequence[Candidate], running: Collection[Candidate], limits: Limits
+) -> Admission:
     """First come, first served; who fits may pass who does not yet fit, a bounded number of times.
+
+    An exclusive request fits where nothing else is in flight, and nothing fits beside it.
 
     Once a request has been passed `limits.max_overtakes` times, nobody joins before it. So it
     waits at most as many ticks as those ahead of it and those that passed it run, one by one: in
@@ -72,13 +79,19 @@ def admit(waiting: Sequence[Candidate], in_flight: Cost, limits: Limits) -> Admi
     joining: list[int] = []
     passed: list[int] = []
     overtaken: dict[int, int] = {}
+    if any(ticket.is_exclusive for ticket in running):
+        return Admission((), {})
+    in_flight = sum((ticket.cost for ticket in running), Cost(0, 0))
     for place, candidate in enumerate(waiting):
         together = in_flight + candidate.cost
-        if limits.hold(together):
+        has_company = candidate.is_exclusive and bool(running or joining)
+        if limits.hold(together) and not has_company:
             joining.append(place)
             in_flight = together
             for other in passed:
                 overtaken[other] = overtaken.get(other, 0) + 1
+            if candidate.is_exclusive:
+                break
         else:
             passed.append(place)
         if any(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent
 
-from handler.engine.forward import Failure
-from handler.engine.parking import Parked, RequestGreenlet
+from handler.engine.forward import Counters, Failure
+from handler.engine.parking import ModuleCall, RequestGreenlet
 from handler.engine.policy import Limits
 from handler.engine.ticket import State, Ticket, release_frames
 from handler.engine.view import make_view
@@ -22,31 +22,35 @@ __all__ = ["Runs"]
 
 
 class Runs:
-    """Starts requests on `pipeline`, lets them run on, and ends them, each exactly once."""
+    """Starts requests, lets them run on, and ends them, each exactly once.
+
+    `shared_states` says of each task what its calls may leave behind on the modules.
+    """
 
     def __init__(
-        self, pipeline: Any, limits: Limits, adapters: AdapterSets, clock: Callable[[], float]
+        self,
+        shared_states: Mapping[str, SharedState],
+        limits: Limits,
+        adapters: AdapterSets,
+        clock: Callable[[], float],
+        counters: Counters,
     ) -> None:
-        self.parked: dict[Ticket, Parked] = {}
+        self.parked: dict[Ticket, ModuleCall] = {}
         self.ended: list[Ticket] = []
         """Those that nobody was told of yet."""
-        self._pipeline = pipeline
+        self._shared_states = shared_states
         self._limits = limits
         self._adapters = adapters
         self._clock = clock
-        self._shared_state = SharedState(pipeline)
-
-    @property
-    def is_exclusive(self) -> bool:
-        """Whether there may be one only, since it changes what all of them share."""
-        return self._shared_state.is_exclusive
+        self._counters = counters
 
     def start(self, ticket: Ticket) -> None:
         """Run the pipeline's ``__call__`` until it parks for the first time."""
 
         def call() -> Any:
-            self._adapters.activate(ticket.adapters, scaled=scales_adapters(ticket.kwargs))
-            view, kwargs = make_view(self._pipeline, ticket)
+            scaled = scales_adapters(ticket.kwargs)
+            self._adapters.activate(ticket.pipeline, ticket.adapters, scaled=scaled)
+            view, kwargs = make_view(ticket.pipeline, ticket)
             return view(**kwargs)
 
         ticket.run = RequestGreenlet(ticket, call)
@@ -80,6 +84,7 @@ class Runs:
         assert ticket.run is not None
         ticket.run.parent = getcurrent()
         self.parked.pop(ticket, None)
+        started_s = self._clock()
         try:
             reached = switch(*value)
         except BaseException as error:
@@ -98,10 +103,11 @@ class Runs:
             else:
                 self._end(ticket, State.DONE, reached)
         finally:
+            self._counters.pipeline_s += self._clock() - started_s
             # What a request leaves switched on would follow the thread to the others.
             torch.set_grad_enabled(False)
 
-    def _correct_cost(self, ticket: Ticket, parked: Parked) -> None:
+    def _correct_cost(self, ticket: Ticket, parked: ModuleCall) -> None:
         """Replace the estimated rows by those that the denoiser is really called with."""
         if not parked.slot.is_denoiser:
             return
@@ -115,6 +121,6 @@ class Runs:
 
     def _end(self, ticket: Ticket, state: State, outcome: Any) -> None:
         if ticket.run is not None:
-            self._shared_state.restore()
+            self._shared_states[ticket.task].restore()
         ticket.end(state, outcome, self._clock())
         self.ended.append(ticket)

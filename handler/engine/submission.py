@@ -1,9 +1,10 @@
-"""Check a call of the pipeline before it is queued, and make its ticket."""
+"""From what is submitted to a ticket: the checks before a call of a pipeline is queued."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from handler.engine.policy import Limits
@@ -11,58 +12,86 @@ from handler.engine.tick_times import Pace
 from handler.engine.ticket import StepEnd, Ticket
 from handler.errors import DeadlineExceeded, TooLarge
 from handler.pipelines.adapters import AdapterSets
-from handler.pipelines.cost import estimate_cost, least_forwards
+from handler.pipelines.cost import Cost, estimate_cost, least_forwards
 from handler.pipelines.schedulers import make_scheduler
 from handler.pipelines.signature import unknown_arguments
 
-__all__ = ["make_ticket"]
+__all__ = ["Intake", "Served", "Submission"]
 
 
-def make_ticket(
-    pipeline: Any,
-    kwargs: Mapping[str, Any],
-    *,
-    scheduler: str | Any | None,
-    deadline_s: float | None,
-    exact: bool,
-    adapters: Mapping[str, float] | None,
-    on_step: Callable[[StepEnd], None] | None,
-    limits: Limits,
-    adapter_sets: AdapterSets,
-    pace: Pace,
-    now_s: float,
-) -> Ticket:
-    """The ticket of one call of `pipeline` with `kwargs`, as `InFlightEngine.submit` explains.
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One pipeline of the engine."""
 
-    Raises:
-        ValueError: an argument, the scheduler or an adapter that the pipeline does not have.
-        TooLarge: it would never fit.
-        DeadlineExceeded: it would surely be late.
-    """
-    if unknown := unknown_arguments(pipeline, kwargs):
-        raise ValueError(f"{type(pipeline).__name__} takes no argument {unknown}")
-    scheduler = (
-        make_scheduler(pipeline, scheduler)
-        if isinstance(scheduler, str)
-        else copy.deepcopy(scheduler)
-    )
-    cost = estimate_cost(pipeline, kwargs)
-    if not limits.hold(cost):
-        raise TooLarge(limits.refusal(cost))
-    num_steps = least_forwards(pipeline, kwargs)
-    needed_s = pace.least_s(num_steps, cost)
-    if deadline_s is not None and deadline_s < needed_s:
-        raise DeadlineExceeded(
-            f"the deadline of {deadline_s:g} s cannot be met: at the present pace "
-            f"{num_steps} steps need at least {needed_s:.3g} s; ask for fewer, or for a later one"
+    task: str
+    pipeline: Any
+    is_exclusive: bool
+    """Whether its calls change the modules that all requests share."""
+    denoisers: frozenset[int]
+    """The identities of its modules that are parked as denoisers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """One call of a pipeline, as `InFlightEngine.submit` explains it."""
+
+    kwargs: Mapping[str, Any]
+    scheduler: str | Any | None
+    deadline_s: float | None
+    exact: bool
+    adapters: Mapping[str, float] | None
+    on_step: Callable[[StepEnd], None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Intake:
+    """Makes tickets of what is submitted, or says why there will be none."""
+
+    limits: Limits
+    adapter_sets: AdapterSets
+    pace: Pace
+    clock: Callable[[], float]
+
+    def ticket(self, served: Served, asked: Submission) -> Ticket:
+        """The ticket of one call of the pipeline in `served`.
+
+        Raises:
+            ValueError: an argument, the scheduler or an adapter that the pipeline does not have.
+            TooLarge: it would never fit.
+            DeadlineExceeded: it would surely be late.
+        """
+        pipeline, kwargs, now_s = served.pipeline, asked.kwargs, self.clock()
+        if unknown := unknown_arguments(pipeline, kwargs):
+            raise ValueError(f"{type(pipeline).__name__} takes no argument {unknown}")
+        scheduler = (
+            make_scheduler(pipeline, asked.scheduler)
+            if isinstance(asked.scheduler, str)
+            else copy.deepcopy(asked.scheduler)
         )
-    return Ticket(
-        kwargs=dict(kwargs),
-        cost=cost,
-        scheduler=scheduler,
-        deadline=None if deadline_s is None else now_s + deadline_s,
-        exact=exact,
-        adapters=adapter_sets.checked(adapters, kwargs),
-        on_step=on_step,
-        submitted_s=now_s,
-    )
+        cost = estimate_cost(pipeline, kwargs)
+        if not self.limits.hold(cost):
+            raise TooLarge(self.limits.refusal(cost))
+        self._check_deadline(served, asked, cost)
+        return Ticket(
+            kwargs=dict(kwargs),
+            cost=cost,
+            task=served.task,
+            pipeline=pipeline,
+            is_exclusive=served.is_exclusive,
+            scheduler=scheduler,
+            deadline=None if asked.deadline_s is None else now_s + asked.deadline_s,
+            exact=asked.exact,
+            adapters=self.adapter_sets.checked(pipeline, asked.adapters, kwargs),
+            on_step=asked.on_step,
+            submitted_s=now_s,
+        )
+
+    def _check_deadline(self, served: Served, asked: Submission, cost: Cost) -> None:
+        num_steps = least_forwards(served.pipeline, asked.kwargs)
+        needed_s = self.pace.least_s(num_steps, cost, served.denoisers)
+        if asked.deadline_s is not None and asked.deadline_s < needed_s:
+            raise DeadlineExceeded(
+                f"the deadline of {asked.deadline_s:g} s cannot be met: at the present pace "
+                f"{num_steps} steps need at least {needed_s:.3g} s; "
+                "ask for fewer, or for a later one"
+            )

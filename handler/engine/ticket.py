@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -43,10 +43,15 @@ class StepEnd:
 
 @dataclass(eq=False)
 class Ticket:
-    """A submitted call of the pipeline. Read it, and ask for `result` once it is `ended`."""
+    """A submitted call of a pipeline. Read it, and ask for `result` once it is `ended`."""
 
     kwargs: dict[str, Any]
     cost: Cost
+    task: str = ""
+    """The name of the engine's pipeline that draws it."""
+    pipeline: Any = None
+    is_exclusive: bool = False
+    """Whether it changes the shared modules while it runs, so that no other may run beside it."""
     scheduler: Any = None
     deadline: float | None = None
     exact: bool = False
@@ -64,6 +69,9 @@ class Ticket:
     admitted_s: float | None = None
     denoised_s: float | None = None
     ended_s: float | None = None
+
+    memory: dict[Hashable, Any] = field(default_factory=dict)
+    """What forward wrappers remember of this ticket, each under its own key; freed at its end."""
 
     # The engine's own, while the ticket is alive.
     run: greenlet | None = None
@@ -99,6 +107,7 @@ class Ticket:
         assert not self.ended, "a ticket ends once"
         self.state, self._outcome, self.ended_s = state, outcome, now_s
         self.kwargs = {}
+        self.memory = {}
         self.scheduler = self.on_step = self.run = self.cancelling = None
 
 

@@ -1,9 +1,8 @@
-"""Builds a pipeline's models over mapped weights; changes with how models take state dicts."""
+"""Builds a pipeline's models over memory-mapped weights."""
 
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 
 from handler.errors import ArchiveError
 from handler.loading.model_dir import Extent, OpenedPipeline
+from handler.loading.model_index import ModelIndex
 from handler.loading.safetensors_map import map_tensors
 from handler.loading.variants import select_weights
 
@@ -38,12 +38,9 @@ def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any
 
     Raises: ArchiveError.
     """
-    index = json.loads((opened.folder / "model_index.json").read_bytes())
     components = {}
-    for name, value in index.items():
-        if not isinstance(value, list) or value[0] is None or name.startswith("_"):
-            continue
-        cls = resolve_class(name, value[0], value[1])
+    for name, (library, class_name) in opened.index.components.items():
+        cls = resolve_class(name, library, class_name)
         check_vocabulary(name, cls, (each.name for each in (opened.folder / name).glob("*")))
         if not issubclass(cls, torch.nn.Module):
             continue
@@ -86,18 +83,18 @@ def resolve_class(name: str, library: str, class_name: str) -> type:
         transformers.ProcessorMixin,
     )
     if not issubclass(found, bases):
-        raise ArchiveError(f"{name}: {library}.{class_name} is no model, scheduler or tokenizer")
+        raise ArchiveError(f"{name}: {library}.{class_name} is not a model, scheduler or tokenizer")
     return found
 
 
-def check_pipeline_class(index: Mapping[str, object]) -> None:
+def check_pipeline_class(index: ModelIndex) -> None:
     """Check that diffusers has the pipeline of `index`, with all the components that it wants.
 
     Raises: ArchiveError.
     """
     import diffusers
 
-    name = str(index["_class_name"])
+    name = index.class_name
     found = getattr(diffusers, name, None)
     if (
         not isinstance(found, type)
@@ -111,7 +108,7 @@ def check_pipeline_class(index: Mapping[str, object]) -> None:
         for each in inspect.signature(cls).parameters.values()
         if each.default is each.empty and each.kind is not each.VAR_KEYWORD
     }
-    if missing := sorted(wanted - index.keys() - {*cls._optional_components}):
+    if missing := sorted(wanted - index.entries.keys() - {*cls._optional_components}):
         raise ArchiveError(f"{name} needs components that the pipeline lacks: {', '.join(missing)}")
 
 

@@ -1,4 +1,4 @@
-"""Opens what TorchServe unpacked; changes when the place or the form of a pipeline there changes.
+"""Opens the pipeline that TorchServe unpacked, whatever form it has there.
 
 ``model_dir`` holds one of: ``model.zip`` (what our packer writes, or the upstream example's),
 ``model/`` (the pipeline's folder), or the pipeline's files themselves. Small files of a zip go to
@@ -10,7 +10,6 @@ beside it.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import shutil
@@ -27,10 +26,11 @@ from handler.loading.contents import (
     MODEL_INDEX,
     MODEL_ZIP,
     WEIGHTS_SUFFIX,
-    check_model_index,
     check_names,
     pipeline_prefix,
 )
+from handler.loading.documents import parse_json
+from handler.loading.model_index import MAX_MODEL_INDEX_BYTES, ModelIndex
 from handler.zips.central_directory import ZipMember
 from handler.zips.reader import CHUNK_BYTES, ZipReader
 
@@ -39,7 +39,6 @@ __all__ = ["Extent", "OpenedPipeline", "check_loras", "open_pipeline", "open_zip
 logger = logging.getLogger(__name__)
 
 MAX_SMALL_FILE_BYTES = 256 << 20
-MAX_MODEL_INDEX_BYTES = 1 << 20
 MAX_SMALL_FILES_BYTES = 1 << 30
 
 
@@ -56,11 +55,12 @@ class Extent:
 class OpenedPipeline:
     """A pipeline's small files in `folder`, and its weights by their path in the pipeline.
 
-    `is_whole` says that the weights lie in `folder` too. `slow_reason` is set where opening had
-    to copy weights.
+    `index` is its model_index.json. `is_whole` says that the weights lie in `folder` too.
+    `slow_reason` is set where opening had to copy weights.
     """
 
     folder: Path
+    index: ModelIndex
     weights: Mapping[str, Extent]
     is_whole: bool
     slow_reason: str | None = None
@@ -134,13 +134,13 @@ def _open_folder(folder: Path) -> OpenedPipeline:
             path = Path(parent, file)
             name = path.relative_to(root).as_posix()
             if not path.is_file():
-                raise ArchiveError(f"{path} is no file: put the file itself there")
+                raise ArchiveError(f"{path} is not a file: put the file itself there")
             names.append(name)
             if name.endswith(WEIGHTS_SUFFIX):
                 weights[name] = Extent(path, 0, path.stat().st_size)
     check_names(names, str(folder))
-    _check_index_file(root, str(folder))
-    return OpenedPipeline(root, weights, is_whole=True)
+    index = ModelIndex.read(root / MODEL_INDEX, str(folder))
+    return OpenedPipeline(root, index, weights, is_whole=True)
 
 
 def _open_zip(reader: ZipReader, archive: Path, folder: Path) -> OpenedPipeline:
@@ -158,7 +158,7 @@ def _open_zip(reader: ZipReader, archive: Path, folder: Path) -> OpenedPipeline:
     for name, member in {**small, **packed}.items():
         if not name.endswith(".md"):  # diffusers follows links to other models in a model card
             reader.extract(member, folder / name)
-    _check_index_file(folder, reader.label)
+    index = ModelIndex.read(folder / MODEL_INDEX, reader.label)
     weights = {
         name: Extent(folder / name, 0, each.size_bytes)
         if name in packed
@@ -172,7 +172,7 @@ def _open_zip(reader: ZipReader, archive: Path, folder: Path) -> OpenedPipeline:
             "pack it with python -m scripts.build_archive to have them mapped in place"
         )
         logger.warning("slow start: %s", reason)
-    return OpenedPipeline(folder, weights, is_whole=not stored, slow_reason=reason)
+    return OpenedPipeline(folder, index, weights, is_whole=not stored, slow_reason=reason)
 
 
 def _below_prefix(reader: ZipReader) -> dict[str, ZipMember]:
@@ -191,10 +191,12 @@ def check_loras(model_dir: Path, paths: Iterable[Path]) -> None:
     Raises: ArchiveError.
     """
     manifest = model_dir / MANIFEST_NAME
+    members = {}
     try:
-        members = json.loads(manifest.read_bytes())["members"] if manifest.exists() else {}
+        if manifest.exists():
+            members = parse_json(manifest.read_bytes(), str(manifest))["members"]
         listed = {name: each["sha256"] for name, each in members.items()}
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ArchiveError(f"{manifest} is damaged: {error!r}") from error
     for path in paths:
         with path.open("rb") as file:
@@ -226,16 +228,3 @@ def _check_space(members: Mapping[str, ZipMember], folder: Path, label: str) -> 
             f"{label}: its weights are deflated and need {wanted} bytes in {folder.parent}, "
             f"where {free} are free"
         )
-
-
-def _check_index_file(folder: Path, label: str) -> None:
-    size_bytes = (folder / MODEL_INDEX).stat().st_size
-    if size_bytes > MAX_MODEL_INDEX_BYTES:
-        raise ArchiveError(
-            f"{label}: {MODEL_INDEX} has {size_bytes} bytes; it may have {MAX_MODEL_INDEX_BYTES}"
-        )
-    try:
-        index = json.loads((folder / MODEL_INDEX).read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ArchiveError(f"{label}: {MODEL_INDEX} is no JSON: {error}") from error
-    check_model_index(index, label)

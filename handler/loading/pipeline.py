@@ -1,12 +1,11 @@
-"""Turns an opened pipeline into one that draws; changes with diffusers' way of loading.
+"""Loads an opened pipeline onto its device.
 
-Weights are mapped where they lie and handed to ``DiffusionPipeline.from_pretrained`` as finished
+Weights are mapped where they are, and handed to ``DiffusionPipeline.from_pretrained`` as finished
 components. A component that cannot be mapped is loaded by diffusers itself, from a copy.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ import torch
 
 from handler.errors import ArchiveError, ConfigError
 from handler.library_logs import quiet_libraries
-from handler.loading.contents import LORA_FOLDER, MODEL_INDEX
+from handler.loading.contents import LORA_FOLDER
 from handler.loading.model_dir import Extent, OpenedPipeline, check_loras, open_pipeline
 from handler.loading.safetensors_map import map_tensors
 from handler.messages import first_lines
@@ -112,7 +111,7 @@ def load_opened(
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep the hub's client from the network, whoever imported it before."""
+    """Keep the hub's client from the network, even where it was imported before."""
     from huggingface_hub import constants
 
     was_offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
@@ -127,7 +126,7 @@ def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
 
     from handler.loading.components import check_pipeline_class, load_components
 
-    check_pipeline_class(json.loads((opened.folder / MODEL_INDEX).read_bytes()))
+    check_pipeline_class(opened.index)
     components = load_components(opened, dtype)
     return DiffusionPipeline.from_pretrained(
         os.fspath(opened.folder),

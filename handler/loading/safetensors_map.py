@@ -1,13 +1,13 @@
-"""Reads safetensors files in place; changes with that format.
+"""Maps the tensors of safetensors files, wherever in a file they are.
 
-The header is checked before a byte of data is touched: what it claims must be exactly what is
-there. Knows no torch until `map_tensors` is called, so that scripts may read headers cheaply.
+Our own because the safetensors library opens whole files only, not weights inside an archive. The
+header is checked before a byte of data is touched: what it claims must be exactly what is there.
+Imports torch only in `map_tensors`, so that scripts read headers cheaply.
 Source: the format's description in safetensors 0.8.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
 import struct
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from math import prod
 from typing import TYPE_CHECKING, BinaryIO
 
 from handler.errors import ArchiveError
+from handler.loading.documents import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -72,12 +73,13 @@ class TensorInfo:
 
     @property
     def num_values(self) -> int:
+        """How many numbers it holds."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A checked header; `data_offset` is where the data begins, counted from the file's begin."""
+    """A checked header; `data_offset` is where the data begins, counted from the file's start."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -85,6 +87,7 @@ class Header:
 
     @property
     def num_parameters(self) -> int:
+        """How many numbers all tensors hold together."""
         return sum(info.num_values for info in self.tensors.values())
 
 
@@ -112,24 +115,17 @@ def parse_header(head: Callable[[int], bytes], size_bytes: int, label: str) -> H
     length = struct.unpack("<Q", start)[0]
     if length > min(MAX_HEADER_BYTES, size_bytes - 8):
         raise ArchiveError(f"{label}: claims a header of {length} bytes in {size_bytes}")
+    text = head(8 + length)[8:]
+    pairs = parse_json(text, f"{label}: its safetensors header", is_strict=True)
     try:
-        text = head(8 + length)[8:].decode("utf-8")
-        pairs = json.loads(text, object_pairs_hook=_no_doubles)
         if not isinstance(pairs, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
         metadata = _metadata(pairs.pop("__metadata__", None))
         tensors = {str(name): _tensor(name, value) for name, value in pairs.items()}
         _check_cover(tensors, size_bytes - 8 - length)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ArchiveError(f"{label}: its safetensors header is refused: {error}") from error
     return Header(tensors, metadata, 8 + length)
-
-
-def _no_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name is there twice")
-    return found
 
 
 def _metadata(value: object) -> dict[str, str]:
@@ -142,12 +138,12 @@ def _metadata(value: object) -> dict[str, str]:
 
 def _tensor(name: str, value: object) -> TensorInfo:
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise ValueError(f"{name} has not the keys dtype, shape and data_offsets")
+        raise ValueError(f"{name} lacks the keys dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         raise ValueError(f"{name} has the unknown dtype {dtype!r}")
     if not _is_counts(shape) or len(shape) > 64 or not _is_counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"{name} has a shape or offsets that are no counts")
+        raise ValueError(f"{name} has a shape or offsets that are not counts")
     info = TensorInfo(dtype, tuple(shape), *offsets)
     if info.num_values * DTYPE_BITS[dtype] != (info.end - info.start) * 8:
         raise ValueError(f"{name}: {dtype} {shape} does not fill the bytes {offsets}")

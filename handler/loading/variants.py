@@ -1,4 +1,4 @@
-"""Which weights files of a component are the ones to load; changes with the hub's naming."""
+"""Chooses the weights files of a component that are loaded, by the names that the hub uses."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from handler.api.request import GenerationRequest
+from handler.api.schema import PICTURE_FIELDS
 
 __all__ = ["pipeline_arguments"]
 
@@ -18,15 +19,11 @@ def pipeline_arguments(request: GenerationRequest, parameters: frozenset[str]) -
     device, and in company as alone.
     """
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
-    arguments = {
-        "prompt": request.prompt,
-        "negative_prompt": request.negative_prompt,
-        "num_inference_steps": request.num_inference_steps,
-        "guidance_scale": request.guidance_scale,
-        "height": request.height,
-        "width": request.width,
-        "num_images_per_prompt": request.num_images,
-        "generator": generators if request.num_images > 1 else generators[0],
-        "output_type": "pil",
+    arguments: dict[str, Any] = {
+        argument: value
+        for name, value in request.values().items()
+        if (argument := PICTURE_FIELDS[name].argument) is not None
     }
+    arguments["generator"] = generators if request.num_images > 1 else generators[0]
+    arguments["output_type"] = "pil"
     return {name: value for name, value in arguments.items() if name in parameters}

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from handler.api.traits import PipelineTraits
-from handler.library_logs import quiet_diffusers
+from handler.library_logs import quiet_libraries
 from handler.pipelines.schedulers import compatible_schedulers, least_steps
 
 __all__ = ["describe"]
@@ -61,7 +61,7 @@ def _checked_multiple_px(pipeline: Any) -> int:
     for power in range(9):
         side_px = 33 << power
         try:
-            with quiet_diffusers():
+            with quiet_libraries():
                 check(**fixed, height=side_px, width=side_px)
         except (ValueError, TypeError, AttributeError) as error:
             if "divisible" in str(error):

@@ -1,8 +1,9 @@
-"""What a prompt loses to the tokenizers of a pipeline."""
+"""What a pipeline does not read of a prompt: what its tokenizers drop, and syntax it has not."""
 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +13,21 @@ __all__ = ["prompt_warnings"]
 
 # Tokenizers without a limit of their own report a number as large as this.
 _NO_LIMIT = 10**9
+# What front ends make of a prompt before a pipeline sees it; named by an example, for a warning
+# must not quote the prompt.
+_SYNTAX = {
+    "(word:1.3)": re.compile(r"\([^()]{1,200}:\s*(?:[0-9](?:\.[0-9]+)?|\.[0-9]+)\s*\)"),
+    "((word))": re.compile(r"\(\([^()]{1,200}\)\)"),
+    "[word]": re.compile(r"\[[^\[\]]{1,200}\]"),
+    "word++": re.compile(r"(?:\w\w|\))\+{2,}"),
+    "(word)1.3": re.compile(r"\)[0-9]*\.[0-9]"),
+    "<lora:name:1>": re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,200}>"),
+    "BREAK": re.compile(r"\bBREAK\b"),
+}
 
 
 def prompt_warnings(pipeline: Any, request: GenerationRequest) -> tuple[str, ...]:
-    """One warning for each prompt that no text encoder of the pipeline reads to its end.
+    """Warnings about each prompt of a request; they never quote it.
 
     A pipeline with several tokenizers is judged by the one with the largest window.
     """
@@ -27,6 +39,9 @@ def prompt_warnings(pipeline: Any, request: GenerationRequest) -> tuple[str, ...
     prompts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
     warnings = []
     for name, text in prompts.items():
+        syntax = [example for example, pattern in _SYNTAX.items() if pattern.search(text or "")]
+        if syntax:
+            warnings.append(f"the {name} has {', '.join(syntax)}: it is read as plain text")
         if not text or not tokenizers:
             continue
         dropped, window = min(_dropped_tokens(pipeline, t, text) for t in tokenizers)

@@ -1,4 +1,4 @@
-"""Tell a client of each denoising step while its request runs: server-sent events.
+"""Server-sent events that tell a client of each denoising step while its request runs.
 
 event: step      {"step": 3, "num_steps": 50, "elapsed_s": 0.41}
 event: preview   {"step": 10, "content_type": "image/jpeg", "image": "<base64>"}
@@ -22,13 +22,13 @@ __all__ = ["INTERRUPTED", "EventStream"]
 
 INTERRUPTED = (
     b'event: error\ndata: {"status":503,"error":{"code":"interrupted","message":'
-    b'"the server stood still for too long; send the request again","fields":{}}}\n\n'
+    b'"the server was paused for too long; send the request again","fields":{}}}\n\n'
 )
 """The last event of a stream that the handler gave up although its client was still there."""
 
 
 class EventStream:
-    """The events of one call: `on_step` adds to them, `take` hands out what is new."""
+    """The events of one request: `on_step` adds to them, `take` returns what is new."""
 
     def __init__(
         self, previewer: Previewer, preview_every: int, clock: Callable[[], float]
@@ -40,7 +40,7 @@ class EventStream:
         self._pending: list[bytes] = []
 
     def on_step(self, end: StepEnd) -> None:
-        """Note the end of a denoising step; called by the engine."""
+        """Add the end of a denoising step; called by the engine."""
         elapsed_s = round(self._clock() - self._started_s, 3)
         self._add("step", {"step": end.step, "num_steps": end.num_steps, "elapsed_s": elapsed_s})
         if self._preview_every and end.step % self._preview_every == 0:
@@ -51,17 +51,17 @@ class EventStream:
                 self._add("preview", preview)
 
     def take(self) -> bytes:
-        """The events since the last call; empty if there were none."""
+        """Return the events since the last time; empty if there were none."""
         taken = b"".join(self._pending)
         self._pending.clear()
         return taken
 
     def opening(self) -> Reply:
-        """The first chunk, which fixes the reply's status and type for good."""
+        """Return the first chunk, which fixes the reply's status and type for good."""
         return Reply(200, "OK", EVENT_STREAM, b": accepted\n\n" + self.take())
 
     def close(self, reply: Reply) -> Reply:
-        """The last chunk: all that is pending and then `reply` as an event."""
+        """Return the last chunk: all that is pending and then `reply` as an event."""
         if reply.status != 200:
             self._add("error", {"status": reply.status, **json.loads(reply.body)})
         elif reply.content_type == "application/json":
@@ -71,7 +71,7 @@ class EventStream:
             image = base64.b64encode(reply.body).decode("ascii")
             seeds = [int(seed) for seed in reply.headers["X-Seed"].split(",")]
             event = {"content_type": reply.content_type, "seeds": seeds, "image": image}
-            # A stream's headers are long gone.
+            # Its headers went out with the first chunk.
             if warning := reply.headers.get("Warning"):
                 event["warning"] = warning
             self._add("image", event)

@@ -1,4 +1,4 @@
-"""Count what happens between two emissions, and hand it to TorchServe's metrics.
+"""Metrics: what happened between two emissions, counted and written to TorchServe's cache.
 
 TorchServe reads metrics as log lines of the worker, one a value, so counts are gathered here and
 emitted about once a second, and seconds of single requests when they end.
@@ -15,7 +15,7 @@ from typing import Any
 from handler.api.result import Result
 from handler.engine.forward import Counters
 
-__all__ = ["COUNTERS", "GAUGES", "HISTOGRAMS", "Meter", "emit"]
+__all__ = ["COUNTERS", "GAUGES", "HISTOGRAMS", "Load", "Meter", "Sample", "emit"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,20 @@ HISTOGRAMS = {"diffusers_request_seconds": ("stage",)}
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """What the engine holds: requests in flight and waiting, and the rows of those in flight."""
+
+    num_running: int
+    num_waiting: int
+    num_rows: int
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the engine holds nothing."""
+        return not (self.num_running or self.num_waiting)
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One value for one metric."""
 
@@ -49,7 +63,7 @@ class Sample:
 
 
 class Meter:
-    """What ended since the last `samples`."""
+    """Counts what ended since the last `samples`."""
 
     def __init__(self) -> None:
         self._outcomes: Counter[str] = Counter()
@@ -58,18 +72,18 @@ class Meter:
         self._last = Counters()
         self._is_known = False
 
-    def call_ended(self, outcome: str, total_s: float | None = None) -> None:
-        """A call ended as `outcome`: ``ok``, an error's code, or ``disconnected``."""
+    def request_ended(self, outcome: str, total_s: float | None = None) -> None:
+        """Count a request that ended as `outcome`: ``ok``, an error's code, ``disconnected``."""
         self._outcomes[outcome] += 1
         if total_s is not None:
             self._seconds.append(("total", total_s))
 
     def steps_done(self, num_steps: int) -> None:
-        """A request ended after so many denoising steps."""
+        """Count the denoising steps of a ticket that ended."""
         self._num_steps += num_steps
 
     def images_drawn(self, result: Result) -> None:
-        """A request of a call has its pictures."""
+        """Count the pictures of one ticket, and the time that each stage took."""
         self._num_images += len(result.images)
         timings = result.timings
         self._seconds += [
@@ -78,9 +92,14 @@ class Meter:
             ("decode", timings.decode_s),
         ]
 
-    def samples(self, now: Counters, gauges: dict[str, float]) -> list[Sample]:
-        """Everything since the last call, which is thereby forgotten."""
+    def samples(self, now: Counters, load: Load) -> list[Sample]:
+        """Return everything since the last time, which is thereby forgotten, and the gauges."""
         last, self._last = self._last, dataclasses.replace(now)
+        gauges = {
+            "diffusers_requests_in_flight": float(load.num_running),
+            "diffusers_requests_waiting": float(load.num_waiting),
+            "diffusers_rows_in_flight": float(load.num_rows),
+        }
         counts = {
             "diffusers_images_total": self._num_images,
             "diffusers_steps_total": self._num_steps,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from handler.api.request import GenerationRequest
@@ -14,11 +13,9 @@ from handler.pipelines.prompts import prompt_warnings
 
 __all__ = ["as_request_error", "pipeline_fault", "result_of"]
 
-logger = logging.getLogger(__name__)
-
 
 def result_of(ticket: Ticket, request: GenerationRequest, pipeline: Any) -> Result:
-    """What `pipeline` drew for `request`; its ticket is done."""
+    """Return what `pipeline` drew for `request`; its ticket is done."""
     assert ticket.admitted_s is not None
     assert ticket.ended_s is not None
     denoised_s = ticket.denoised_s or ticket.ended_s
@@ -35,19 +32,28 @@ def result_of(ticket: Ticket, request: GenerationRequest, pipeline: Any) -> Resu
 
 
 def as_request_error(error: BaseException, num_steps_done: int) -> RequestError:
-    """What a client is told of `error`, which ended its request after so many steps."""
+    """Return what a client is told of `error`, which ended its request after so many steps.
+
+    Where that is another error than `error`, `error` is its ``__cause__``.
+    """
     if isinstance(error, RequestError):
         return error
+    told: RequestError
     if is_out_of_memory(error):
-        return OutOfMemory(
+        told = OutOfMemory(
             "the picture does not fit into the device's memory, even alone; ask for a smaller one"
         )
-    if isinstance(error, ValueError) and not num_steps_done:
-        return InvalidRequest(f"the pipeline refuses the request: {error}")
-    return pipeline_fault(error)
+    elif isinstance(error, ValueError) and not num_steps_done:
+        told = InvalidRequest(f"the pipeline refuses the request: {error}")
+    else:
+        return pipeline_fault(error)
+    told.__cause__ = error
+    return told
 
 
 def pipeline_fault(error: BaseException) -> EngineFault:
-    """What a client is told of an error that is nobody's but the pipeline's; logs the error."""
-    logger.error("the pipeline failed", exc_info=error)
-    return EngineFault(f"the pipeline failed: {type(error).__name__}; the server's log says why")
+    """Return what a client is told of an error in the pipeline's own code, its ``__cause__``."""
+    name = type(error).__name__
+    fault = EngineFault(f"the pipeline failed: {name}; the server's log says why")
+    fault.__cause__ = error
+    return fault

@@ -1,9 +1,8 @@
-"""Reads a zip's directory that nobody vouches for; changes when what we accept as a zip changes.
+"""The central directory of an untrusted zip file: parsed, and checked against all its members.
 
 Stricter than ``zipfile``: what two readers could understand differently is refused. TorchServe goes
 from local header to local header and never looks at the directory, so the members that the
-directory lists must fill the file from its begin, and both headers of each must say the same.
-Source: PKWARE APPNOTE 6.3.10.
+directory lists must fill the file from its start, and both headers of each must say the same.
 """
 
 from __future__ import annotations
@@ -14,6 +13,25 @@ from dataclasses import dataclass
 
 from handler.errors import ArchiveError
 from handler.messages import show
+from handler.zips.format import (
+    CENTRAL,
+    CENTRAL_SIGNATURE,
+    DESCRIPTOR_SIGNATURE,
+    END,
+    END64,
+    END64_LOCATOR,
+    END64_LOCATOR_SIGNATURE,
+    END64_SIGNATURE,
+    END_SIGNATURE,
+    FLAG_DESCRIPTOR,
+    FLAG_ENCRYPTED,
+    FLAG_UTF8,
+    IN_ZIP64,
+    LOCAL,
+    LOCAL_SIGNATURE,
+    UNIX,
+    ZIP64_EXTRA,
+)
 
 __all__ = ["ZipMember", "check_name", "read_directory"]
 
@@ -23,16 +41,6 @@ MAX_DIRECTORY_BYTES = 16 << 20
 _MAX_PART_BYTES = 255  # what file systems take
 MAX_DEFLATE_RATIO = 1032  # what the deflate format can reach at most
 
-_END = struct.Struct("<4s4H2LH")
-_END64_LOCATOR = struct.Struct("<4sLQL")
-_END64 = struct.Struct("<4sQ2H2L4Q")
-_CENTRAL = struct.Struct("<4s6H3L5H2L")
-_LOCAL = struct.Struct("<4s5H3L2H")
-_UNIX = 3
-_FLAG_ENCRYPTED = 0x1 | 0x40 | 0x2000
-_FLAG_DESCRIPTOR = 0x8
-_FLAG_UTF8 = 0x800
-_WIDE = 0xFFFFFFFF
 _EMPTY = {STORED: b"", DEFLATED: b"\3\0"}
 
 
@@ -76,7 +84,9 @@ def check_name(name: str) -> None:
         or ":" in parts[0]
         or any(part in ("", ".", "..") for part in parts)
     ):
-        raise ArchiveError(f"the member name {show(name)} is refused: it is no plain relative path")
+        raise ArchiveError(
+            f"the member name {show(name)} is refused: it is not a plain relative path"
+        )
 
 
 def read_directory(
@@ -100,13 +110,13 @@ class _Directory:
         count, size, offset = self._directory()
         entries = self._entries(count, self._read(offset, size))
         entries.sort(key=lambda each: each.header_offset)
-        begins = [*(each.header_offset for each in entries), offset]
-        if begins[0]:
-            raise self._error(f"its first {begins[0]} bytes belong to no member")
+        starts = [*(each.header_offset for each in entries), offset]
+        if starts[0]:
+            raise self._error(f"its first {starts[0]} bytes do not belong to a member")
         members: dict[str, ZipMember] = {}
-        for entry, next_begin in zip(entries, begins[1:], strict=True):
+        for entry, next_start in zip(entries, starts[1:], strict=True):
             member = self._member(entry)
-            self._check_end(entry, member.offset - self.start + member.packed_bytes, next_begin)
+            self._check_end(entry, member.offset - self.start + member.packed_bytes, next_start)
             if not entry.is_folder:
                 members[entry.name] = member
         self._check_tree(members)
@@ -122,17 +132,17 @@ class _Directory:
 
     def _directory(self) -> tuple[int, int, int]:
         """Find the central directory: its number of entries, its size and its offset."""
-        tail_length = min(self.size_bytes, _END.size + 0xFFFF)
+        tail_length = min(self.size_bytes, END.size + 0xFFFF)
         tail_start = self.size_bytes - tail_length
         tail = self._read(tail_start, tail_length)
-        at = tail.rfind(b"PK\5\6")
-        if at < 0 or at + _END.size > len(tail):
-            raise self._error("it is no zip archive, or it is cut off")
-        _, disk, disk_of_directory, here, count, size, offset, comment = _END.unpack_from(tail, at)
-        if at + _END.size + comment != len(tail):
+        at = tail.rfind(END_SIGNATURE)
+        if at < 0 or at + END.size > len(tail):
+            raise self._error("it is not a zip archive, or it is cut off")
+        _, disk, disk_of_directory, here, count, size, offset, comment = END.unpack_from(tail, at)
+        if at + END.size + comment != len(tail):
             raise self._error("it is cut off, or bytes follow its end record")
         end = tail_start + at
-        if 0xFFFF in (count, here) or 0xFFFFFFFF in (size, offset):
+        if 0xFFFF in (count, here) or IN_ZIP64 in (size, offset):
             end, fields = self._directory64(end)
             disk, disk_of_directory, here, count, size, offset = fields
         if disk or disk_of_directory or here != count:
@@ -144,12 +154,12 @@ class _Directory:
         return count, size, offset
 
     def _directory64(self, end: int) -> tuple[int, tuple[int, ...]]:
-        locator = self._read(end - _END64_LOCATOR.size, _END64_LOCATOR.size)
-        signature, _, offset, _ = _END64_LOCATOR.unpack(locator)
-        if signature != b"PK\6\7":
+        locator = self._read(end - END64_LOCATOR.size, END64_LOCATOR.size)
+        signature, _, offset, _ = END64_LOCATOR.unpack(locator)
+        if signature != END64_LOCATOR_SIGNATURE:
             raise self._error("its zip64 end record is missing")
-        signature, length, _, _, *fields = _END64.unpack(self._read(offset, _END64.size))
-        if signature != b"PK\6\6" or offset + 12 + length != end - _END64_LOCATOR.size:
+        signature, length, _, _, *fields = END64.unpack(self._read(offset, END64.size))
+        if signature != END64_SIGNATURE or offset + 12 + length != end - END64_LOCATOR.size:
             raise self._error("its zip64 end record is damaged")
         return offset, tuple(fields)
 
@@ -158,7 +168,7 @@ class _Directory:
         seen: dict[str, str] = {}
         at = 0
         for _ in range(count):
-            if at + _CENTRAL.size > len(directory):
+            if at + CENTRAL.size > len(directory):
                 raise self._error("its directory is cut off")
             entry, at = self._entry(directory, at)
             entries.append(entry)
@@ -167,7 +177,7 @@ class _Directory:
             check_name(entry.name)
             folded = entry.name.casefold()
             if folded in seen:
-                raise self._error(f"{entry.name} is there twice (as {seen[folded]})")
+                raise self._error(f"{entry.name} is listed twice (as {seen[folded]})")
             seen[folded] = entry.name
         if at != len(directory):
             raise self._error("its directory holds more than it counts")
@@ -175,20 +185,20 @@ class _Directory:
 
     def _entry(self, directory: bytes, at: int) -> tuple[_Entry, int]:
         """Decode one record of the central directory; say also where the next begins."""
-        fields = _CENTRAL.unpack_from(directory, at)
+        fields = CENTRAL.unpack_from(directory, at)
         signature, made_by, _, flags, method, _, _, crc32, packed, size = fields[:10]
         name_length, extra_length, comment_length, disk, _, attributes, offset = fields[10:]
-        name_at = at + _CENTRAL.size
+        name_at = at + CENTRAL.size
         extra_at = name_at + name_length
         after = extra_at + extra_length + comment_length
-        if signature != b"PK\1\2" or after > len(directory):
+        if signature != CENTRAL_SIGNATURE or after > len(directory):
             raise self._error("its directory is damaged")
         name = self._decode_name(directory[name_at:extra_at], flags)
         extra = directory[extra_at : extra_at + extra_length]
         size, packed, offset = self._wide(name, extra, [size, packed, offset])
-        if disk not in (0, 0xFFFF) or flags & _FLAG_ENCRYPTED:
+        if disk not in (0, 0xFFFF) or flags & FLAG_ENCRYPTED:
             raise self._error(f"{name} is encrypted or in another part")
-        kind = (attributes >> 16) & 0o170000 if made_by >> 8 == _UNIX else 0
+        kind = (attributes >> 16) & 0o170000 if made_by >> 8 == UNIX else 0
         if kind not in (0, 0o100000, 0o040000):
             raise self._error(f"{name} is a link or a special file: refused")
         is_folder = name.endswith("/")
@@ -200,29 +210,29 @@ class _Directory:
 
     def _decode_name(self, raw: bytes, flags: int) -> str:
         try:
-            return raw.decode("utf-8" if flags & _FLAG_UTF8 else "ascii")
+            return raw.decode("utf-8" if flags & FLAG_UTF8 else "ascii")
         except UnicodeDecodeError as error:
             raise self._error(f"the member name {raw!r} is not readable") from error
 
     def _wide(self, name: str, extra: bytes, values: list[int]) -> list[int]:
         """Replace the 32-bit `values` that are all ones by those of the zip64 extra field."""
-        if _WIDE not in values:
+        if IN_ZIP64 not in values:
             return values
         found = []
         at = 0
         while at + 4 <= len(extra):
             kind, length = struct.unpack_from("<2H", extra, at)
             at += 4
-            if kind == 1:
+            if kind == ZIP64_EXTRA:
                 found.append(extra[at : at + length])
             at += length
         if len(found) != 1:
             raise self._error(f"{name}: it has {len(found)} zip64 fields and needs one")
         wide = found[0]
-        if len(wide) < 8 * values.count(_WIDE):
+        if len(wide) < 8 * values.count(IN_ZIP64):
             raise self._error(f"{name}: its zip64 field is damaged")
         numbers = (number for (number,) in struct.iter_unpack("<Q", wide[: len(wide) // 8 * 8]))
-        return [next(numbers) if value == _WIDE else value for value in values]
+        return [next(numbers) if value == IN_ZIP64 else value for value in values]
 
     def _member(self, entry: _Entry) -> ZipMember:
         """Check the local header of `entry` against the directory and find its data."""
@@ -245,26 +255,26 @@ class _Directory:
             packed,
             entry.crc32,
             is_stored=method == STORED,
-            has_descriptor=bool(entry.flags & _FLAG_DESCRIPTOR),
+            has_descriptor=bool(entry.flags & FLAG_DESCRIPTOR),
             offset=self.start + offset,
         )
 
     def _check_local(self, entry: _Entry) -> int:
         """Compare the local header with the directory's; return where it ends."""
-        fields = _LOCAL.unpack(self._read(entry.header_offset, _LOCAL.size))
+        fields = LOCAL.unpack(self._read(entry.header_offset, LOCAL.size))
         signature, _, flags, method, _, _, crc32, packed, size, name_length, extra_length = fields
-        extra_at = entry.header_offset + _LOCAL.size + name_length
+        extra_at = entry.header_offset + LOCAL.size + name_length
         raw_name = self._read(extra_at - name_length, name_length)
         extra = self._read(extra_at, extra_length)
         is_same = (
-            signature == b"PK\3\4"
+            signature == LOCAL_SIGNATURE
             and method == entry.method
             and flags == entry.flags
             and self._decode_name(raw_name, flags) == entry.name
         )
-        if is_same and not flags & _FLAG_DESCRIPTOR:
+        if is_same and not flags & FLAG_DESCRIPTOR:
             # Java takes both sizes from the zip64 field, or neither.
-            is_same = (size == _WIDE) == (packed == _WIDE)
+            is_same = (size == IN_ZIP64) == (packed == IN_ZIP64)
             size, packed = self._wide(entry.name, extra, [size, packed])
             claimed = (entry.crc32, entry.packed_bytes, entry.size_bytes)
             is_same = is_same and (crc32, packed, size) == claimed
@@ -272,20 +282,21 @@ class _Directory:
             raise self._error(f"{entry.name}: its two headers disagree")
         return int(extra_at + extra_length)
 
-    def _check_end(self, entry: _Entry, end: int, next_begin: int) -> None:
+    def _check_end(self, entry: _Entry, end: int, next_start: int) -> None:
         """Nothing may lie between a member and what follows it but its data descriptor."""
-        if end > next_begin:
+        if end > next_start:
             raise self._error(f"{entry.name} overlaps what follows it")
-        if not entry.flags & _FLAG_DESCRIPTOR:
+        if not entry.flags & FLAG_DESCRIPTOR:
             allowed = {b""}
         else:
             values = (entry.crc32, entry.packed_bytes, entry.size_bytes)
-            narrow = struct.pack("<3L", *(min(value, _WIDE) for value in values))
+            narrow = struct.pack("<3L", *(min(value, IN_ZIP64) for value in values))
             wide = struct.pack("<L2Q", *values)
-            allowed = {sign + each for sign in (b"", b"PK\7\10") for each in (narrow, wide)}
-        length = next_begin - end
+            signs = (b"", DESCRIPTOR_SIGNATURE)
+            allowed = {sign + each for sign in signs for each in (narrow, wide)}
+        length = next_start - end
         if length > 24 or self._read(end, length) not in allowed:
-            raise self._error(f"after {entry.name} lie {length} bytes that belong to no member")
+            raise self._error(f"the {length} bytes after {entry.name} do not belong to a member")
 
     def _check_tree(self, members: Collection[str]) -> None:
         """No member may be a folder of another one."""

@@ -1,4 +1,4 @@
-"""What must hold in an archive, check by check; changes when a promise of ours does.
+"""The checks of an archive: structure, hashes, components, versions, configuration.
 
 Every check yields its problems as text instead of raising, so that a report names them all.
 """
@@ -25,8 +25,7 @@ from scripts.archive.manifest import (
     TORCHSERVE_MANIFEST_NAME,
     installed_versions,
 )
-from scripts.archive.pipeline_files import component_classes
-from scripts.archive.reader import ArchiveView, Reader, read_headers, read_index
+from scripts.archive.reader import ArchiveView, Reader
 from scripts.console import Progress
 from scripts.documents import parse_json, parse_yaml
 
@@ -57,7 +56,7 @@ def check_archive(view: ArchiveView, report: Progress) -> Iterator[str]:
         yield from _check_manifest(view, manifest, report)
     yield from _problems(lambda: read_config(view))
     yield from _problems(lambda: check_names(view.model.sizes, "the pipeline"))
-    yield from _check_components(view.model)
+    yield from _check_components(view)
     if manifest:
         yield from _check_versions(manifest)
 
@@ -90,7 +89,7 @@ def _check_torchserve(outer: Reader) -> Iterator[str]:
         yield str(error)
         return
     except (KeyError, TypeError, AttributeError) as error:
-        yield f"{TORCHSERVE_MANIFEST_NAME} is no manifest of TorchServe's: {error!r}"
+        yield f"{TORCHSERVE_MANIFEST_NAME} is not a manifest of TorchServe's: {error!r}"
         return
     for key, name in named.items():
         if name is None and key == "handler":
@@ -164,17 +163,17 @@ def _compare(
             yield f"{prefix}{name} does not match its SHA-256 in the manifest"
 
 
-def _check_components(model: Reader) -> Iterator[str]:
+def _check_components(view: ArchiveView) -> Iterator[str]:
     """Every component must have files, and every safetensors file a header that is true."""
     try:
-        index = read_index(model)
+        components = view.index.components
     except ServingError as error:
         yield str(error)
         return
-    for name in component_classes(index):
-        if not any(path.startswith(f"{name}/") for path in model.sizes):
+    for name in components:
+        if not any(path.startswith(f"{name}/") for path in view.model.sizes):
             yield f"the component {name} of {MODEL_INDEX} has no files"
-    yield from _problems(lambda: read_headers(model))
+    yield from _problems(lambda: view.headers)
 
 
 def _check_versions(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -205,13 +204,12 @@ def check_models(view: ArchiveView) -> Iterator[str]:
     from handler.loading.components import check_pipeline_class
 
     try:
-        index = read_index(view.model)
-        headers = read_headers(view.model)
+        index, headers = view.index, view.headers
     except ServingError:
         return  # reported by check_archive
     yield from _problems(lambda: check_pipeline_class(index))
     with tempfile.TemporaryDirectory(prefix="verify-") as folder, quiet_libraries():
-        for name, (library, class_name) in component_classes(index).items():
+        for name, (library, class_name) in index.components.items():
             inside = {path: head for path, head in headers.items() if path.startswith(f"{name}/")}
             try:
                 _build(view.model, Path(folder), name, library, class_name, inside)

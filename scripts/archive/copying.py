@@ -1,4 +1,4 @@
-"""Copies bytes to their place and takes their checksums; changes with what makes that fast.
+"""Copies bytes to their place in an archive and takes their checksums.
 
 Members are copied several at once, each by two threads: one reads, takes the CRC-32 and writes,
 through buffers that stay in a core's own cache; the other takes the SHA-256, which is slower than
@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from isal.isal_zlib import crc32
+
 from handler.errors import ArchiveError
-from handler.zips.crc32 import crc32
 from scripts.console import Progress
 
-__all__ = ["Content", "Copier", "FileContent", "Place", "Sums", "copy_hashed"]
+__all__ = ["Checksums", "Content", "Copier", "FileContent", "Place", "copy_hashed"]
 
 _CHUNK_BYTES = 512 << 10
 _CHUNKS_AHEAD = 4
@@ -51,7 +52,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Sums:
+class Checksums:
     """The checksums of what was copied."""
 
     crc32: int
@@ -81,12 +82,14 @@ class Copier:
             self._stopped.set()
         self._pool.shutdown(cancel_futures=error is not None)
 
-    def submit(self, content: Content, place: Place) -> Callable[[], Sums]:
+    def submit(self, content: Content, place: Place) -> Callable[[], Checksums]:
         """Begin to copy; the result waits for its end, and raises what `copy_hashed` does."""
         return self._pool.submit(copy_hashed, content, place, self._stopped).result
 
 
-def copy_hashed(content: Content, place: Place, stopped: threading.Event | None = None) -> Sums:
+def copy_hashed(
+    content: Content, place: Place, stopped: threading.Event | None = None
+) -> Checksums:
     """Write `content` to `place`; give up halfway where `stopped` is set.
 
     Raises: ArchiveError, where it has more or less bytes than there is room for.
@@ -108,7 +111,7 @@ def copy_hashed(content: Content, place: Place, stopped: threading.Event | None 
             pending.append(hasher.submit(sha256.update, chunk))
     if written < place.size_bytes:
         raise _changed(place, str(written))
-    return Sums(checksum, sha256.hexdigest())
+    return Checksums(checksum, sha256.hexdigest())
 
 
 def _changed(place: Place, found: str) -> ArchiveError:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from handler.zips.central_directory import check_name
 from scripts.archive.copying import Content, Copier, Place, copy_hashed
-from scripts.archive.zip_writer import Written, ZipWriter
+from scripts.archive.zip_writer import WrittenMember, ZipWriter
 
-__all__ = ["DirWriter"]
+__all__ = ["FolderWriter"]
 
 
 @dataclass(frozen=True, slots=True)
-class DirWriter:
+class FolderWriter:
     """Writes members as files below `folder`, which is made. A nested zip is large, files are not.
 
     `copier` is for the members of nested zips.
@@ -23,7 +23,7 @@ class DirWriter:
 
     folder: Path
     copier: Copier | None = None
-    _written: list[Written] = field(default_factory=list)
+    _written: list[WrittenMember] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.folder.mkdir()
@@ -40,7 +40,7 @@ class DirWriter:
         """Write one file of exactly `size_bytes`; a file begins aligned by itself."""
         with self._new(name).open("xb") as file:
             sums = copy_hashed(content, Place(name, file.fileno(), 0, size_bytes))
-        self._written.append(Written(name, size_bytes, sums.crc32, sums.sha256))
+        self._written.append(WrittenMember(name, size_bytes, sums.crc32, sums.sha256))
 
     @contextmanager
     def nested(self, name: str, most_bytes: int) -> Iterator[ZipWriter]:
@@ -50,8 +50,8 @@ class DirWriter:
             yield writer
             writer.close()
 
-    def finish(self) -> list[Written]:
-        """Tell of the files, nested zips left out."""
+    def finish(self) -> list[WrittenMember]:
+        """Return the files, nested zips left out."""
         return self._written
 
     def _new(self, name: str) -> Path:

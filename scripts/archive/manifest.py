@@ -1,4 +1,4 @@
-"""The manifest that an archive carries beside TorchServe's own; changes with what it tells.
+"""The manifests of an archive: TorchServe's, and our own beside it.
 
 ``MAR-INF/PIPELINE.json`` says what every member's bytes must be and what the pipeline is. It holds
 nothing of the machine, the hour or the user that packed it: equal inputs give equal manifests.
@@ -10,14 +10,13 @@ import importlib.metadata
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from handler.loading.contents import MANIFEST_NAME
+from handler.loading.model_index import ModelIndex
 from handler.loading.safetensors_map import Header
 from scripts import __version__
-from scripts.archive.pipeline_files import component_classes, read_source_note
-from scripts.archive.zip_writer import Written
+from scripts.archive.zip_writer import WrittenMember
 
 __all__ = [
     "ARCHIVE_ROOT",
@@ -28,8 +27,6 @@ __all__ = [
     "build_manifest",
     "component_facts",
     "dump",
-    "find_licence",
-    "find_source",
     "installed_versions",
     "torchserve_manifest",
 ]
@@ -38,7 +35,6 @@ ARCHIVE_ROOT = "MAR-INF"
 TORCHSERVE_MANIFEST_NAME = f"{ARCHIVE_ROOT}/MANIFEST.json"
 CONFIG_NAME = "model-config.yaml"
 FORMAT = 1
-_LICENCE_BYTES = 64 << 10
 
 
 def dump(value: object) -> bytes:
@@ -75,15 +71,13 @@ def installed_versions() -> dict[str, str]:
     }
 
 
-def component_facts(
-    index: Mapping[str, object], headers: Mapping[str, Header]
-) -> dict[str, dict[str, Any]]:
+def component_facts(index: ModelIndex, headers: Mapping[str, Header]) -> dict[str, dict[str, Any]]:
     """Return class, parameters, bytes and dtypes of every component.
 
     `headers` are those of the packed safetensors files, by their path in the pipeline.
     """
     facts: dict[str, dict[str, Any]] = {}
-    for name, (library, class_name) in component_classes(index).items():
+    for name, (library, class_name) in index.components.items():
         facts[name] = {"class": f"{library}.{class_name}"}
         infos = [
             info
@@ -101,64 +95,15 @@ def component_facts(
     return facts
 
 
-def find_source(folder: Path) -> dict[str, str]:
-    """Say where `folder` came from: what download_weights noted, or its place in the hub's cache.
-
-    A plain folder is called a folder and no more: its path would differ from desk to desk.
-    """
-    note = read_source_note(folder)
-    if note is not None:
-        return {key: str(note.get(key)) for key in ("model_id", "revision")}
-    parts = folder.absolute().parts
-    if len(parts) >= 3 and parts[-2] == "snapshots" and parts[-3].startswith("models--"):
-        model_id = parts[-3].removeprefix("models--").replace("--", "/")
-        return {"model_id": model_id, "revision": parts[-1]}
-    return {"kind": "folder"}
-
-
-def find_licence(folder: Path) -> dict[str, str]:
-    """Return what the model card and the licence file in `folder` say of the licence."""
-    found: dict[str, str] = {}
-    card = _read_text(folder, "readme")
-    if card.startswith("---"):
-        for line in card.split("---")[1].splitlines():
-            key, colon, value = line.partition(":")
-            if colon and key in ("license", "license_name", "license_link"):
-                found[key] = value.strip().strip("\"'")
-    text = _read_text(folder, "licen") or _section(card)
-    if text:
-        found["text"] = text
-    return found
-
-
-def _read_text(folder: Path, prefix: str) -> str:
-    for path in sorted(folder.iterdir()):
-        if path.name.lower().startswith(prefix) and path.is_file():
-            return path.read_bytes()[:_LICENCE_BYTES].decode("utf-8", "replace")
-    return ""
-
-
-def _section(card: str) -> str:
-    """Return the part of a model card below its heading "License", up to the next heading."""
-    kept: list[str] = []
-    is_inside = False
-    for line in card.splitlines():
-        if line.startswith("#"):
-            is_inside = line.lstrip("#").strip().lower() in ("license", "licence")
-        elif is_inside:
-            kept.append(line)
-    return "\n".join(kept).strip()
-
-
 def build_manifest(
     *,
-    index: Mapping[str, object],
+    index: ModelIndex,
     headers: Mapping[str, Header],
     source: Mapping[str, str],
     licence: Mapping[str, str],
     extras: Mapping[str, object],
-    members: Sequence[Written],
-    model_members: Sequence[Written],
+    members: Sequence[WrittenMember],
+    model_members: Sequence[WrittenMember],
 ) -> dict[str, Any]:
     """Put the manifest together."""
     components = component_facts(index, headers)
@@ -166,7 +111,7 @@ def build_manifest(
         "format": FORMAT,
         "tool": {"name": "diffusers-torchserve", "version": __version__},
         "pipeline": {
-            "class": index["_class_name"],
+            "class": index.class_name,
             "parameters": sum(facts.get("parameters", 0) for facts in components.values()),
             "components": components,
         },
@@ -179,7 +124,7 @@ def build_manifest(
     }
 
 
-def _listed(members: Iterable[Written]) -> dict[str, dict[str, Any]]:
+def _listed(members: Iterable[WrittenMember]) -> dict[str, dict[str, Any]]:
     return {
         member.name: {"size_bytes": member.size_bytes, "sha256": member.sha256}
         for member in members

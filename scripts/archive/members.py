@@ -1,4 +1,4 @@
-"""Streams a pipeline's files into an archive; changes with what packed files look like."""
+"""Turns a pipeline's files into members of an archive, and writes those."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from scripts.archive.precision import PRECISIONS, ConvertedFile
 from scripts.archive.zip_writer import Container
 from scripts.console import Progress
 
-__all__ = ["Payload", "most_zip_bytes", "payload", "write_payload"]
+__all__ = ["Member", "make_member", "most_zip_bytes", "write_member"]
 
-ALIGN_BYTES = 64  # no tensor of a mapped file then straddles a cache line at its begin
+ALIGN_BYTES = 64  # no tensor of a mapped file then straddles a cache line at its start
 _HEADER_ROOM_BYTES = 8192
 
 
 @dataclass(frozen=True, slots=True)
-class Payload:
+class Member:
     """A member to be written: `content` gives its bytes; `header` is there for weights."""
 
     name: str
@@ -28,37 +28,35 @@ class Payload:
     header: Header | None = None
 
 
-def payload(file: PipelineFile, dtype_name: str | None = None) -> Payload:
+def make_member(file: PipelineFile, dtype_name: str | None = None) -> Member:
     """Say how `file` is packed; its floats in `dtype_name` (a torch name), if one is given.
 
     Raises: ArchiveError, where a safetensors file is damaged.
     """
     data = file.data
     if data is not None:
-        return Payload(file.name, len(data), lambda progress: [data])
+        return Member(file.name, len(data), lambda progress: [data])
     if not file.is_weights:
-        return Payload(
-            file.name, file.size_bytes, lambda progress: FileContent(file.path, progress)
-        )
+        return Member(file.name, file.size_bytes, lambda progress: FileContent(file.path, progress))
     if dtype_name is not None:
         converted = ConvertedFile(file.path, PRECISIONS[dtype_name])
         if converted.is_changed:
             size_bytes = converted.size_bytes
-            return Payload(file.name, size_bytes, converted.chunks, converted.header)
+            return Member(file.name, size_bytes, converted.chunks, converted.header)
     with file.path.open("rb") as source:
         header = read_header(source, file.size_bytes, str(file.path))
-    return Payload(
+    return Member(
         file.name, file.size_bytes, lambda progress: FileContent(file.path, progress), header
     )
 
 
-def most_zip_bytes(payloads: Sequence[Payload]) -> int:
-    """Return a bound on the size of a zip of `payloads`."""
-    return sum(each.size_bytes for each in payloads) + _HEADER_ROOM_BYTES * (len(payloads) + 1)
+def most_zip_bytes(members: Sequence[Member]) -> int:
+    """Return a bound on the size of a zip of `members`."""
+    return sum(each.size_bytes for each in members) + _HEADER_ROOM_BYTES * (len(members) + 1)
 
 
-def write_payload(container: Container, each: Payload, progress: Progress) -> None:
-    """Write one member; the tensors of safetensors files come to lie aligned."""
+def write_member(container: Container, each: Member, progress: Progress) -> None:
+    """Write one member; the tensors of safetensors files are aligned."""
     content = each.content(progress)
     if each.header is None:
         container.add(each.name, content, each.size_bytes)

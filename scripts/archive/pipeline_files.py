@@ -1,28 +1,26 @@
-"""Which files of a pipeline folder are the pipeline; changes with how diffusers saves one."""
+"""Lists the files of a pipeline folder that belong to the pipeline."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from handler.errors import ArchiveError
-from handler.loading.contents import MODEL_INDEX, WEIGHTS_SUFFIX, check_model_index, pickled
+from handler.loading.contents import MODEL_INDEX, WEIGHTS_SUFFIX, pickled
+from handler.loading.model_index import ModelIndex
 from handler.loading.variants import select_weights, variant_of
+from scripts.archive.mistaken import mistaken_pipeline
+from scripts.archive.source import read_source_note
 from scripts.documents import parse_json
 
 __all__ = [
-    "SOURCE_NOTE",
     "PipelineFile",
+    "PipelineFiles",
     "choose_names",
-    "component_classes",
     "list_pipeline",
-    "read_model_index",
-    "read_source_note",
 ]
 
-SOURCE_NOTE = ".source.json"
 _KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", WEIGHTS_SUFFIX)
 _KEPT_AT_TOP = ("readme", "license", "licence", "notice")
 
@@ -38,39 +36,35 @@ class PipelineFile:
 
     @property
     def is_weights(self) -> bool:
+        """Whether it is a safetensors file."""
         return self.name.endswith(WEIGHTS_SUFFIX)
 
 
-def read_model_index(folder: Path) -> dict[str, object]:
-    """Return the checked model_index.json of `folder`. Raises: ArchiveError."""
+@dataclass(frozen=True, slots=True)
+class PipelineFiles:
+    """A pipeline's own files, sorted by name, and what their model_index.json says."""
+
+    files: Sequence[PipelineFile]
+    index: ModelIndex
+
+
+def _read_index(folder: Path) -> ModelIndex:
     path = folder / MODEL_INDEX
     if not path.is_file():
-        raise ArchiveError(
-            f"{folder} is no diffusers pipeline: it has no {MODEL_INDEX}; "
-            "give a folder that save_pretrained or scripts.download_weights wrote"
-        )
-    return check_model_index(parse_json(path.read_bytes(), str(path)), str(folder))
-
-
-def component_classes(index: Mapping[str, object]) -> dict[str, tuple[str, str]]:
-    """Return library and class of every component that `index` names and that is not left out."""
-    return {
-        name: (str(value[0]), str(value[1]))
-        for name, value in index.items()
-        if not name.startswith("_") and isinstance(value, list) and value[0] is not None
-    }
+        raise mistaken_pipeline(folder)
+    return ModelIndex.read(path, str(folder))
 
 
 def list_pipeline(
     folder: Path, *, replaced: Mapping[str, Path] | None = None, dtype_name: str = "float16"
-) -> list[PipelineFile]:
-    """List the pipeline's own files, sorted by name; one variant of the weights.
+) -> PipelineFiles:
+    """List the pipeline's own files; one variant of the weights.
 
     `replaced` gives components other folders. Raises: ArchiveError, naming every file refused.
     """
     replaced = replaced or {}
-    index = read_model_index(folder)
-    components = component_classes(index)
+    index = _read_index(folder)
+    components = index.components
     if unknown := sorted(replaced.keys() - components.keys()):
         raise ArchiveError(
             f"no component {', '.join(unknown)} in {folder}: it has {', '.join(components)}"
@@ -86,17 +80,22 @@ def list_pipeline(
     for component in components:
         if not any(name.startswith(f"{component}/") for name in chosen):
             source = replaced.get(component, folder / component)
-            raise ArchiveError(f"the component {component} has no files in {source}")
+            hint = ": links to folders are not followed" if source.is_symlink() else ""
+            raise ArchiveError(f"the component {component} has no files in {source}{hint}")
+    _check_chosen(chosen)
+    for name in chosen:
+        _check_link(paths[name], replaced.get(name.partition("/")[0], folder))
     files = {name: PipelineFile(name, paths[name], paths[name].stat().st_size) for name in chosen}
     if replaced:
-        data = _index_with(index, replaced)
+        index = index.replace(_classes(replaced), "the pipeline with its replaced components")
+        data = index.dump()
         files[MODEL_INDEX] = PipelineFile(MODEL_INDEX, paths[MODEL_INDEX], len(data), data)
-    return list(files.values())
+    return PipelineFiles(list(files.values()), index)
 
 
-def _index_with(index: Mapping[str, object], replaced: Mapping[str, Path]) -> bytes:
-    """Return model_index.json with the classes that the replacing components say they are."""
-    changed = dict(index)
+def _classes(replaced: Mapping[str, Path]) -> dict[str, tuple[str, str]]:
+    """Return the classes that the replacing components say they are, where they do."""
+    classes: dict[str, tuple[str, str]] = {}
     for component, source in replaced.items():
         for name, key in (
             ("config.json", "_class_name"),
@@ -109,10 +108,37 @@ def _index_with(index: Mapping[str, object], replaced: Mapping[str, Path]) -> by
                 found = found[0]
             if isinstance(found, str):
                 library = "diffusers" if key == "_class_name" else "transformers"
-                changed[component] = [library, found]
+                classes[component] = (library, found)
                 break
-    check_model_index(changed, "the pipeline with its replaced components")
-    return (json.dumps(changed, indent=2, sort_keys=True) + "\n").encode()
+    return classes
+
+
+def _check_chosen(names: Sequence[str]) -> None:
+    """Refuse names that are one name where file systems do not tell letters' cases apart."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise ArchiveError(
+                f"{other} and {name} differ only in upper and lower case, and are one file on some "
+                "machines: remove one of them"
+            )
+
+
+def _check_link(path: Path, root: Path) -> None:
+    """Refuse a file that is a link out of `root`, unless it is one of the hub's cache.
+
+    The cache's snapshots are links to the blobs of the same model.
+    """
+    if not path.is_symlink():
+        return
+    root, target = root.resolve(), path.resolve()
+    caches = (each for each in (root, *root.parents) if each.name.startswith("models--"))
+    allowed = [root, *((each / "blobs").resolve() for each in caches)]
+    if not any(target.is_relative_to(each) for each in allowed):
+        raise ArchiveError(
+            f"{path} is a link to {target}, outside of the pipeline: put the file itself there"
+        )
 
 
 def _read_object(path: Path) -> dict[str, object]:
@@ -121,7 +147,9 @@ def _read_object(path: Path) -> dict[str, object]:
         return {}
     found = parse_json(path.read_bytes(), str(path))
     if not isinstance(found, dict):
-        raise ArchiveError(f"{path} holds no JSON object: it is no component's configuration")
+        raise ArchiveError(
+            f"{path} does not hold a JSON object: it is not a component's configuration"
+        )
     return found
 
 
@@ -129,15 +157,6 @@ def _refuse_unfinished(folder: Path) -> None:
     note = read_source_note(folder)
     if note is not None and note.get("is_complete") is not True:
         raise ArchiveError(f"the download into {folder} is not finished: run it again to go on")
-
-
-def read_source_note(folder: Path) -> dict[str, object] | None:
-    """Return what download_weights noted in `folder`, if it did."""
-    try:
-        note = parse_json((folder / SOURCE_NOTE).read_bytes(), SOURCE_NOTE)
-    except (FileNotFoundError, ArchiveError):
-        return None
-    return note if isinstance(note, dict) else None
 
 
 def choose_names(

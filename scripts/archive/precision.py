@@ -1,6 +1,6 @@
-"""Converts weights to another precision while they stream by; changes with the number formats.
+"""Converts weights to another precision while they are copied.
 
-Knows no torch, so packing stays below 200 MB whatever it packs.
+Needs no torch, so that packing takes less than 200 MB of memory whatever it packs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Reads archives of every form in place; changes with the forms that exist.
+"""Reads archives of every form in place.
 
 A ``.mar`` of ours (stored), one of torch-model-archiver (deflated), an archive folder, a zipped
 pipeline and a pipeline folder all become one `ArchiveView`.
@@ -12,17 +12,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
 from handler.errors import ArchiveError
-from handler.loading.contents import MODEL_INDEX, MODEL_ZIP, check_model_index, pipeline_prefix
+from handler.loading.contents import MODEL_INDEX, MODEL_ZIP, WEIGHTS_SUFFIX, pipeline_prefix
+from handler.loading.model_index import ModelIndex
 from handler.loading.safetensors_map import Header, parse_header
 from handler.zips.reader import CHUNK_BYTES, ZipReader
 from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
-from scripts.documents import parse_json
 
-__all__ = ["ArchiveView", "FolderReader", "Reader", "open_archive", "read_headers", "read_index"]
+__all__ = ["ArchiveView", "FolderReader", "Reader", "open_archive"]
 
 
 class Reader(Protocol):
@@ -137,12 +138,13 @@ class _Below:
         return self.reader.stream(self.prefix + name)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ArchiveView:
     """An opened archive.
 
     `outer` holds what TorchServe unpacks, None for a bare pipeline; `model` the pipeline's files.
     `place` is where a zip with the pipeline lies: a file, with the zip's offset and its size.
+    What `index` and `headers` say is read once, when it is first asked for.
     """
 
     path: Path
@@ -150,19 +152,19 @@ class ArchiveView:
     model: Reader
     place: tuple[Path, int, int] | None = None
 
+    @cached_property
+    def index(self) -> ModelIndex:
+        """The pipeline's model_index.json. Raises: ArchiveError."""
+        return ModelIndex.parse(self.model.read(MODEL_INDEX), "the pipeline")
 
-def read_headers(model: Reader) -> dict[str, Header]:
-    """Return the headers of all safetensors files of a pipeline. Raises: ArchiveError."""
-    return {
-        name: parse_header(lambda count, name=name: model.head(name, count), size, name)  # type: ignore[misc]
-        for name, size in model.sizes.items()
-        if name.endswith(".safetensors")
-    }
-
-
-def read_index(model: Reader) -> dict[str, object]:
-    """Return the checked model_index.json of a pipeline. Raises: ArchiveError."""
-    return check_model_index(parse_json(model.read(MODEL_INDEX), MODEL_INDEX), "the pipeline")
+    @cached_property
+    def headers(self) -> dict[str, Header]:
+        """The headers of all safetensors files of the pipeline. Raises: ArchiveError."""
+        return {
+            name: parse_header(partial(self.model.head, name), size_bytes, name)
+            for name, size_bytes in self.model.sizes.items()
+            if name.endswith(WEIGHTS_SUFFIX)
+        }
 
 
 @contextmanager

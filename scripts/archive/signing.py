@@ -1,4 +1,4 @@
-"""Signs archives with OpenSSF model-signing and checks such signatures; changes with that tool.
+"""Signs archives with OpenSSF model-signing, and checks such signatures.
 
 The signature is a file beside the archive, in the sigstore bundle format: whoever has the public
 key can check it without us, by ``model_signing verify key``.

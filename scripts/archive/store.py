@@ -1,15 +1,40 @@
-"""Which archive a command line is about: the one it names, or the one that serve would take."""
+"""Chooses an archive of the store, for commands that are given a name or nothing."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from scripts.console import UsageError
-from scripts.serve import choose_archive
-from scripts.torchserve.options import ServerError
+from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
+from scripts.errors import UsageError
 
-__all__ = ["add_archive", "chosen_archive"]
+__all__ = ["add_archive", "choose_archive", "chosen_archive"]
+
+
+def choose_archive(store: Path, name: str | None) -> Path:
+    """Return the store's archive called `name` (a .mar or a folder), or its only one.
+
+    Raises: UsageError.
+    """
+    found = [
+        (path.name, path)
+        for path in sorted(store.glob("*/"))
+        if (path / TORCHSERVE_MANIFEST_NAME).exists()
+    ]
+    found += [(path.stem, path) for path in sorted(store.glob("*.mar"))]
+    names = sorted({each for each, _ in found})
+    if name and name not in names:
+        raise UsageError(
+            f"{store} has no archive called {name}; it has: {', '.join(names) or 'none'}"
+        )
+    if not found:
+        raise UsageError(f"{store} has no archive; `make archive` builds the embedded one")
+    if not name and len(names) > 1:
+        raise UsageError(f"{store} has several archives; choose one with NAME=: {', '.join(names)}")
+    chosen = [path for each, path in found if each == (name or names[0])]
+    if len(chosen) > 1:
+        raise UsageError(f"{chosen[0]} and {chosen[1]} have one name: remove the older one")
+    return chosen[0]
 
 
 def add_archive(parser: argparse.ArgumentParser) -> None:
@@ -32,10 +57,7 @@ def chosen_archive(arguments: argparse.Namespace) -> Path:
     """Return the archive that `arguments` name. Raises: UsageError, where it is not there."""
     path: Path | None = arguments.archive
     if path is None:
-        try:
-            return choose_archive(arguments.store, arguments.name)
-        except ServerError as error:
-            raise UsageError(str(error)) from error
+        return choose_archive(arguments.store, arguments.name)
     if arguments.name:
         raise UsageError(f"{path} and --name {arguments.name}: give one of them")
     if not path.exists():

@@ -1,4 +1,4 @@
-"""Lays out an archive: which members, in which order; changes with what a .mar of ours holds."""
+"""Writes an archive: which members it has, and in which order."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ import yaml
 
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError
-from handler.loading.contents import LORA_FOLDER, MODEL_INDEX, MODEL_ZIP, check_model_index
+from handler.loading.contents import LORA_FOLDER, MODEL_ZIP
+from handler.loading.model_index import ModelIndex
 from scripts.archive.copying import Copier
-from scripts.archive.folder_writer import DirWriter
+from scripts.archive.folder_writer import FolderWriter
 from scripts.archive.manifest import (
     CONFIG_NAME,
     MANIFEST_NAME,
     TORCHSERVE_MANIFEST_NAME,
     build_manifest,
     dump,
-    find_licence,
-    find_source,
     torchserve_manifest,
 )
-from scripts.archive.members import Payload, most_zip_bytes, payload, write_payload
+from scripts.archive.members import Member, make_member, most_zip_bytes, write_member
 from scripts.archive.pipeline_files import PipelineFile, list_pipeline
 from scripts.archive.signing import sign, signature_path
+from scripts.archive.source import find_licence, find_source
 from scripts.archive.zip_writer import Container, ZipWriter
-from scripts.console import Progress, UsageError, beside, progress
-from scripts.documents import parse_json, parse_yaml
+from scripts.console import Progress, atomic_output, progress
+from scripts.documents import parse_yaml
+from scripts.errors import UsageError
 from scripts.repository import REPOSITORY
 
 __all__ = ["ArchivePlan", "write_archive"]
@@ -76,9 +77,9 @@ class _Contents:
     """Everything that goes in, in the order in which it is written."""
 
     leading: Mapping[str, bytes]
-    loras: Sequence[Payload]
-    model: Sequence[Payload]
-    index: Mapping[str, object]
+    loras: Sequence[Member]
+    model: Sequence[Member]
+    index: ModelIndex
 
 
 def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
@@ -90,12 +91,12 @@ def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
     total = sum(each.size_bytes for each in (*contents.loras, *contents.model))
     marker = TORCHSERVE_MANIFEST_NAME if plan.is_folder else None
     with (
-        beside(out, force=force, marker=marker) as part,
+        atomic_output(out, force=force, marker=marker) as part,
         progress("packing", total) as report,
     ):
         if plan.is_folder:
             with Copier() as copier:
-                _write(DirWriter(part, copier), plan, contents, report)
+                _write(FolderWriter(part, copier), plan, contents, report)
         else:
             with part.open("x+b") as file, Copier() as copier:
                 writer = ZipWriter(file, copier)
@@ -110,7 +111,7 @@ def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
 
 
 def _contents(plan: ArchivePlan) -> _Contents:
-    files = list_pipeline(
+    pipeline = list_pipeline(
         plan.pipeline, replaced=plan.components, dtype_name=plan.dtype or "float16"
     )
     loras = [
@@ -119,17 +120,10 @@ def _contents(plan: ArchivePlan) -> _Contents:
     ]
     return _Contents(
         leading=_leading_members(plan),
-        loras=[payload(file) for file in loras],
-        model=[payload(file, plan.dtype) for file in files],
-        index=_index(files),
+        loras=[make_member(file) for file in loras],
+        model=[make_member(file, plan.dtype) for file in pipeline.files],
+        index=pipeline.index,
     )
-
-
-def _index(files: Sequence[PipelineFile]) -> dict[str, object]:
-    """Return model_index.json as it is packed: with the classes of replaced components."""
-    file = next(each for each in files if each.name == MODEL_INDEX)
-    data = file.data or file.path.read_bytes()
-    return check_model_index(parse_json(data, str(file.path)), str(file.path))
 
 
 def _size(path: Path) -> int:
@@ -142,10 +136,10 @@ def _write(target: Container, plan: ArchivePlan, contents: _Contents, report: Pr
     for name, data in contents.leading.items():
         target.add(name, [data], len(data))
     for each in contents.loras:
-        write_payload(target, each, report)
+        write_member(target, each, report)
     with target.nested(MODEL_ZIP, most_zip_bytes(contents.model)) as inner:
         for each in contents.model:
-            write_payload(inner, each, report)
+            write_member(inner, each, report)
     manifest = build_manifest(
         index=contents.index,
         headers={each.name: each.header for each in contents.model if each.header is not None},
@@ -204,7 +198,7 @@ def _config(plan: ArchivePlan) -> bytes:
     data = path.read_bytes()
     config = parse_yaml(data, str(path)) or {}
     if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds no keys and values")
+        raise ConfigError(f"{path} does not hold keys and values")
     section = config.get("handler") or {}
     if plan.settings and isinstance(section, dict):
         section = {**section, **plan.settings}

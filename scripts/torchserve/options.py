@@ -18,6 +18,7 @@ from handler.errors import ArchiveError
 from handler.zips.reader import ZipReader
 from scripts.archive.manifest import MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
 from scripts.documents import parse_json
+from scripts.errors import ServerError
 from scripts.repository import REPOSITORY
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "UNREACHABLE",
     "Options",
     "Ports",
-    "ServerError",
     "archive_identity",
     "example_prompt",
     "has_own_handler",
@@ -39,10 +39,6 @@ LOOPBACK = "127.0.0.1"
 UNREACHABLE = "255.255.255.255"
 # In the configuration file of every instance: what follows is this instance's own.
 INSTANCE_MARK = "# This instance:"
-
-
-class ServerError(Exception):
-    """The server cannot be started, asked or stopped; the message says what to do."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,16 +18,16 @@ from pathlib import Path
 
 import psutil
 
+from scripts.errors import ServerError
+from scripts.interrupts import signals_as_interrupts, signals_held
 from scripts.torchserve import health
 from scripts.torchserve.failures import has_failed_to_load, load_failure, refusal
-from scripts.torchserve.interrupts import signals_as_interrupts, signals_held
 from scripts.torchserve.launch import launch
 from scripts.torchserve.management import ModelState, describe
 from scripts.torchserve.options import (
     LOOPBACK,
     Options,
     Ports,
-    ServerError,
     archive_identity,
     has_own_handler,
     is_loopback,
@@ -165,8 +165,7 @@ class TorchServer:
             self._process = None
             self.state.clean()
             if isinstance(problem, OSError | ValueError | psutil.Error):
-                message = f"torchserve did not start:\n{self.frontend_tail()}"
-                raise ServerError(message) from None
+                raise ServerError("torchserve did not start", self.frontend_tail()) from None
             raise
 
     def wait_until_ready(
@@ -182,10 +181,10 @@ class TorchServer:
         while not self.is_ready():
             waited_s = time.monotonic() - started_s
             if self.pid is None:
-                raise ServerError(f"the server ended while starting:\n{self.frontend_tail()}")
+                raise ServerError("the server ended while starting", self.frontend_tail())
             if has_failed_to_load(self._log()):
                 self._wait_until_logged()
-                raise ServerError(f"the model cannot be loaded:\n{self.load_failure()}")
+                raise ServerError("the model cannot be loaded", self.load_failure())
             if waited_s > timeout_s:
                 raise ServerError(
                     f"no worker was READY within {timeout_s:.0f} s; "

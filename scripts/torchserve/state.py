@@ -13,7 +13,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from scripts.torchserve.options import INSTANCE_MARK, ServerError
+from scripts.errors import ServerError
+from scripts.torchserve.options import INSTANCE_MARK
 
 __all__ = ["MAX_SOCKETS_PATH_BYTES", "StateDir"]
 

@@ -72,7 +72,7 @@ def test_every_problem_is_named_at_once() -> None:
         ({"max_images": 9}, "must be 18 or more"),
         ({"max_rows": 6}, "max_rows: 6 is too few for max_images, 4"),
         ({"max_pixels_in_flight": 1000}, "would never be drawn"),
-        ({"warm_up_sizes": ["768x768", "768x2000"]}, "768x2000 is no size that a request may"),
+        ({"warm_up_sizes": ["768x768", "768x2000"]}, "768x2000 is not a size that a request may"),
         ({"warm_up_sizes": ["1536x1536"]}, "see min_size_px, max_size_px and max_pixels"),
         ({"speed": "max", "exact": True}, "which speed: max does not"),
         ({"negative_prompt": "x" * 11, "max_prompt_chars": 10}, "longer than max_prompt_chars"),

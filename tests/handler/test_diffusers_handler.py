@@ -83,8 +83,8 @@ def test_the_contract_that_torchserve_users_know(serve: Serve) -> None:
 
 def test_preprocess_gives_the_prompts_in_order(serve: Serve) -> None:
     _, handler = serve()
-    rows = [{"data": b"one"}, {"body": {"instances": ["two", "three"]}}, {"body": "four"}]
-    assert handler.preprocess(rows) == ["one", "two", "three", "four"]
+    bodies = [{"data": b"one"}, {"body": {"instances": ["two", "three"]}}, {"body": "four"}]
+    assert handler.preprocess(bodies) == ["one", "two", "three", "four"]
     with pytest.raises(InvalidRequest, match="curl"):
         handler.preprocess([{}])
 
@@ -104,7 +104,7 @@ def test_requests_join_while_others_run_and_leave_when_done(serve: Serve) -> Non
     frontend.run()
     assert (long.status, short.status) == (200, 200)
     assert long.reply_headers["content-type"] == "image/png"
-    assert long.reply_headers["X-Request-Id"] == long.call_id
+    assert long.reply_headers["X-Request-Id"] == long.request_id
 
 
 def test_a_picture_equals_the_pipelines_own_whoever_else_is_in_flight(
@@ -196,7 +196,7 @@ def test_a_stream_gives_its_events_while_others_run(serve: Serve) -> None:
     assert len(stream.chunks) > 3
 
 
-def test_a_streams_later_rows_carry_only_its_id(serve: Serve) -> None:
+def test_a_streams_later_bodies_carry_only_its_id(serve: Serve) -> None:
     """`Frontend` sends {} for them: were it read, it would be a request without a prompt."""
     frontend, _ = serve(cycle_ms=0)
     stream = frontend.post(prompt(num_inference_steps=5), SSE)
@@ -232,11 +232,10 @@ def test_a_client_that_goes_away_is_cancelled_in_the_next_cycle(serve: Serve) ->
     gone = frontend.post(prompt(num_inference_steps=900, request_id="gone"), SSE)
     other = frontend.post(prompt(num_inference_steps=50))
     frontend.cycle()
-    assert handler._engine is not None
-    assert handler._engine.num_running == 2
+    assert handler.service.load.num_running == 2
     frontend.disconnect(gone)
     frontend.cycle()
-    assert handler._engine.num_running == 1
+    assert handler.service.load.num_running == 1
     reuse = frontend.post(prompt(request_id="gone"))
     frontend.run()
     assert (other.status, reuse.status) == (200, 200)
@@ -252,18 +251,17 @@ def test_when_torchserve_falls_silent_nothing_is_held(
     frontend.disconnect(gone)
     ours, theirs = socket.socketpair()
     frontend.context.cl_socket = ours
-    assert handler._engine is not None
     # Something is on its way: not silent after all.
     theirs.send(b"I")
-    handler._on_silence()
-    assert handler._engine.num_running == 1
+    handler.on_silence()
+    assert handler.service.load.num_running == 1
     ours.recv(1)
-    # The alarm may ring when TorchServe's next message has just been unpacked.
+    # The watchdog may time out when TorchServe's next message has just been unpacked.
     frontend.context.request_ids = {0: "next"}
     with caplog.at_level(logging.INFO, "ts.metrics.caching_metric"):
-        handler._on_silence()
+        handler.on_silence()
     assert frontend.context.request_ids == {0: "next"}
-    assert handler._engine.num_running == 0
+    assert handler.service.load.num_running == 0
     assert "diffusers_rows_in_flight.Count:0.0" in caplog.text
     assert "outcome:disconnected" in caplog.text
     after = frontend.post(prompt())
@@ -274,14 +272,14 @@ def test_when_torchserve_falls_silent_nothing_is_held(
 
 
 def test_a_stream_that_was_given_up_in_a_pause_is_told_so_and_ends(serve: Serve) -> None:
-    """TorchServe stood still without letting go: its clients are still there afterwards."""
+    """TorchServe was paused without letting go: its clients are still there afterwards."""
     frontend, handler = serve(cycle_ms=0)
     stream = frontend.post(prompt(num_inference_steps=900), SSE)
     plain = frontend.post(prompt(num_inference_steps=4))
     frontend.cycle()
     ours, theirs = socket.socketpair()
     frontend.context.cl_socket = ours
-    handler._on_silence()
+    handler.on_silence()
     frontend.run()
     ours.close()
     theirs.close()
@@ -289,16 +287,19 @@ def test_a_stream_that_was_given_up_in_a_pause_is_told_so_and_ends(serve: Serve)
     assert (kind, data["status"]) == ("error", 503)
     # TorchServe sends the whole of a plain request in every cycle, so it just begins anew.
     assert plain.status == 200
-    assert handler._lost == set()
+    # Its client was told, once: the same id is a new request again.
+    again = frontend.post(prompt(), request_id=stream.request_id)
+    frontend.run()
+    assert again.status == 200
 
 
 def test_an_id_may_come_back_after_its_answer(serve: Serve) -> None:
     frontend, _ = serve()
-    first = frontend.post(prompt(), call_id="same")
+    first = frontend.post(prompt(), request_id="same")
     frontend.run()
-    second = frontend.post(prompt(), SSE, call_id="same")
+    second = frontend.post(prompt(), SSE, request_id="same")
     frontend.run()
-    third = frontend.post({}, call_id="same")
+    third = frontend.post({}, request_id="same")
     frontend.run()
     assert (first.status, second.status, third.status) == (200, 200, 400)
 
@@ -317,7 +318,7 @@ def test_stopping_criteria_are_fresh_in_every_cycle(serve: Serve) -> None:
     frontend.run()
 
 
-def test_inference_leaves_calls_in_flight_where_they_are(serve: Serve) -> None:
+def test_inference_leaves_requests_in_flight_where_they_are(serve: Serve) -> None:
     frontend, handler = serve(cycle_ms=0)
     waiting = [frontend.post(prompt(num_inference_steps=n)) for n in (1, 2, 30)]
     frontend.cycle()
@@ -331,11 +332,11 @@ def test_cancelling_by_what_a_reply_shows(serve: Serve) -> None:
     frontend, _ = serve(cycle_ms=0)
     target = frontend.post(prompt(num_inference_steps=900))
     frontend.cycle()
-    canceller = frontend.post({"cancel": target.call_id})
+    canceller = frontend.post({"cancel": target.request_id})
     frontend.cycle()
-    assert canceller.json() == {"cancelled": target.call_id}
+    assert canceller.json() == {"cancelled": target.request_id}
     assert target.status == 499
-    assert target.reply_headers["X-Request-Id"] == target.call_id
+    assert target.reply_headers["X-Request-Id"] == target.request_id
 
 
 def test_metrics_are_emitted_when_all_is_done(

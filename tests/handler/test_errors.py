@@ -52,13 +52,13 @@ def test_codes_tell_the_errors_apart() -> None:
 
 
 def test_fields_are_copied_into_the_body() -> None:
-    fields = {"seed": "is no integer"}
-    error = InvalidRequest("seed: is no integer", fields)
+    fields = {"seed": "is not an integer"}
+    error = InvalidRequest("seed: is not an integer", fields)
     fields.clear()
     assert error.body()["error"] == {
         "code": "invalid_request",
-        "message": "seed: is no integer",
-        "fields": {"seed": "is no integer"},
+        "message": "seed: is not an integer",
+        "fields": {"seed": "is not an integer"},
     }
 
 

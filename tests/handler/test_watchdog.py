@@ -1,4 +1,4 @@
-"""The alarm, in processes of its own: pytest-timeout uses the same signal in this one."""
+"""The watchdog, in processes of its own: pytest-timeout uses the same signal in this one."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import signal
 import subprocess
 import sys
 
-from handler.watchdog import SilenceAlarm
+from handler.watchdog import Watchdog
 
-# Waits as a worker does, in recv; a socket's timeout says that nothing rang.
+# Waits as a worker does, in recv; a socket's timeout says that the watchdog did not run out.
 _WAITING = """
 import socket, threading
-from handler.silence import SilenceAlarm
+from handler.watchdog import Watchdog
 ours, theirs = socket.socketpair()
 ours.settimeout(30)
-def ring():
+def on_timeout():
     assert threading.current_thread() is threading.main_thread()
-    print("rang", flush=True)
+    print("timeout", flush=True)
     theirs.send(b"!")
 """
 
@@ -29,20 +29,20 @@ def run(code: str) -> str:
     return done.stdout
 
 
-def test_it_rings_in_the_thread_that_waits() -> None:
-    assert run("SilenceAlarm(ring, 0.05).set(); ours.recv(1)") == "rang\n"
+def test_its_timeout_is_called_in_the_thread_that_waits() -> None:
+    assert run("Watchdog(on_timeout, 0.05).start(); ours.recv(1)") == "timeout\n"
 
 
-def test_it_rings_once_and_may_be_set_again() -> None:
-    code = "alarm = SilenceAlarm(ring, 0.05)\nfor _ in range(2): alarm.set(); ours.recv(1)"
-    assert run(code) == "rang\nrang\n"
+def test_it_times_out_once_and_may_be_started_again() -> None:
+    code = "dog = Watchdog(on_timeout, 0.05)\nfor _ in range(2): dog.start(); ours.recv(1)"
+    assert run(code) == "timeout\ntimeout\n"
 
 
-def test_it_does_not_ring_when_cleared_or_never_set() -> None:
+def test_it_does_not_time_out_when_stopped_or_never_started() -> None:
     code = """
-alarm = SilenceAlarm(ring, 0.05)
-alarm.set()
-alarm.clear()
+dog = Watchdog(on_timeout, 0.05)
+dog.start()
+dog.stop()
 ours.settimeout(0.3)
 try:
     ours.recv(1)
@@ -52,29 +52,29 @@ except TimeoutError:
     assert run(code) == "silent\n"
 
 
-def test_setting_it_again_begins_anew() -> None:
+def test_starting_it_again_begins_anew() -> None:
     code = """
 import time
-alarm = SilenceAlarm(ring, 0.3)
+dog = Watchdog(on_timeout, 0.3)
 started_s = time.monotonic()
-alarm.set()
+dog.start()
 while time.monotonic() - started_s < 0.9:
-    alarm.set()
+    dog.start()
 print("begins")
 ours.recv(1)
 """
-    assert run(code) == "begins\nrang\n"
+    assert run(code) == "begins\ntimeout\n"
 
 
-def test_another_threads_alarm_is_silent() -> None:
+def test_it_does_nothing_in_another_thread() -> None:
     code = """
-def start():
-    global alarm
-    alarm = SilenceAlarm(ring, 0.05)
-thread = threading.Thread(target=start)
+def make():
+    global dog
+    dog = Watchdog(on_timeout, 0.05)
+thread = threading.Thread(target=make)
 thread.start()
 thread.join()
-alarm.set()
+dog.start()
 ours.settimeout(0.3)
 try:
     ours.recv(1)
@@ -84,13 +84,13 @@ except TimeoutError:
     assert run(code) == "silent\n"
 
 
-def test_whoever_uses_alarms_already_keeps_them() -> None:
+def test_whoever_uses_its_signal_already_keeps_it() -> None:
     before = signal.signal(signal.SIGALRM, lambda *_: None)
     try:
         theirs = signal.getsignal(signal.SIGALRM)
-        alarm = SilenceAlarm(lambda: None, 0.01)
-        alarm.set()
-        alarm.clear()
+        watchdog = Watchdog(lambda: None, 0.01)
+        watchdog.start()
+        watchdog.stop()
         assert signal.getsignal(signal.SIGALRM) is theirs
     finally:
         signal.signal(signal.SIGALRM, before)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.archive.pipeline_files import list_pipeline, read_source_note
+from scripts.archive.pipeline_files import list_pipeline
+from scripts.archive.source import read_source_note
 from scripts.console import DONE, FAILED, MISUSED
 from scripts.download_weights import main
+from scripts.repository import REPOSITORY
 from tests.support.hub import REVISION, Hub, Model, serve_hub
 
 INDEX = json.dumps(
@@ -65,6 +67,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             }
         ),
         "org/other": Model({"config.json": b"{}"}),
+        "org/lora": Model({"pytorch_lora_weights.safetensors": b""}),
     }
     with serve_hub(models) as running:
         monkeypatch.setenv("HF_ENDPOINT", running.url)
@@ -83,7 +86,7 @@ def test_fetches_one_variant_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
         "revision": REVISION,
         "is_complete": True,
     }
-    assert {file.name for file in list_pipeline(out)} == NEEDED
+    assert {file.name for file in list_pipeline(out).files} == NEEDED
 
 
 def test_fetches_full_precision_when_asked(hub: Hub, tmp_path: Path) -> None:
@@ -133,8 +136,20 @@ def _refusal(folder: Path) -> str:
         (["org/missing"], "hf_good", FAILED, "does not exist, or HF_TOKEN may not read it"),
         (["org/model", "--revision", "v9"], None, FAILED, "has no revision 'v9'"),
         (["org/pickled"], None, FAILED, "unet has only pickled weights (unet/diffusion_pytorch"),
-        (["org/other"], None, FAILED, "is no diffusers pipeline: it has no model_index.json"),
-        (["not a model"], None, MISUSED, "is no model id such as org/name"),
+        (["org/other"], None, FAILED, "is not a diffusers pipeline: it has no model_index.json"),
+        (
+            ["org/lora"],
+            None,
+            FAILED,
+            "it is a LoRA; fetch it with hf download org/lora --local-dir",
+        ),
+        (["not a model"], None, MISUSED, "is not a model id such as org/name: "),
+        (
+            [str(REPOSITORY)],
+            None,
+            MISUSED,
+            f"org/name; pack a folder with --pipeline {REPOSITORY}: ",
+        ),
     ],
 )
 def test_says_what_is_missing(

@@ -14,7 +14,8 @@ import pytest
 from scripts.archive.writer import ArchivePlan, write_archive
 from scripts.console import DONE, FAILED, MISUSED
 from scripts.inspect_archive import inspect, main
-from tests.support.archives import save_pipeline, zip_bytes
+from tests.support.archives import save_pipeline
+from tests.support.zips import zip_bytes
 
 
 def test_the_page_of_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

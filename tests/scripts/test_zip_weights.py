@@ -94,7 +94,7 @@ def test_refuses_a_folder_that_is_no_pipeline(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([str(tmp_path)]) == FAILED
-    assert "is no diffusers pipeline" in capsys.readouterr().err
+    assert "is not a diffusers pipeline" in capsys.readouterr().err
 
 
 def test_help_teaches_and_misuse_is_told(capsys: pytest.CaptureFixture[str]) -> None:

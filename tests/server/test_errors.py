@@ -21,7 +21,7 @@ INVALID_FIELDS: dict[str, tuple[dict[str, object], set[str]]] = {
     "text for an integer": ({"prompt": "a", "steps": "4"}, {"num_inference_steps"}),
     "true for an integer": ({"prompt": "a", "steps": True}, {"num_inference_steps"}),
     "too many steps": ({"prompt": "a", "steps": 100_000}, {"num_inference_steps"}),
-    "negative seed": ({"prompt": "a", "seed": -1}, {"seed"}),
+    "negative seed": ({"prompt": "a", "seed": -2}, {"seed"}),
     "guidance out of range": ({"prompt": "a", "guidance": 1e9}, {"guidance_scale"}),
     "odd size": ({"prompt": "a", "height": 257}, {"height"}),
     "too large": ({"prompt": "a", "height": 1536, "width": 1536}, {"height"}),

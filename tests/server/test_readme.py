@@ -9,22 +9,37 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from handler.api.request import ALIASES, CALL_FIELDS
-from handler.config import OUTPUT_FORMATS, HandlerConfig
 from scripts.repository import REPOSITORY
 from scripts.torchserve.process import TorchServer
 
-README = (REPOSITORY / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-CURL_BLOCKS = [block for block in BLOCKS if "curl " in block]
+DOCUMENTS = {
+    path.relative_to(REPOSITORY).as_posix(): path.read_text()
+    for path in [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+}
+# Documents whose lines of curl are run in one shell, from the first to the last.
+RUN = ("README.md", "docs/requests.md")
 NEEDED_IN = {"events.txt": b"event: image", "kserve.json": b'"predictions"'}
-MAKE_LINES = [line for block in BLOCKS for line in block.splitlines() if line.startswith("make ")]
 
 
-def test_curl_lines(server: TorchServer, tmp_path: Path) -> None:
-    script = "\n".join(CURL_BLOCKS).replace("http://127.0.0.1:8080", server.url)
+def blocks(document: str) -> list[str]:
+    """The shell blocks of a document."""
+    return re.findall(r"```bash\n(.*?)```", DOCUMENTS[document], re.DOTALL)
+
+
+MAKE_LINES = [
+    line
+    for document in DOCUMENTS
+    for block in blocks(document)
+    for line in block.splitlines()
+    if line.startswith("make ")
+]
+
+
+@pytest.mark.parametrize("document", RUN)
+def test_curl_lines(document: str, server: TorchServer, tmp_path: Path) -> None:
+    script = "\n".join(block for block in blocks(document) if "curl " in block)
     run = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
+        ["bash", "-euo", "pipefail", "-c", script.replace("http://127.0.0.1:8080", server.url)],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -33,7 +48,7 @@ def test_curl_lines(server: TorchServer, tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr
     outputs = re.findall(r"-o (\S+)", script)
-    assert len(outputs) == len(set(outputs)) >= 7
+    assert len(outputs) == len(set(outputs)) >= 4
     for output in outputs:
         content = (tmp_path / output).read_bytes()
         if output.endswith(".png"):
@@ -43,9 +58,11 @@ def test_curl_lines(server: TorchServer, tmp_path: Path) -> None:
             assert NEEDED_IN[output] in content, (output, content[:200])
 
 
-def test_the_error_shown_is_the_error_sent(server: TorchServer) -> None:
-    shown = re.search(r"```json\n(.*?)```", README, re.DOTALL)
-    line = next(line for line in README.splitlines() if "stpes" in line and "curl" in line)
+@pytest.mark.parametrize("document", RUN)
+def test_the_error_shown_is_the_error_sent(document: str, server: TorchServer) -> None:
+    text = DOCUMENTS[document]
+    shown = re.search(r"```json\n(.*?)```", text, re.DOTALL)
+    line = next(line for line in text.splitlines() if "stpes" in line and "curl" in line)
     assert shown is not None
     run = subprocess.run(
         ["bash", "-c", f"URL={server.predictions_url}; {line}"],
@@ -71,21 +88,14 @@ def test_make_lines_name_targets_and_variables_that_exist(line: str) -> None:
         assert f"$({variable}" in makefile, variable
 
 
-def test_the_tables_name_every_field_and_every_output_format() -> None:
-    rows = [line.split("|")[1:-1] for line in README.splitlines() if line.startswith("| `")]
-    names = [[set(re.findall(r"`([^`]+)`", cell)) for cell in row[:2]] for row in rows]
-    shown = {name: aliases for first, aliases in names for name in first}
-    for field, aliases in ALIASES.items():
-        assert shown[field] == set(aliases), field
-    steering = CALL_FIELDS - {"cancel"}
-    assert shown.keys() == ALIASES.keys() | steering | set(OUTPUT_FORMATS)
-    defaults = HandlerConfig()
-    for field in ("num_inference_steps", "guidance_scale"):
-        row = next(row for row in rows if f"`{field}`" in row[0])
-        assert float(row[2]) == getattr(defaults, field)
-
-
-def test_every_file_linked_exists() -> None:
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    assert len(links) >= 5
-    assert not [link for link in links if not (REPOSITORY / link).exists()]
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_linked_exists(document: str) -> None:
+    folder = (REPOSITORY / document).parent
+    links = re.findall(r"\]\((?!http)([^)]+)\)", DOCUMENTS[document])
+    for path, _, anchor in (link.partition("#") for link in links):
+        target = folder / path if path else REPOSITORY / document
+        assert target.exists(), path
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in anchors, (path, anchor)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from handler.diffusers_handler import _SILENT_AFTER_S
+from handler.diffusers_handler import SILENT_AFTER_S
 from scripts.torchserve.process import TorchServer
 from tests.support.client import curl, pixels, post_json
 from tests.support.traffic import ENDLESS, SSE, metrics, until, watching
@@ -111,7 +111,7 @@ def test_the_last_client_that_leaves_is_noticed_without_another(
         leaver.leave()
         started_s = time.monotonic()
         assert is_idle(server)
-        assert time.monotonic() - started_s < 3 * _SILENT_AFTER_S
+        assert time.monotonic() - started_s < 3 * SILENT_AFTER_S
     # The worker is the same and well.
     assert curl(url, "-F", "prompt=a").status == 200
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import io
 import json
+import os
 import shutil
 import struct
 import tempfile
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.pipelines import build
@@ -36,6 +34,23 @@ def save_pipeline(folder: Path, family: str = "stable_diffusion") -> Path:
     return folder
 
 
+def save_in_hub_cache(cache: Path, revision: str = "abc123") -> Path:
+    """Save a tiny pipeline as the hub's client caches org/name; return the snapshot."""
+    root = cache / "models--org--name"
+    blobs, snapshot = root / "blobs", root / "snapshots" / revision
+    blobs.mkdir(parents=True)
+    pipeline = Path(_saved("stable_diffusion").name)
+    for number, path in enumerate(sorted(pipeline.rglob("*"))):
+        if path.is_file():
+            link = snapshot / path.relative_to(pipeline)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, blobs / str(number))
+            link.symlink_to(os.path.relpath(blobs / str(number), link.parent))
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(revision)
+    return snapshot
+
+
 def safetensors(size: int = 64) -> bytes:
     """A safetensors file with one tensor of `size` bytes."""
     entry = {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}
@@ -53,15 +68,6 @@ def members(**changes: bytes) -> dict[str, bytes]:
         "unet/diffusion_pytorch_model.safetensors": safetensors(),
         **changes,
     }
-
-
-def zip_bytes(files: Mapping[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """Zip `files` as Python does."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, data in files.items():
-            archive.writestr(zipfile.ZipInfo(name), data, compression)
-    return buffer.getvalue()
 
 
 def write_model_zip(folder: Path, data: bytes) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from handler.engine.forward import BatchedForward, Failure
-from handler.engine.parking import Parked, Slot
+from handler.engine.parking import ModuleCall, Slot
 from handler.engine.ticket import Ticket
 from handler.pipelines.cost import Cost
 
@@ -49,14 +49,14 @@ def call(slot: Slot, *values: float, timestep: Any = None, exact: bool = False, 
     ticket = Ticket(kwargs={}, cost=Cost(len(values), 0), exact=exact, **more)
     sample = torch.tensor(values, dtype=torch.float32).reshape(-1, 1).expand(-1, 3)
     bound = slot.signature.bind(sample, timestep=timestep)
-    return Parked(slot, ticket, bound, len(values))
+    return ModuleCall(slot, ticket, bound, len(values))
 
 
 def batched(max_rows: int = 16, **options: Any) -> BatchedForward:
     return BatchedForward(lambda: 0.0, max_rows, **options)
 
 
-def run(forward: BatchedForward, calls: Sequence[Parked]) -> list[Any]:
+def run(forward: BatchedForward, calls: Sequence[ModuleCall]) -> list[Any]:
     """The result of each call in order: its first column, or its error."""
     results: dict[int, Any] = {}
     for group in forward.group(calls):

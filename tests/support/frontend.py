@@ -28,7 +28,7 @@ MODEL_NAME = "tiny"
 # Far more than the slowest test needs on the slowest machine.
 PATIENCE_S = 300
 CONTINUOUS = {"continuousBatching": True, "minWorkers": 1, "maxWorkers": 1}
-# Small enough to draw in milliseconds with the pipelines of tests/pipelines.py.
+# Small enough to draw in milliseconds with the pipelines of tests/support/pipelines.py.
 QUICK = {
     "height": 32,
     "width": 32,
@@ -43,7 +43,7 @@ QUICK = {
 class Posted:
     """What became of one request; `chunks` are the bodies of its replies so far."""
 
-    call_id: str
+    request_id: str
     parameters: list[dict[str, Any]]
     headers: list[dict[str, bytes]]
     status: int | None = None
@@ -103,7 +103,7 @@ class Frontend:
         headers: Mapping[str, str] | None = None,
         *,
         form: bool = False,
-        call_id: str | None = None,
+        request_id: str | None = None,
     ) -> Posted:
         """Queue a request: JSON, text, or with `form` fields of their own."""
         fields = body if form and isinstance(body, Mapping) else {"body": body}
@@ -113,30 +113,30 @@ class Frontend:
         ]
         sent = {"Host": "localhost", **(headers or {})}
         encoded = [{"name": k.encode(), "value": v.encode()} for k, v in sent.items()]
-        posted = Posted(call_id or next(self._ids), parameters, encoded)
-        assert posted.call_id not in self._live
-        self._live[posted.call_id] = posted
+        posted = Posted(request_id or next(self._ids), parameters, encoded)
+        assert posted.request_id not in self._live
+        self._live[posted.request_id] = posted
         return posted
 
     def disconnect(self, posted: Posted) -> None:
         """The client goes away, which TorchServe notices on streams only."""
         if posted.is_streaming:
-            self._live.pop(posted.call_id, None)
+            self._live.pop(posted.request_id, None)
 
     def cycle(self) -> list[Posted]:
         """Send every live request to the worker once; those that were answered for good."""
         batch = [
             {
-                "requestId": posted.call_id.encode(),
+                "requestId": posted.request_id.encode(),
                 "parameters": [] if posted.is_streaming else posted.parameters,
                 "headers": [] if posted.is_streaming else posted.headers,
             }
             for posted in self._live.values()
         ]
         answered = []
-        for call_id, status, headers, body in _decode(bytes(self._service.predict(batch))):
-            assert call_id in self._live, f"{call_id} was answered, and is not there"
-            posted = self._live[call_id]
+        for request_id, status, headers, body in _decode(bytes(self._service.predict(batch))):
+            assert request_id in self._live, f"{request_id} was answered, and is not there"
+            posted = self._live[request_id]
             stream_next = headers.pop("ts_stream_next", None)
             if not posted.is_streaming:
                 # A stream's status and headers are those of its first chunk.
@@ -148,7 +148,7 @@ class Frontend:
             posted.is_streaming = stream_next == "true"
             if not posted.is_streaming:
                 posted.is_answered = True
-                del self._live[call_id]
+                del self._live[request_id]
                 answered.append(posted)
         return answered
 
@@ -184,11 +184,11 @@ def _decode(message: bytes) -> list[tuple[str, int, dict[str, str], bytes]]:
     predictions = []
     while (size := integer()) != -1:
         at += size
-        call_id = message[at - size : at].decode()
+        request_id = message[at - size : at].decode()
         data()  # the content type, which is among the headers too
         status = integer()
         data()  # the reason phrase
         headers = {data().decode(): data().decode() for _ in range(integer())}
-        predictions.append((call_id, status, headers, data()))
+        predictions.append((request_id, status, headers, data()))
     assert at == len(message)
     return predictions

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from handler.acceleration.compiled_forward import PreparedForward
-from handler.engine import InFlightEngine
+from handler.engine import CompiledForwards, InFlightEngine
 from tests.support.compilers import Compiler, Graphs
 from tests.support.toy_pipeline import ToyUNet, toy, toy_kwargs
 
@@ -226,7 +226,9 @@ def test_in_flight_every_picture_is_its_own() -> None:
         made.append(PreparedForward(forward, BUCKETS, compiler=Compiler(), record=Graphs().record))
         return made[-1].function
 
-    engine = InFlightEngine(pipeline, max_rows=6, buckets=BUCKETS, compile_forward=prepare)
+    engine = InFlightEngine(
+        pipeline, max_rows=6, buckets=BUCKETS, wrappers=[CompiledForwards(prepare)]
+    )
     (prepared,) = made
     prepared.is_warming = True
     engine.submit(toy_kwargs(0))

@@ -184,7 +184,7 @@ def test_warming_up_prepares_and_traffic_only_uses_it(caplog: pytest.LogCaptureF
     plan = Plan(channels_last=True, compile=True, capture=True, warm_up=True)
     speed_up = SpeedUp(pipeline, plan, 8, compiler=compiler, record=graphs.record)
     engine = InFlightEngine(
-        pipeline, max_rows=8, buckets=speed_up.buckets, compile_forward=speed_up.wrap_forward
+        pipeline, max_rows=8, buckets=speed_up.buckets, wrappers=speed_up.wrappers
     )
     with caplog.at_level(logging.INFO):
         speed_up.warm_up(engine, [toy_kwargs(0), toy_kwargs(0, height=32)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from handler.api.body import HOW_TO_SEND, Payload, media_type, open_row
+from handler.api.body import HOW_TO_SEND, Payload, media_type, open_body
 from handler.errors import InvalidRequest, TooLarge
 
 JSON = {"content-type": "application/json"}
@@ -12,7 +12,7 @@ TEXT = {"content-type": "text/plain; charset=utf-8"}
 
 
 def read(row: dict[str, object], headers: dict[str, str] | None = None) -> Payload:
-    return open_row(row, headers or {}, max_body_bytes=1000)
+    return open_body(row, headers or {}, max_body_bytes=1000)
 
 
 def problem(row: dict[str, object], headers: dict[str, str] | None = None) -> dict[str, str]:
@@ -108,12 +108,12 @@ def test_bodies_that_cannot_be_read(
 def test_json_nested_beyond_the_interpreters_stack() -> None:
     for body in (b"[" * 200_000, b'{"a":' * 200_000, b"[" * 200_000 + b"]" * 200_000):
         with pytest.raises(InvalidRequest, match="JSON"):
-            open_row({"body": body}, JSON, max_body_bytes=2**30)
+            open_body({"body": body}, JSON, max_body_bytes=2**30)
 
 
 def test_integers_of_more_digits_than_python_reads() -> None:
     with pytest.raises(InvalidRequest, match="is not JSON"):
-        open_row({"body": b"1" * 5000}, JSON, max_body_bytes=2**30)
+        open_body({"body": b"1" * 5000}, JSON, max_body_bytes=2**30)
 
 
 @pytest.mark.parametrize("media", ["image/png", "application/xml", "nonsense"])

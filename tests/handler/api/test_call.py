@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from handler.api.body import HOW_TO_SEND
 from handler.api.call import Call, CancelCall, Envelope, read_call
-from handler.api.request import CALL_FIELDS, FIELD_NAMES
+from handler.api.schema import PICTURE_NAMES, REPLY_FIELDS
 from handler.api.traits import PipelineTraits
 from handler.config import OUTPUT_FORMATS, HandlerConfig
 from handler.errors import InvalidRequest, RequestError
@@ -134,7 +134,7 @@ def test_problems_of_all_instances_and_of_the_call_at_once() -> None:
         {
             "body": {
                 "instances": [
-                    {"prompt": "a", "seed": -1},
+                    {"prompt": "a", "seed": -2},
                     5,
                     {"prompt": "b", "stream": True, "sed": 1},
                 ],
@@ -161,10 +161,10 @@ def test_the_form_decoders_leftovers_say_how_to_send_a_prompt() -> None:
     assert problems({"seed": b"5"}, {})["prompt"] == "is missing"
 
 
-def test_files_that_are_no_text_are_named_beside_the_rest() -> None:
-    found = problems({"prompt": "a", "image": b"\x89PNG", "seed": "x"}, MULTIPART)
-    assert found["image"] == "is not UTF-8 text (byte 0x89 at 0)"
-    assert "is no integer" in found["seed"]
+def test_files_that_are_not_text_are_named_beside_the_rest() -> None:
+    found = problems({"prompt": "a", "extra": b"\x89PNG", "seed": "x"}, MULTIPART)
+    assert found["extra"] == "is not UTF-8 text (byte 0x89 at 0)"
+    assert "is not an integer" in found["seed"]
 
 
 @pytest.mark.parametrize("output_format", OUTPUT_FORMATS)
@@ -297,7 +297,7 @@ SCALARS = (
 )
 NAMES = st.sampled_from(
     [
-        *sorted(FIELD_NAMES | CALL_FIELDS),
+        *sorted(PICTURE_NAMES | REPLY_FIELDS.keys()),
         *("parameters", "instances", "id", "name", "shape", "datatype", "outputs", "body"),
     ]
 )
@@ -386,7 +386,7 @@ def test_no_input_raises_anything_but_a_request_error(
 PLAUSIBLE = st.fixed_dictionaries(
     {"prompt": st.text(max_size=2100)},
     optional={
-        "seed": st.integers(-1, 2**53),
+        "seed": st.integers(-2, 2**53),
         "steps": st.integers(0, 151),
         "guidance": st.floats(-1, 31) | st.integers(0, 30),
         "height": st.integers(7, 195).map(lambda n: 8 * n),
@@ -411,7 +411,7 @@ def test_a_call_is_accepted_if_and_only_if_it_is_within_the_limits(
     wrong = {
         "prompt": not 1 <= len(str(fields["prompt"]).strip()) <= 2000
         or "\0" in str(fields["prompt"]),
-        "seed": not 0 <= seed <= 2**53 - (num_images if num_images <= 4 else 1),
+        "seed": not -1 <= seed <= 2**53 - (num_images if num_images <= 4 else 1),
         "num_inference_steps": not 1 <= fields.get("steps", 1) <= 150,  # type: ignore[operator]
         "guidance_scale": not 0 <= fields.get("guidance", 1) <= 30,  # type: ignore[operator]
         "width": not 64 <= width <= 1536,
@@ -428,7 +428,7 @@ def test_a_call_is_accepted_if_and_only_if_it_is_within_the_limits(
         assert (request.height, request.width, request.num_images) == (height, width, num_images)
 
 
-@given(st.dictionaries(st.sampled_from(sorted(FIELD_NAMES)), VALUES, max_size=6))
+@given(st.dictionaries(st.sampled_from(sorted(PICTURE_NAMES)), VALUES, max_size=6))
 def test_a_json_body_is_read_alike_parsed_or_not(fields: dict[str, object]) -> None:
     """The frontend parses JSON itself only under one spelling of the content type."""
 

@@ -156,7 +156,7 @@ def test_v2_data_may_be_nested() -> None:
         ([], "inputs", "hold 0 prompts; allowed are 1 to 3"),
         ([tensor("prompt", ["a"] * 4)], "inputs", "hold 4 prompts"),
         ([tensor("seed", [1])], "inputs", "hold 0 prompts"),
-        (["a", "b"], "inputs[1]", '"instances"'),
+        (["a", 5], "inputs[1]", '"instances"'),
         ([tensor("prompt", ["a"]), tensor("sed", [1])], "inputs[1].name", "'sed' is not one of"),
         ([tensor("prompt", ["a"]), tensor("prompt", ["b"])], "inputs[1].name", "more than once"),
         ([tensor("prompt", ["a"], "STRING")], "inputs[0].datatype", "'STRING' is not one of"),

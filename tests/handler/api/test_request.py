@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 import pytest
 
-from handler.api.request import MAX_SEED, GenerationRequest, check_against_pipeline, parse_fields
+from handler.api.request import GenerationRequest, check_against_pipeline, parse_fields
+from handler.api.schema import MAX_SEED
 from handler.api.traits import SCHEDULER_SHORT_NAMES, PipelineTraits
 from handler.config import HandlerConfig
 from handler.errors import ConfigError, InvalidRequest
@@ -122,7 +123,7 @@ def test_every_problem_at_once() -> None:
         {
             "prompt": " ",
             "negative_prompt": 5,
-            "seed": -1,
+            "seed": -2,
             "steps": True,
             "guidance": float("nan"),
             "height": 100,
@@ -135,8 +136,8 @@ def test_every_problem_at_once() -> None:
     assert found == {
         "prompt": "is empty",
         "negative_prompt": "must be text, not 5",
-        "seed": f"-1 is out of range; allowed: 0 to {MAX_SEED}",
-        "num_inference_steps": "true is no integer; allowed: 1 to 150",
+        "seed": f"-2 is out of range; allowed: 0 to {MAX_SEED}",
+        "num_inference_steps": "true is not an integer; allowed: 1 to 150",
         "guidance_scale": "nan is out of range; allowed: 0 to 30",
         "height": "100 is not a multiple of 8; nearest are 96 and 104",
         "width": "4096 is out of range; allowed: 64 to 1536",
@@ -173,6 +174,7 @@ def test_configured_steps_too_few_for_the_scheduler_stop_the_start(scheduler: st
 
 def test_a_missing_prompt() -> None:
     assert problems({"seed": 1}) == {"prompt": "is missing"}
+    assert problems({"seed": -2}).keys() == {"prompt", "seed"}
 
 
 def test_misspelt_fields_of_the_call_are_recognised() -> None:

@@ -12,7 +12,7 @@ import torch
 from diffusers.utils import BaseOutput
 
 from handler.batching import invariance as proof
-from handler.engine.parking import Parked
+from handler.engine.parking import ModuleCall
 from tests.support.forward_tools import batched, call, column, doubled, run, slot_of
 
 
@@ -127,7 +127,7 @@ def test_first_and_last_rows_are_proven_each_by_itself(place: int) -> None:
 def test_several_differences_take_as_many_witnesses_as_show_them() -> None:
     forward, slot = batched(), slot_of(lambda sample, t: sample * t["a"] + t["b"][0])
 
-    def calls(*values: tuple[float, float]) -> list[Parked]:
+    def calls(*values: tuple[float, float]) -> list[ModuleCall]:
         nested = [{"a": torch.tensor([[a]]), "b": [torch.tensor([[b]])]} for a, b in values]
         return [call(slot, i, timestep=t) for i, t in enumerate(nested)]
 

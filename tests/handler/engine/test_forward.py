@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from handler.engine.forward import Group, is_out_of_memory
-from handler.engine.parking import Parked
+from handler.engine.parking import ModuleCall
 from tests.support.forward_tools import batched, call, doubled, run, slot_of
 
 # Grouping
@@ -165,7 +165,7 @@ def test_an_interrupt_is_nobodys_error() -> None:
 def test_what_prepares_a_forward_fails_for_its_calls_alone() -> None:
     asked: list[int] = []
 
-    def prepare(calls: Sequence[Parked]) -> None:
+    def prepare(calls: Sequence[ModuleCall]) -> None:
         asked.append(len(calls))
         if calls[0].ticket.adapters:
             raise GuiltyError

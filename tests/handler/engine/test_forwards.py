@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from handler.engine import BUCKETS
+from handler.engine import BUCKETS, CompiledForwards
 from tests.support.engine_tools import BOUND, all_right, opened, solo
 from tests.support.toy_pipeline import ToyPipeline, ToyUNet, toy, toy_kwargs
 
@@ -187,7 +187,9 @@ def test_a_compiled_forward_meets_few_shapes() -> None:
         pipeline,
         buckets=(2, 4, 8, 12),
         max_rows=12,
-        compile_forward=lambda real: torch.compile(real, backend=backend, dynamic=False),
+        wrappers=[
+            CompiledForwards(lambda real: torch.compile(real, backend=backend, dynamic=False))
+        ],
     ) as engine:
         tickets = [engine.submit(toy_kwargs(i, num_inference_steps=1 + i)) for i in range(6)]
         engine.run()

@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import torch
 
-from handler.engine import InFlightEngine
+from handler.engine import CompiledForwards, InFlightEngine
 from handler.engine.ticket import State, StepEnd
 from handler.errors import TooLarge
 from handler.pipelines.cost import Cost
@@ -80,6 +80,29 @@ def test_times_are_read_from_the_clock() -> None:
         engine.run()
         times = (ticket.submitted_s, ticket.admitted_s, ticket.denoised_s, ticket.ended_s)
     assert times == (100.0, 100.0, 103.0, 107.0)
+
+
+def test_the_seconds_of_a_tick_are_told_apart() -> None:
+    """What a forward takes, what the pipeline's own code takes, and the rest."""
+    clock = Clock()
+
+    class Slow(ToyUNet):
+        def forward(self, sample: Any, timestep: Any, encoder_hidden_states: Any) -> Any:
+            clock.now_s += 10
+            return super().forward(sample, timestep, encoder_hidden_states)
+
+    def pass_a_second(end: StepEnd) -> None:
+        clock.now_s += 1
+
+    with opened(toy(unet=Slow()), clock=clock) as engine:
+        for i in range(2):
+            engine.submit(toy_kwargs(i, num_inference_steps=4), on_step=pass_a_second)
+        engine.run()
+        counters = engine.counters
+    # Four shared forwards and one, of the first kind seen, alone to compare with.
+    assert counters.forward_s == 50
+    assert counters.pipeline_s == 8
+    assert counters.tick_s == 58
 
 
 def test_a_late_arrival_finishes_first_when_it_is_shorter() -> None:
@@ -153,7 +176,7 @@ def test_engines_may_share_a_pipeline_module_by_module() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"modules": ["unet", "nonsense"]}, {"compile_forward": lambda real: 1 / 0}],
+    [{"modules": ["unet", "nonsense"]}, {"wrappers": [CompiledForwards(lambda real: 1 / 0)]}],
     ids=["name", "compiler"],
 )
 def test_an_engine_that_does_not_start_leaves_the_pipeline_as_it_was(

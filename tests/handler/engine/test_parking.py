@@ -14,7 +14,7 @@ import pytest
 import torch
 from greenlet import GreenletExit
 
-from handler.engine.parking import Parked, RequestGreenlet, Slot, find_slots
+from handler.engine.parking import ModuleCall, RequestGreenlet, Slot, find_slots
 from handler.engine.ticket import Ticket
 from handler.pipelines.cost import Cost
 from tests.support.pipelines import build, shared
@@ -78,14 +78,14 @@ def test_the_denoisers_are_told_from_their_helpers() -> None:
 
 
 def test_modules_can_be_named() -> None:
-    slots = find_slots(toy(), ["unet", "vae.decode", "unet.forward"])
+    slots = find_slots(toy(), names=["unet", "vae.decode", "unet.forward"])
     assert [slot.name for slot in slots] == ["unet.forward", "vae.decode"]
 
 
 @pytest.mark.parametrize("name", ["transformer", "unet.step", "scheduler", "", "vae.nothing"])
 def test_a_wrong_name_is_an_error_that_lists_the_right_ones(name: str) -> None:
     with pytest.raises(ValueError, match=r"the pipeline's modules are \['text_encoder', 'unet'"):
-        find_slots(toy(), [name])
+        find_slots(toy(), names=[name])
 
 
 def test_a_module_under_two_names_is_parked_once() -> None:
@@ -102,7 +102,7 @@ def test_a_compiled_module_is_parked_by_the_parameters_of_what_it_wraps(name: st
     original = pipeline.components[component]
     compiled = torch.compile(original, backend="eager")
     setattr(pipeline, component, compiled)
-    (slot,) = find_slots(pipeline, [name])
+    (slot,) = find_slots(pipeline, names=[name])
     before = [dict(vars(original)), dict(vars(compiled))]
     assert "args" not in slot.signature.parameters
     slot.install()
@@ -115,7 +115,7 @@ def test_a_module_compiled_in_place_is_refused() -> None:
     """Its calls enter the compiler before they reach `park`, which it would go on to compile."""
     pipeline = toy()
     pipeline.unet.compile(backend="eager")
-    with pytest.raises(ValueError, match=r"unet was compiled in place.*compile_forward=torch"):
+    with pytest.raises(ValueError, match=r"unet was compiled in place.*CompiledForwards.torch"):
         find_slots(pipeline)
 
 
@@ -125,7 +125,7 @@ def test_a_module_compiled_in_place_is_refused() -> None:
 def test_removing_leaves_the_class_method_as_it_was() -> None:
     unet = toy().unet
     before = dict(vars(unet))
-    (slot,) = find_slots(toy_with(unet), ["unet"])
+    (slot,) = find_slots(toy_with(unet), names=["unet"])
     slot.install()
     assert "forward" in vars(unet)
     slot.remove()
@@ -137,7 +137,7 @@ def test_removing_gives_back_a_replaced_method_and_not_its_compiled_form() -> No
     unet = toy().unet
     theirs = functools.partial(type(unet).forward, unet)
     unet.forward = theirs
-    (slot,) = find_slots(toy_with(unet), ["unet"])
+    (slot,) = find_slots(toy_with(unet), names=["unet"])
     slot.real = functools.partial(slot.real)  # as by compilation
     slot.install()
     assert unet.forward is not theirs
@@ -161,7 +161,7 @@ def test_a_call_from_outside_any_request_runs_where_it_stands(pipeline: Any) -> 
 def test_a_call_of_a_request_waits_for_its_result(pipeline: Any) -> None:
     run = request(lambda: pipeline.unet(SAMPLE["sample"], **dict(list(SAMPLE.items())[1:])))
     parked = run.switch()
-    assert isinstance(parked, Parked)
+    assert isinstance(parked, ModuleCall)
     assert parked.slot.name == "unet.forward"
     assert parked.ticket is run.ticket
     assert parked.num_rows == 2
@@ -186,7 +186,7 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
 def test_a_call_under_a_context_of_its_own_runs_where_it_stands(
     pipeline: Any, context: str
 ) -> None:
-    """Parked, it would put the others under its context, and leave in any order."""
+    """ModuleCall, it would put the others under its context, and leave in any order."""
 
     def call() -> Any:
         with CONTEXTS[context]():
@@ -201,7 +201,7 @@ def test_a_call_under_a_context_of_its_own_runs_where_it_stands(
 def test_a_context_that_is_everyones_is_no_context_of_its_own(pipeline: Any, context: str) -> None:
     with CONTEXTS[context]():
         run = request(lambda: pipeline.unet(**SAMPLE)[0])
-        assert isinstance(run.switch(), Parked)
+        assert isinstance(run.switch(), ModuleCall)
         run.exit()
 
 
@@ -213,7 +213,7 @@ def test_a_context_that_was_left_again_does_not_matter(pipeline: Any, context: s
         return pipeline.unet(**SAMPLE)[0]
 
     run = request(call)
-    assert isinstance(run.switch(), Parked)
+    assert isinstance(run.switch(), ModuleCall)
     run.exit()
 
 
@@ -233,10 +233,10 @@ def test_a_text_encoder_with_scaled_adapters_runs_where_it_stands(
 ) -> None:
     ids = torch.zeros(1, 6, dtype=torch.long)
     run = request(lambda: pipeline.text_encoder(ids), **kwargs)
-    assert isinstance(run.switch(), Parked) is parks
+    assert isinstance(run.switch(), ModuleCall) is parks
     run.exit()
     run = request(lambda: pipeline.unet(**SAMPLE), **kwargs)
-    assert isinstance(run.switch(), Parked), "a denoiser scales within its own forward"
+    assert isinstance(run.switch(), ModuleCall), "a denoiser scales within its own forward"
     run.exit()
 
 
@@ -356,6 +356,6 @@ def test_a_dead_request_keeps_nothing(pipeline: Any) -> None:
 
 
 def test_a_slot_is_compared_by_identity() -> None:
-    one, other = (find_slots(toy(), ["unet"])[0] for _ in range(2))
+    one, other = (find_slots(toy(), names=["unet"])[0] for _ in range(2))
     assert isinstance(one, Slot)
     assert one != other

@@ -22,6 +22,7 @@ class Asked:
     overtaken: int = 0
     deadline: float | None = None
     last_tick: int = -1
+    is_exclusive: bool = False
 
     runs: int = 1
     waited: int = 0
@@ -70,21 +71,21 @@ def test_costs_add_up() -> None:
 
 
 def test_first_come_first_served_while_there_is_room() -> None:
-    assert admit(asked(2, 2, 2), NOTHING, Limits(max_rows=4)) == Admission((0, 1), {})
+    assert admit(asked(2, 2, 2), [], Limits(max_rows=4)) == Admission((0, 1), {})
 
 
 def test_what_is_in_flight_counts() -> None:
-    assert admit(asked(2, 2), Cost(2, 0), Limits(max_rows=4)) == Admission((0,), {})
+    assert admit(asked(2, 2), asked(2), Limits(max_rows=4)) == Admission((0,), {})
 
 
 def test_who_fits_passes_who_does_not() -> None:
-    admission = admit(asked(4, 1, 4, 1), Cost(2, 0), Limits(max_rows=4))
+    admission = admit(asked(4, 1, 4, 1), asked(2), Limits(max_rows=4))
     assert admission == Admission((1, 3), {0: 2, 2: 1})
 
 
 def test_pixels_keep_a_request_waiting_as_rows_do() -> None:
     waiting = [Asked(Cost(1, 90)), Asked(Cost(1, 30))]
-    admission = admit(waiting, Cost(1, 50), Limits(max_rows=16, max_pixels=100))
+    admission = admit(waiting, asked(1, pixels=50), Limits(max_rows=16, max_pixels=100))
     assert admission == Admission((1,), {0: 1})
 
 
@@ -92,43 +93,58 @@ def test_nobody_passes_who_has_been_passed_often_enough() -> None:
     limits = Limits(max_rows=4, max_overtakes=3)
     waiting = asked(4, 1, 1)
     waiting[0].overtaken = 2
-    assert admit(waiting, Cost(2, 0), limits) == Admission((1,), {0: 1})
+    assert admit(waiting, asked(2), limits) == Admission((1,), {0: 1})
     waiting[0].overtaken = 3
-    assert admit(waiting, Cost(2, 0), limits) == Admission((), {})
+    assert admit(waiting, asked(2), limits) == Admission((), {})
 
 
 def test_those_ahead_of_it_still_join() -> None:
     waiting = asked(1, 4, 1)
     waiting[1].overtaken = 3
-    admission = admit(waiting, Cost(2, 0), Limits(max_rows=4, max_overtakes=3))
+    admission = admit(waiting, asked(2), Limits(max_rows=4, max_overtakes=3))
     assert admission == Admission((0,), {})
 
 
 def test_without_overtaking_the_line_stands_behind_its_first() -> None:
     limits = Limits(max_rows=4, max_overtakes=0)
-    assert admit(asked(4, 1), Cost(1, 0), limits) == Admission((), {})
+    assert admit(asked(4, 1), asked(1), limits) == Admission((), {})
 
 
 def test_nobody_joins_an_overfull_tick() -> None:
     """Calls that turned out larger than they said may hold more than the limits for a while."""
-    assert admit(asked(1), Cost(6, 0), Limits(max_rows=4)) == Admission((), {})
+    assert admit(asked(1), asked(6), Limits(max_rows=4)) == Admission((), {})
+
+
+def test_an_exclusive_request_joins_alone() -> None:
+    waiting = asked(1, 1, 1)
+    waiting[0].is_exclusive = True
+    limits = Limits(max_rows=4, max_overtakes=3)
+    assert admit(waiting, [], limits) == Admission((0,), {})
+    assert admit(waiting[1:], waiting[:1], limits) == Admission((), {})
+    assert admit(waiting, asked(1), limits) == Admission((1, 2), {0: 2})
+    waiting[0].overtaken = 2
+    assert admit(waiting, asked(1), limits) == Admission((1,), {0: 1})
+    waiting[0].overtaken = 3
+    assert admit(waiting, asked(1), limits) == Admission((), {}), "so that it has its turn"
 
 
 costs = st.builds(Cost, rows=st.integers(1, 6), pixels=st.integers(0, 60))
-arrivals = st.lists(st.tuples(st.integers(0, 3), costs, st.integers(1, 5)), min_size=1, max_size=25)
+arrivals = st.lists(
+    st.tuples(st.integers(0, 3), costs, st.integers(1, 5), st.booleans()), min_size=1, max_size=25
+)
 
 
 @given(arrivals, st.integers(0, 4))
 def test_waiting_is_bounded_whatever_comes(
-    plan: list[tuple[int, Cost, int]], max_overtakes: int
+    plan: list[tuple[int, Cost, int, bool]], max_overtakes: int
 ) -> None:
     """`admit` in its loop: the bound that its docstring states, for every request of every plan."""
     limits = Limits(max_rows=6, max_pixels=60, max_overtakes=max_overtakes)
     line: list[tuple[int, Asked]] = []
     tick = 0
-    for pause, cost, runs in plan:
+    for pause, cost, runs, is_exclusive in plan:
         tick += pause
-        line.append((tick, Asked(cost, runs=runs)))
+        line.append((tick, Asked(cost, is_exclusive=is_exclusive, runs=runs)))
     everyone = [request for _, request in line]
     waiting: list[Asked] = []
     running: list[tuple[Asked, int]] = []  # and the tick after its last
@@ -137,8 +153,7 @@ def test_waiting_is_bounded_whatever_comes(
         while line and line[0][0] <= now:
             waiting.append(line.pop(0)[1])
         running = [(request, until) for request, until in running if until > now]
-        in_flight = sum((request.cost for request, _ in running), NOTHING)
-        admission = admit(waiting, in_flight, limits)
+        admission = admit(waiting, [request for request, _ in running], limits)
         joining = [waiting[place] for place in admission.joining]
         for place, times in admission.overtaken.items():
             behind = [waiting[other] for other in admission.joining if other > place]
@@ -148,6 +163,7 @@ def test_waiting_is_bounded_whatever_comes(
         waiting = [request for request in waiting if request not in joining]
         running += [(request, now + request.runs) for request in joining]
         assert limits.hold(sum((request.cost for request, _ in running), NOTHING))
+        assert len(running) == 1 or not any(request.is_exclusive for request, _ in running)
         for request in waiting:
             request.waited += 1
         now += 1
@@ -207,7 +223,7 @@ def test_no_call_is_left_out_for_longer_than_there_are_others(
                 request.last_tick, request.left_out = tick, 0
                 request.runs -= 1
             assert request.left_out <= request.others
-        # Parked anew, the served stand behind those that were left out.
+        # ModuleCall anew, the served stand behind those that were left out.
         rest = [request for request in parked if request not in chosen]
         parked = rest + [request for request in chosen if request.runs]
         for request in chosen:

@@ -204,12 +204,13 @@ def test_unknown_adapters_are_named() -> None:
 
 def test_without_any_adapters_nothing_is_touched() -> None:
     """No request names a set, or the pipeline has none: its layers are not even looked at."""
-    sets = AdapterSets(build(FAMILY))
-    assert sets.checked(None, {}) is None
-    assert sets.checked(None, {"cross_attention_kwargs": {"scale": 0.5}}) is None
-    assert sets.checked({}, {}) == {}
-    sets.activate(None, scaled=True)
-    sets.activate({})
+    pipeline = build(FAMILY)
+    sets = AdapterSets([pipeline])
+    assert sets.checked(pipeline, None, {}) is None
+    assert sets.checked(pipeline, None, {"cross_attention_kwargs": {"scale": 0.5}}) is None
+    assert sets.checked(pipeline, {}, {}) == {}
+    sets.activate(pipeline, None, scaled=True)
+    sets.activate(pipeline, {})
     sets.restore()
 
 

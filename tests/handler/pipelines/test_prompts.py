@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from handler.api.request import GenerationRequest
 from handler.pipelines.arguments import pipeline_arguments
 from handler.pipelines.describe import describe
 from handler.pipelines.prompts import prompt_warnings
+from handler.pipelines.schedulers import make_scheduler
 from tests.support.pipelines import FAMILIES, build, shared
 from tests.support.tiny_models import MAX_TOKENS
 
@@ -74,6 +76,18 @@ def test_only_what_the_pipeline_takes_is_given(family: str) -> None:
 
 def test_the_largest_seed_there_is() -> None:
     assert arguments(seed=2**53 - 1)["generator"].initial_seed() == 2**53 - 1
+
+
+def test_eta_changes_what_ddim_draws_and_nothing_where_it_is_left_out() -> None:
+    pipeline = build("stable_diffusion")
+    pipeline.scheduler = make_scheduler(pipeline, "ddim")
+
+    def draw(**extra: float) -> np.ndarray[Any, Any]:
+        return np.asarray(pipeline(**arguments(extra=extra)).images[0])
+
+    assert np.array_equal(draw(), draw(eta=0.0))
+    assert np.array_equal(draw(eta=1.0), draw(eta=1.0))
+    assert not np.array_equal(draw(), draw(eta=1.0))
 
 
 @pytest.mark.parametrize("length", [1, 74, 75])
@@ -146,5 +160,32 @@ def test_no_family_fails_for_its_warnings(family: str) -> None:
         assert all("tokens of the" in warning for warning in warnings)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "syntax"),
+    [
+        ("a (red:1.3) ring on [blue] ((((bright))))", "(word:1.3), ((word)), [word]"),
+        ("a (red:0.1) ring", "(word:1.3)"),
+        ("a red+++ ring", "word++"),
+        ("a (red ring)1.3", "(word)1.3"),
+        ("a red ring <lora:style:0.8> BREAK a blue star", "<lora:name:1>, BREAK"),
+    ],
+)
+def test_syntax_that_is_read_as_plain_text_is_named(prompt: str, syntax: str) -> None:
+    pipeline = shared("kandinsky_2_2")  # which has no tokenizer
+    expected = f"has {syntax}: it is read as plain text"
+    assert prompt_warnings(pipeline, request(prompt)) == (f"the prompt {expected}",)
+    negative = prompt_warnings(pipeline, request(negative_prompt=prompt))
+    assert negative == (f"the negative_prompt {expected}",)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["a ring (red)", "C++ and 1+1", "the ratio 4:3", "(at 10:30) noon", "a break", "a - b"],
+)
+def test_plain_text_has_no_warning(prompt: str) -> None:
+    assert prompt_warnings(shared("kandinsky_2_2"), request(prompt)) == ()
+
+
 def test_warnings_never_quote_the_prompt() -> None:
     assert "secret" not in str(prompt_warnings(shared("stable_diffusion"), request("secret " * 40)))
+    assert "secret" not in str(prompt_warnings(shared("kandinsky_2_2"), request("(secret:1.3)")))

@@ -1,4 +1,4 @@
-"""Server-sent events of one call, byte for byte."""
+"""Server-sent events of one request, byte for byte."""
 
 from __future__ import annotations
 

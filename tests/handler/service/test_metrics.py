@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import logging
 import re
 import time
@@ -14,20 +13,20 @@ import yaml
 from PIL import Image
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
-import handler.diffusers_handler
-import handler.service.metrics
 from handler import errors
 from handler.api.request import GenerationRequest
 from handler.api.result import Result, Timings
 from handler.engine import InFlightEngine
 from handler.engine.forward import Counters
-from handler.service.metrics import COUNTERS, GAUGES, HISTOGRAMS, Meter, Sample, emit
+from handler.service.metrics import COUNTERS, GAUGES, HISTOGRAMS, Load, Meter, Sample, emit
+from scripts.repository import REPOSITORY
 from tests.support.frontend import METRICS
 from tests.support.pipelines import build, example_kwargs
 
 REQUEST = GenerationRequest("a", None, 1, 4, 7.5, 32, 32, 2, None)
 RESULT = Result(REQUEST, (Image.new("RGB", (8, 8)),) * 2, Timings(0.1, 0.2, 0.3))
 DECLARED = yaml.safe_load(METRICS.read_text())
+IDLE = Load(0, 0, 0)
 OURS = {**COUNTERS, **GAUGES, **HISTOGRAMS}
 
 
@@ -47,8 +46,8 @@ def by_name(samples: list[Sample]) -> dict[str, list[tuple[float, tuple[str, ...
 
 def traffic(meter: Meter) -> None:
     """One of everything that a meter is told."""
-    meter.call_ended("ok", total_s=1.5)
-    meter.call_ended("invalid_request")
+    meter.request_ended("ok", total_s=1.5)
+    meter.request_ended("invalid_request")
     meter.images_drawn(RESULT)
     meter.steps_done(4)
 
@@ -69,8 +68,8 @@ def test_the_declaration_is_exactly_what_is_emitted() -> None:
 def test_no_other_name_is_in_the_code() -> None:
     """The tables of handler.service.metrics name all that the handler emits, nothing else."""
     named = set()
-    for module in (handler.service.metrics, handler.diffusers_handler):
-        for node in ast.walk(ast.parse(inspect.getsource(module))):
+    for path in (REPOSITORY / "handler").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 named |= set(re.findall(r"\bdiffusers_\w+", node.value))
     assert named - {"diffusers_handler"} == OURS.keys()
@@ -88,8 +87,8 @@ def test_names_and_units_follow_prometheus() -> None:
 def test_traffic_becomes_samples_once() -> None:
     meter = Meter()
     traffic(meter)
-    gauges = dict.fromkeys(GAUGES, 2.0)
-    first = by_name(meter.samples(busy(out_of_memory_retries=1), gauges))
+    load = Load(2, 2, 2)
+    first = by_name(meter.samples(busy(out_of_memory_retries=1), load))
     assert first.keys() == OURS.keys()
     assert first["diffusers_requests_total"] == [(1, ("ok",)), (1, ("invalid_request",))]
     assert first["diffusers_images_total"] == [(2, ())]
@@ -102,28 +101,29 @@ def test_traffic_becomes_samples_once() -> None:
         (0.3, ("decode",)),
     ]
     # Nothing happened since: only gauges are left to say.
-    again = by_name(meter.samples(busy(out_of_memory_retries=1), gauges))
+    again = by_name(meter.samples(busy(out_of_memory_retries=1), load))
     assert again == {name: [(2.0, ())] for name in GAUGES}
-    more = by_name(meter.samples(busy(out_of_memory_retries=1, rows=75), gauges))
+    more = by_name(meter.samples(busy(out_of_memory_retries=1, rows=75), load))
     assert more["diffusers_forward_rows_total"] == [(5, ())]
 
 
 def test_counters_are_there_before_they_first_count() -> None:
-    first = by_name(Meter().samples(Counters(), {}))
-    assert first == {name: [(0, ())] for name in COUNTERS if name != "diffusers_requests_total"}
+    first = by_name(Meter().samples(Counters(), IDLE))
+    names = (COUNTERS.keys() - {"diffusers_requests_total"}) | GAUGES.keys()
+    assert first == {name: [(0, ())] for name in names}
 
 
 def test_the_engines_counters_may_go_on_while_samples_are_kept() -> None:
     meter, counters = Meter(), Counters(forwards=3)
-    meter.samples(counters, {})
+    meter.samples(counters, IDLE)
     counters.forwards += 4
-    assert by_name(meter.samples(counters, {}))["diffusers_forwards_total"] == [(4, ())]
+    assert by_name(meter.samples(counters, IDLE))["diffusers_forwards_total"] == [(4, ())]
 
 
 def test_emitted_as_torchserve_writes_them(caplog: pytest.LogCaptureFixture) -> None:
     meter = Meter()
     traffic(meter)
-    samples = meter.samples(busy(), dict.fromkeys(GAUGES, 1.0))
+    samples = meter.samples(busy(), Load(1, 1, 1))
     with caplog.at_level(logging.INFO, "ts.metrics.caching_metric"):
         emit(samples, sink(), "tiny")
     lines = [r.getMessage() for r in caplog.records]
@@ -174,11 +174,11 @@ def test_emitting_costs_less_than_a_hundredth_of_the_ticks() -> None:
     try:
         costs_s = []
         for round_ in range(20):
-            for _ in range(20):  # calls a second: many for a diffusion model
+            for _ in range(20):  # requests a second: many for a diffusion model
                 traffic(meter)
             started_s = time.perf_counter()
             counters = busy(ticks=round_ * 50, rows=round_ * 800)
-            emit(meter.samples(counters, dict.fromkeys(GAUGES, 1.0)), cache, "tiny")
+            emit(meter.samples(counters, Load(1, 1, 1)), cache, "tiny")
             costs_s.append(time.perf_counter() - started_s)
     finally:
         log.removeHandler(stream)
@@ -198,7 +198,7 @@ def test_a_real_engines_counters_are_emitted() -> None:
     for index in range(2):
         engine.submit(example_kwargs("stable_diffusion", index))
     engine.run()
-    values = by_name(Meter().samples(engine.counters, {}))
+    values = by_name(Meter().samples(engine.counters, IDLE))
     engine.close()
     assert values["diffusers_ticks_total"][0][0] > 7
     assert values["diffusers_forward_rows_total"][0][0] >= 2 * 4 + 7

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from handler.errors import ArchiveError
-from scripts.archive.copying import Buffer, Copier, FileContent, Place, Sums, copy_hashed
+from scripts.archive.copying import Buffer, Checksums, Copier, FileContent, Place, copy_hashed
 
 SIZES = (0, 1, 512 << 10, (2 << 20) + 1, 5_000_000)
 
@@ -24,8 +24,8 @@ def _data(size: int) -> bytes:
     return (bytes(range(251)) * (size // 251 + 1))[:size]
 
 
-def _sums(data: bytes) -> Sums:
-    return Sums(zlib.crc32(data), hashlib.sha256(data).hexdigest())
+def _sums(data: bytes) -> Checksums:
+    return Checksums(zlib.crc32(data), hashlib.sha256(data).hexdigest())
 
 
 @pytest.mark.parametrize("size", SIZES)

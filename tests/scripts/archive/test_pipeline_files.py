@@ -1,4 +1,4 @@
-"""scripts.archive.pipeline_files, handler.loading.variants: which files are the pipeline."""
+"""scripts.archive.pipeline_files: which files of a folder are the pipeline."""
 
 from __future__ import annotations
 
@@ -8,86 +8,8 @@ from pathlib import Path
 import pytest
 
 from handler.errors import ArchiveError
-from handler.loading.variants import select_weights, variant_of
 from scripts.archive.pipeline_files import choose_names, list_pipeline
-from tests.support.archives import save_pipeline
-
-
-@pytest.mark.parametrize(
-    ("name", "variant"),
-    [
-        ("diffusion_pytorch_model.safetensors", ""),
-        ("unet/diffusion_pytorch_model.fp16.safetensors", "fp16"),
-        ("model-00001-of-00002.safetensors", ""),
-        ("model.fp16-00001-of-00002.safetensors", "fp16"),
-        ("model-00001-of-00002.fp16.safetensors", "fp16"),
-        ("model.safetensors.index.json", ""),
-        ("model.safetensors.index.fp16.json", "fp16"),
-        ("model.safetensors.fp16.index.json", "fp16"),
-        ("model.fp16.safetensors.index.json", "fp16"),
-        ("pytorch_model.non_ema.safetensors", "non_ema"),
-        ("lora_weights.safetensors", None),
-        ("config.json", None),
-        ("model.bin", None),
-    ],
-)
-def test_variants_are_read_from_names(name: str, variant: str | None) -> None:
-    assert variant_of(name) == variant
-
-
-@pytest.mark.parametrize(
-    ("variants", "dtype_name", "expected"),
-    [
-        (("", "fp16", "bf16"), "float32", None),
-        (("", "fp16", "bf16"), "float16", "fp16"),
-        (("", "fp16", "bf16"), "bfloat16", "bf16"),
-        (("", "fp16"), "bfloat16", None),
-        (("", "bf16"), "float16", None),
-        (("fp16",), "float32", "fp16"),
-        (("non_ema",), "float16", "non_ema"),
-        (("", "non_ema"), "float16", None),
-    ],
-)
-def test_the_nearest_variant_is_chosen(
-    variants: tuple[str, ...], dtype_name: str, expected: str | None
-) -> None:
-    names = {each: f"unet/model.{each}.safetensors".replace("..", ".") for each in variants}
-    chosen = select_weights("unet", names.values(), dtype_name)
-    assert chosen == ([names[expected or ""]], expected)
-
-
-def test_no_usual_name_no_choice() -> None:
-    assert select_weights("unet", ["unet/a.safetensors"], "float16") == ([], None)
-
-
-def test_weights_in_folders_of_a_component_are_not_its_weights() -> None:
-    names = ["unet/model.safetensors", "unet/old/model.safetensors", "unet/ema/model.safetensors"]
-    assert select_weights("unet", names, "float16") == (names[:1], None)
-    assert choose_names(names, ["unet"]) == names[:1]
-    assert select_weights("unet", names[1:], "float16") == ([], None)
-
-
-@pytest.mark.parametrize(
-    "left_behind",
-    [
-        "model.safetensors",
-        "pytorch_model.safetensors",
-        "model-00001-of-00004.safetensors",
-        "diffusion_pytorch_model-00001-of-00002.safetensors",
-    ],
-)
-def test_weights_that_are_there_twice_are_refused(left_behind: str) -> None:
-    """Which would win depends on the library: an old file must not draw the pictures."""
-    shards = [f"unet/model-0000{number}-of-00002.safetensors" for number in (1, 2)]
-    assert select_weights("unet", shards, "float16") == (shards, None)
-    with pytest.raises(ArchiveError, match=r"more than once, as unet/.* and unet/.*: remove"):
-        select_weights("unet", [*shards, f"unet/{left_behind}"], "float16")
-
-
-def test_shards_that_are_not_all_there_are_refused() -> None:
-    shards = [f"unet/model.fp16-0000{number}-of-00003.safetensors" for number in (1, 3)]
-    with pytest.raises(ArchiveError, match="2 of its 3 weights files"):
-        select_weights("unet", [*shards, "unet/model.safetensors"], "float16")
+from tests.support.archives import save_in_hub_cache, save_pipeline
 
 
 def test_only_the_pipelines_own_files_are_chosen() -> None:
@@ -103,6 +25,7 @@ def test_only_the_pipelines_own_files_are_chosen() -> None:
         *("unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.bin"),
         *("unet/diffusion_pytorch_model.safetensors.index.json", "other/config.json"),
         *("unet/diffusion_pytorch_model.non_ema.safetensors", "unet/code.py"),
+        *("unet/old/diffusion_pytorch_model.fp16.safetensors",),
     ]
     assert choose_names([*others, *kept], ["unet", "tokenizer"]) == kept
 
@@ -120,10 +43,10 @@ def _refusal(folder: Path, **replaced: Path) -> str:
 
 
 def test_what_is_no_pipeline_is_refused(tmp_path: Path) -> None:
-    assert "is no diffusers pipeline: it has no model_index.json" in _refusal(tmp_path)
+    assert "is not a diffusers pipeline: it has no model_index.json" in _refusal(tmp_path)
     for text in ("{", "[" * 100_000):
         (tmp_path / "model_index.json").write_text(text)
-        assert "is no JSON" in _refusal(tmp_path)
+        assert "is not JSON" in _refusal(tmp_path)
 
 
 def test_pickled_weights_are_all_named(tmp_path: Path) -> None:
@@ -147,7 +70,11 @@ def test_missing_components_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("{broken", "is no JSON"), ("[1]", "holds no JSON object"), ("[" * 100_000, "is no JSON")],
+    [
+        ("{broken", "is not JSON"),
+        ("[1]", "does not hold a JSON object"),
+        ("[" * 100_000, "is not JSON"),
+    ],
 )
 def test_replacing_components_with_a_broken_configuration_are_refused(
     tmp_path: Path, text: str, words: str
@@ -165,7 +92,8 @@ def test_replaced_components_bring_their_class(tmp_path: Path) -> None:
     (pipeline / "vae" / "old.bin").write_bytes(b"")  # no part of it any more
     diffusers.AutoencoderTiny(latent_channels=4).save_pretrained(tmp_path / "vae")
     files = {
-        each.name: each for each in list_pipeline(pipeline, replaced={"vae": tmp_path / "vae"})
+        each.name: each
+        for each in list_pipeline(pipeline, replaced={"vae": tmp_path / "vae"}).files
     }
     assert files["vae/config.json"].path == tmp_path / "vae" / "config.json"
     index = json.loads(files["model_index.json"].data or b"")
@@ -173,3 +101,44 @@ def test_replaced_components_bring_their_class(tmp_path: Path) -> None:
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     (tmp_path / "vae" / "evil.ckpt").write_bytes(b"")
     assert "evil.ckpt" in _refusal(pipeline, vae=tmp_path / "vae")
+
+
+@pytest.mark.parametrize("is_inside", [False, True])
+def test_links_out_of_the_folder_are_refused(tmp_path: Path, is_inside: bool) -> None:
+    pipeline = save_pipeline(tmp_path / "p")
+    config = pipeline / "unet" / "config.json"
+    elsewhere = (pipeline if is_inside else tmp_path) / "elsewhere.json"
+    config.rename(elsewhere)
+    config.symlink_to(elsewhere)
+    if is_inside:
+        assert "unet/config.json" in {each.name for each in list_pipeline(pipeline).files}
+    else:
+        message = _refusal(pipeline)
+        assert f"{config} is a link to {elsewhere}, outside of the pipeline" in message
+
+
+def test_links_of_the_hubs_cache_lead_to_its_blobs_and_nowhere_else(tmp_path: Path) -> None:
+    snapshot = save_in_hub_cache(tmp_path)
+    assert len(list_pipeline(snapshot).files) > 5
+    other = save_pipeline(tmp_path / "p")
+    assert list_pipeline(other, replaced={"vae": snapshot / "vae"})
+    (tmp_path / "secret").write_text("{}")
+    (snapshot / "unet" / "config.json").unlink()
+    (snapshot / "unet" / "config.json").symlink_to(tmp_path / "secret")
+    assert "outside of the pipeline" in _refusal(snapshot)
+
+
+def test_a_component_that_is_a_link_to_a_folder_is_told(tmp_path: Path) -> None:
+    pipeline = save_pipeline(tmp_path / "p")
+    (pipeline / "vae").rename(tmp_path / "vae")
+    (pipeline / "vae").symlink_to(tmp_path / "vae")
+    assert "links to folders are not followed" in _refusal(pipeline)
+    assert list_pipeline(pipeline, replaced={"vae": pipeline / "vae"})
+
+
+def test_names_that_differ_in_case_only_are_refused(tmp_path: Path) -> None:
+    pipeline = save_pipeline(tmp_path / "p")
+    (pipeline / "unet" / "A.json").write_text("{}")
+    assert list_pipeline(pipeline)
+    (pipeline / "unet" / "a.json").write_text("{}")
+    assert "unet/A.json and unet/a.json differ only in upper and lower case" in _refusal(pipeline)

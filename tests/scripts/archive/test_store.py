@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from scripts.archive.store import add_archive, chosen_archive
-from scripts.console import UsageError
+from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
+from scripts.archive.store import add_archive, choose_archive, chosen_archive
+from scripts.errors import UsageError
 from scripts.repository import REPOSITORY
 from tests.support.toy_archive import write_toy_archive
 
@@ -30,6 +31,16 @@ def test_the_stores_only_archive_needs_no_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="choose one with NAME=: first, second"):
         chosen(*store)
     assert chosen(*store, "--name", "second") == second
+    with pytest.raises(UsageError, match="no archive called third; it has: first, second"):
+        chosen(*store, "--name", "third")
+
+
+def test_two_archives_of_one_name_are_told_apart_by_nobody(tmp_path: Path) -> None:
+    write_toy_archive(tmp_path, "first")
+    (tmp_path / "first" / TORCHSERVE_MANIFEST_NAME).parent.mkdir(parents=True)
+    (tmp_path / "first" / TORCHSERVE_MANIFEST_NAME).touch()
+    with pytest.raises(UsageError, match="have one name: remove the older one"):
+        choose_archive(tmp_path, "first")
 
 
 def test_a_path_is_taken_as_it_is(tmp_path: Path) -> None:

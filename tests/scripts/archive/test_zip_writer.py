@@ -8,14 +8,18 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from handler.errors import ArchiveError
 from handler.zips.reader import ZipReader
-from scripts.archive.copying import Copier, Sums
-from scripts.archive.zip_writer import Written, ZipWriter
+from scripts.archive.copying import Checksums, Content, Copier, Place
+from scripts.archive.manifest import torchserve_manifest
+from scripts.archive.zip_writer import WrittenMember, ZipWriter
+from scripts.torchserve.options import Options, Ports
+from scripts.torchserve.process import TorchServer
 
 
 def _write(path: Path, *, wide: bool = False) -> None:
@@ -61,7 +65,7 @@ def test_what_was_written_is_told(tmp_path: Path) -> None:
             inner.add_bytes("b", b"")
         written = writer.finish()
     data = b"x" * 10 + b"y"
-    assert written == [Written("a", 11, zlib.crc32(data), hashlib.sha256(data).hexdigest())]
+    assert written == [WrittenMember("a", 11, zlib.crc32(data), hashlib.sha256(data).hexdigest())]
     assert [each.name for each in inner.finish()] == ["b"]
 
 
@@ -108,10 +112,16 @@ def test_no_name_twice(tmp_path: Path) -> None:
 def test_members_past_four_gigabytes(tmp_path: Path) -> None:
     """Offsets and sizes that need zip64, over a file that keeps no bytes of its holes."""
     size = 65 * (64 << 20)
-    with (tmp_path / "big.zip").open("x+b") as file:
-        writer = ZipWriter(file)
-        writer._begin("big", size, 64, 0).sums = lambda: Sums(0, "")
-        writer.size_bytes += size
+
+    class LeavesHoles(Copier):
+        def submit(self, content: Content, place: Place) -> Callable[[], Checksums]:
+            if place.size_bytes == size:
+                return lambda: Checksums(0, "")
+            return super().submit(content, place)
+
+    with (tmp_path / "big.zip").open("x+b") as file, LeavesHoles() as copier:
+        writer = ZipWriter(file, copier)
+        writer.add("big", [], size, align=64)
         writer.add_bytes("after", b"it")
         writer.close()
     assert (tmp_path / "big.zip").stat().st_size > 4 << 30
@@ -123,3 +133,41 @@ def test_members_past_four_gigabytes(tmp_path: Path) -> None:
         reader = ZipReader(file)
         assert reader.sizes == {"big": size, "after": 2}
         assert reader.read("after") == b"it"
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_torchserve_takes_members_past_four_gigabytes(tmp_path: Path) -> None:
+    entry = b"""
+import os
+class Sizes:
+    def initialize(self, context):
+        folder = context.system_properties["model_dir"]
+        self.size = os.path.getsize(os.path.join(folder, "model.zip"))
+    def handle(self, data, context):
+        return [str(self.size)] * len(data)
+"""
+    zeros = bytes(4 << 20)
+    num_chunks = 1025
+    (tmp_path / "store").mkdir()
+    archive = tmp_path / "store" / "big.mar"
+    with archive.open("x+b") as file:
+        writer = ZipWriter(file)
+        writer.add_bytes("MAR-INF/MANIFEST.json", torchserve_manifest("big", "1.0"))
+        writer.add_bytes("torchserve_entry.py", entry)
+        writer.add_bytes("model-config.yaml", b"minWorkers: 1\nmaxWorkers: 1\n")
+        writer.add_bytes("requirements.txt", b"")
+        with writer.nested("model.zip", 5 << 30) as inner:
+            inner.add("big", (zeros for _ in range(num_chunks)), num_chunks * len(zeros))
+        writer.close()
+    size_bytes = inner.size_bytes
+    assert size_bytes > 4 << 30
+    server = TorchServer(Options(archive, tmp_path / "run", Ports.free()))
+    with server.running(timeout_s=240):
+        done = subprocess.run(
+            ["curl", "-s", "-d", "a=b", server.predictions_url],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert done.stdout == str(size_bytes)

@@ -12,12 +12,12 @@ import yaml
 
 from handler.config import HandlerConfig
 from scripts.archive.manifest import MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
+from scripts.errors import ServerError
 from scripts.repository import REPOSITORY
 from scripts.torchserve.options import (
     UNREACHABLE,
     Options,
     Ports,
-    ServerError,
     archive_identity,
     example_prompt,
     is_loopback,
@@ -107,7 +107,7 @@ def test_what_is_not_an_archive_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("manifest", "words"),
     [
-        ("[" * 100_000, "is not a TorchServe archive: MAR-INF/MANIFEST.json is no JSON"),
+        ("[" * 100_000, "is not a TorchServe archive: MAR-INF/MANIFEST.json is not JSON"),
         ("[1]", "is not a TorchServe archive"),
         ('{"model": {"modelName": "a\\u001b[2J", "modelVersion": "1"}}', "cannot be shown"),
     ],

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.torchserve.options import Options, Ports, ServerError
+from scripts.errors import ServerError
+from scripts.torchserve.options import Options, Ports
 from scripts.torchserve.process import TorchServer
 from scripts.torchserve.state import MAX_SOCKETS_PATH_BYTES, StateDir
 from tests.support.toy_archive import write_toy_archive

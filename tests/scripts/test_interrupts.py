@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager
 
 import pytest
 
+from scripts.interrupts import signals_as_interrupts, signals_held
 from scripts.repository import REPOSITORY
-from scripts.torchserve.interrupts import signals_as_interrupts, signals_held
 from tests.support.signals import default_signals
 
 BLOCK = """
 import sys, time
-from scripts.torchserve.interrupts import signals_as_interrupts
+from scripts.interrupts import signals_as_interrupts
 try:
     with signals_as_interrupts():
         try:
@@ -29,7 +29,7 @@ except KeyboardInterrupt:
 """
 HELD = """
 import os, signal, sys
-from scripts.torchserve.interrupts import signals_as_interrupts, signals_held
+from scripts.interrupts import signals_as_interrupts, signals_held
 try:
     with signals_as_interrupts():
         with signals_held():

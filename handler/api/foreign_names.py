@@ -1,0 +1,345 @@
+"""The table of other APIs' names for request fields: each is translated exactly, or refused.
+
+A refusal says what to send in its place. A new name is one entry in `_entries`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from handler.messages import show
+
+__all__ = [
+    "DRAWS_FROM_TEXT",
+    "FOREIGN_NAMES",
+    "SEVERAL_PROMPTS",
+    "ForeignName",
+    "is_picture_input",
+]
+
+DRAWS_FROM_TEXT = "this archive draws from text only; leave it out"
+SEVERAL_PROMPTS = (
+    'several prompts are sent as {"instances": [{"prompt": "a"}, {"prompt": "b"}]},'
+    " several pictures of one prompt as num_images"
+)
+# Names of the pictures that other tasks begin with, and of what goes with them.
+_PICTURE_INPUTS = frozenset(
+    [
+        *("image", "images", "image_url", "image_urls", "image_base64", "input_image"),
+        *("init_image", "init_images", "init_img", "source_image", "reference_image"),
+        *("mask", "mask_image", "mask_img", "mask_url", "mask_blur", "inpainting_fill"),
+        *("control_image", "conditioning_image", "controlnet_image", "controlnet_units"),
+        *("controlnet_conditioning_scale", "ip_adapter_image", "strength", "image_strength"),
+        *("image_guidance_scale", "video"),
+    ]
+)
+
+_SIZE = re.compile(r"\s*([0-9]{1,5})\s*[xX]\s*([0-9]{1,5})\s*", re.ASCII)
+
+# Names of the same kind that are in no list; those of counts and sizes are not.
+_PICTURE_LIKE = re.compile(r"image|img|mask|photo|video")
+_NOT_PICTURE_LIKE = re.compile(
+    r"num|count|size|width|height|per_|(^|_)n_|format|quality|seed|steps"
+)
+
+Translation = Callable[[object], Mapping[str, object]]
+"""From the value sent to our fields; raises ValueError with what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignName:
+    """One name of another API's."""
+
+    name: str
+    apis: str
+    meaning: str
+    """What it is here, for documentation."""
+    translate: Translation
+    targets: tuple[str, ...] = ()
+    """The fields that it may become."""
+
+
+def is_picture_input(name: str) -> bool:
+    """Whether a field that is not ours holds a picture to begin with, or belongs to one."""
+    lower = name[:100].lower()
+    is_alike = _PICTURE_LIKE.search(lower) and not _NOT_PICTURE_LIKE.search(lower)
+    return name in _PICTURE_INPUTS or bool(is_alike)
+
+
+def _renamed(apis: str, **targets: str) -> Iterable[ForeignName]:
+    """Names whose values mean the same here."""
+    for name, target in targets.items():
+        convert = _to(target)
+        yield ForeignName(name, apis, f"`{target}`", convert, (target,))
+
+
+def _to(target: str) -> Translation:
+    return lambda value: {target: value}
+
+
+def _converted(
+    name: str, apis: str, targets: tuple[str, ...], meaning: str, convert: Translation
+) -> ForeignName:
+    return ForeignName(name, apis, meaning, convert, targets)
+
+
+def _idle(
+    apis: str, names: Iterable[str], allowed: Iterable[object], instead: str
+) -> Iterable[ForeignName]:
+    """Names that change nothing with one of the `allowed` values, and are refused with others."""
+    values = tuple(allowed)
+    shown = ", ".join(json.dumps(value) for value in values)
+
+    def convert(value: object) -> Mapping[str, object]:
+        if _plain(value) not in values:
+            raise ValueError(f"{instead}; only {shown} may be sent, or nothing")
+        return {}
+
+    for name in names:
+        yield ForeignName(name, apis, f"accepted as {shown}, without effect", convert)
+
+
+def _ignored(apis: str, names: Iterable[str], why: str) -> Iterable[ForeignName]:
+    """Names that change nothing whatever their value."""
+    for name in names:
+        yield ForeignName(name, apis, f"accepted without effect: {why}", lambda value: {})
+
+
+def _refused(apis: str, **problems: str) -> Iterable[ForeignName]:
+    for name, problem in problems.items():
+        yield ForeignName(name, apis, f"refused: {problem}", _refusal(problem))
+
+
+def _refusal(problem: str) -> Translation:
+    def convert(value: object) -> Mapping[str, object]:
+        raise ValueError(problem)
+
+    return convert
+
+
+def _plain(value: object) -> object:
+    """A value of a form as JSON would have it: ``false`` is a boolean, ``[]`` a list."""
+    if isinstance(value, str) and len(value) <= 20:
+        try:
+            return json.loads(value.strip().lower())
+        except ValueError:
+            return value
+    return value
+
+
+def _size(value: object) -> Mapping[str, object]:
+    """OpenAI's ``WIDTHxHEIGHT``."""
+    if value == "auto":
+        return {}
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        raise ValueError(
+            f'{show(value)} is not a size such as "512x768" (width x height); or send width and'
+            " height"
+        )
+    return {"width": int(match[1]), "height": int(match[2])}
+
+
+def _target_size(value: object) -> Mapping[str, object]:
+    if not isinstance(value, Mapping) or value.keys() != {"width", "height"}:
+        raise ValueError(
+            f'{show(value)} is not an object such as {{"width": 512, "height": 768}}; or send width'
+            " and height"
+        )
+    return {"width": value["width"], "height": value["height"]}
+
+
+def _options(value: object) -> Mapping[str, object]:
+    known = {"wait_for_model", "use_cache", "use_gpu"}
+    value = _plain(value)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be an object, not {show(value)}")
+    for name, each in value.items():
+        if name not in known or not isinstance(each, bool):
+            raise ValueError(
+                f"{show(name)} with {show(each)} means nothing here; accepted without effect are"
+                f" {', '.join(sorted(known))}, true or false"
+            )
+    return {}
+
+
+def _override_settings(value: object) -> Mapping[str, object]:
+    value = _plain(value)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be an object, not {show(value)}")
+    for name, each in value.items():
+        # The only one that is in most requests; A1111 counts the last layer as 1.
+        if name == "CLIP_stop_at_last_layers" and each == 1:
+            continue
+        reason = _OVERRIDES.get(name, "a request cannot change settings")
+        raise ValueError(f"{show(name)} with {show(each)}: {reason}; leave it out")
+    return {}
+
+
+def _n_iter(value: object) -> Mapping[str, object]:
+    if _plain(value) != 1:
+        raise ValueError(
+            "only 1; send batch_size times n_iter as num_images: picture k has the seed + k"
+        )
+    return {}
+
+
+_A1111, _OPENAI, _HF = "AUTOMATIC1111", "OpenAI", "Hugging Face"
+_DIFFUSERS, _STABILITY, _REPLICATE = "diffusers", "Stability AI", "Replicate"
+_NO_LORA = (
+    "a request cannot choose LoRAs or their strength; they are packed into the archive with"
+    " --lora FILE"
+)
+_NO_SIGMAS = "a request cannot choose how sigmas are spaced; leave it out"
+_LAST_LAYER = "the text encoder is read at its last layer"
+_OVERRIDES = {
+    "CLIP_stop_at_last_layers": _LAST_LAYER,
+    "sd_model_checkpoint": "the URL names the model, /predictions/NAME",
+}
+_NO_HIRES = "there is no second pass; send the final width and height"
+
+
+def _entries() -> Iterable[ForeignName]:
+    yield from _renamed(f"{_A1111}, {_STABILITY}", cfg_scale="guidance_scale")
+    yield from _renamed(
+        _A1111, sampler_name="scheduler", sampler_index="scheduler", batch_size="num_images"
+    )
+    yield _converted("n_iter", _A1111, (), "accepted as 1; more pictures are `num_images`", _n_iter)
+    yield from _idle(
+        _A1111,
+        ["restore_faces", "tiling", "save_images"],
+        [False],
+        "this server does nothing of the kind",
+    )
+    yield from _idle(_A1111, ["enable_hr"], [False], _NO_HIRES)
+    yield from _idle(_A1111, ["send_images"], [True], "the reply always holds the pictures")
+    yield from _idle(
+        _A1111,
+        ["styles", "script_args", "alwayson_scripts", "script_name"],
+        [[], {}, ""],
+        "this server has no styles and no scripts",
+    )
+    yield _converted(
+        "override_settings",
+        _A1111,
+        (),
+        "accepted as `{}`, without effect; a request cannot change settings",
+        _override_settings,
+    )
+    yield from _idle(_A1111, ["refiner_checkpoint"], [""], "this server draws with one pipeline")
+    yield from _idle(_A1111, ["subseed_strength"], [0], "seeds are not blended")
+    yield from _idle(
+        _A1111,
+        ["seed_resize_from_h", "seed_resize_from_w"],
+        [-1, 0],
+        "noise is drawn at the size of the picture",
+    )
+    yield from _idle(
+        _A1111,
+        ["s_churn", "s_tmin", "s_min_uncond"],
+        [0],
+        "the scheduler runs as it is configured",
+    )
+    yield from _idle(_A1111, ["s_noise"], [1], "the scheduler runs as it is configured")
+    yield from _ignored(
+        _A1111,
+        [
+            *("subseed", "denoising_strength", "firstphase_width", "firstphase_height"),
+            *("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y"),
+            *("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt"),
+            *("hr_negative_prompt", "refiner_switch_at", "override_settings_restore_afterwards"),
+            "s_tmax",
+        ],
+        "it counts only with what is refused",
+    )
+    yield from _ignored(
+        _A1111,
+        ["do_not_save_samples", "do_not_save_grid"],
+        "the server keeps no pictures",
+    )
+    yield _converted(
+        "size", _OPENAI, ("width", "height"), "`width` and `height`, as `512x768`", _size
+    )
+    yield from _idle(
+        _OPENAI,
+        ["quality"],
+        ["auto", "standard"],
+        "more num_inference_steps are what costs time here",
+    )
+    yield from _idle(_OPENAI, ["background"], ["auto", "opaque"], "pictures have no transparency")
+    yield from _refused(
+        _OPENAI,
+        model="the URL names the model, /predictions/NAME; leave it out",
+        response_format='"output_format": "json" replies with pictures in base64, under "images";'
+        " pictures are not kept under a URL",
+        style="say it in the prompt",
+        user="request_id is a name for a request",
+        output_compression="the operator sets jpeg_quality",
+        partial_images='"stream": true with previews, a picture every so many steps',
+        moderation="nothing here moderates prompts",
+    )
+    yield from _renamed(f"{_HF}, {_DIFFUSERS}", num_images_per_prompt="num_images")
+    yield from _renamed(_HF, generator="seed")
+    yield _converted(
+        "target_size",
+        _HF,
+        ("width", "height"),
+        '`width` and `height`, as `{"width": 512, "height": 768}`',
+        _target_size,
+    )
+    yield _converted(
+        "options",
+        _HF,
+        (),
+        "`wait_for_model`, `use_cache` and `use_gpu` are accepted without effect: a request always"
+        " waits, and is always drawn",
+        _options,
+    )
+    yield from _refused(
+        _HF, parameters="is read in JSON; in a form its fields stand beside the prompt"
+    )
+    yield from _idle(_DIFFUSERS, ["clip_skip"], [0], _LAST_LAYER)
+    yield from _idle(_DIFFUSERS, ["output_type"], ["pil"], "output_format says what the reply is")
+    yield from _ignored(_DIFFUSERS, ["return_dict"], "output_format says what the reply is")
+    yield from _refused(
+        _DIFFUSERS,
+        cross_attention_kwargs=_NO_LORA,
+        attention_kwargs=_NO_LORA,
+        joint_attention_kwargs=_NO_LORA,
+        use_karras_sigmas=_NO_SIGMAS,
+        use_exponential_sigmas=_NO_SIGMAS,
+        use_beta_sigmas=_NO_SIGMAS,
+        timestep_spacing=_NO_SIGMAS,
+        sigmas=_NO_SIGMAS,
+        timesteps=_NO_SIGMAS,
+    )
+    yield from _refused(
+        "several",
+        **dict.fromkeys(
+            ["lora", "loras", "lora_scale", "lora_scales", "lora_weights", "lora_path"], _NO_LORA
+        ),
+        schedule_type=_NO_SIGMAS,
+        karras=_NO_SIGMAS,
+        prompts=SEVERAL_PROMPTS,
+        instances='KServe\'s; it is read in JSON: {"instances": [{"prompt": "a"}]}',
+        **dict.fromkeys(sorted(_PICTURE_INPUTS), DRAWS_FROM_TEXT),
+    )
+    yield from _renamed(_STABILITY, samples="num_images", sampler="scheduler")
+    yield from _refused(
+        _STABILITY,
+        text_prompts="the text is sent as prompt, one of negative weight as negative_prompt:"
+        ' {"prompt": "a"}',
+    )
+    yield from _renamed(_REPLICATE, num_outputs="num_images")
+    yield from _refused(
+        _REPLICATE, input='its fields stand at the top of the body: {"prompt": "a"}'
+    )
+
+
+FOREIGN_NAMES: Mapping[str, ForeignName] = MappingProxyType(
+    {each.name: each for each in _entries()}
+)

@@ -1,0 +1,111 @@
+"""Requests in other people's words: their names and values become ours before they are read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from handler.api.foreign_names import (
+    DRAWS_FROM_TEXT,
+    FOREIGN_NAMES,
+    SEVERAL_PROMPTS,
+    is_picture_input,
+)
+from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS
+from handler.api.traits import split_schedule
+from handler.messages import show, shown_name
+
+__all__ = ["names_for", "translate"]
+
+
+def names_for(target: str) -> tuple[str, ...]:
+    """Every name under which a field of a picture may have been sent, its own first."""
+    own = PICTURE_FIELDS[target].names if target in PICTURE_FIELDS else (target,)
+    return (*own, *(each.name for each in FOREIGN_NAMES.values() if target in each.targets))
+
+
+def translate(fields: Mapping[str, object]) -> tuple[dict[str, object], dict[str, str]]:
+    """The fields of one request under our names, and what is wrong with the foreign ones.
+
+    A field that is sent under a foreign name and its own is a problem of the field.
+    """
+    translated: dict[str, object] = {}
+    problems: dict[str, str] = {}
+    foreign: dict[str, object] = {}
+    for name, value in fields.items():
+        if name in FOREIGN_NAMES:
+            foreign[name] = value
+            continue
+        if name not in _KNOWN and value is not None and is_picture_input(name):
+            problems[shown_name(name)] = DRAWS_FROM_TEXT
+            continue
+        target = _OWN_NAMES.get(name, name)
+        try:
+            translated[name] = _VALUES.get(target, _unchanged)(value)
+        except ValueError as error:
+            problems[target] = str(error)
+    sent_as: dict[str, str] = {}
+    for name, value in foreign.items():
+        try:
+            found = {} if value is None else FOREIGN_NAMES[name].translate(value)
+            for target, meant in found.items():
+                own = [n for n in PICTURE_FIELDS[target].names if translated.get(n) is not None]
+                earlier = sent_as.setdefault(target, own[0] if own else name)
+                if earlier != name:
+                    problems[target] = (
+                        f"given more than once, as {earlier} and {name}: send one of them"
+                    )
+                else:
+                    translated[target] = _VALUES.get(target, _unchanged)(meant)
+        except ValueError as error:
+            problems[name] = str(error)
+    return translated, problems
+
+
+def _unchanged(value: object) -> object:
+    return value
+
+
+def _one_text(several: str) -> Callable[[object], object]:
+    """A list of one text is that text; of any other list the problem says `several`."""
+
+    def convert(value: object) -> object:
+        if not isinstance(value, list | tuple):
+            return value
+        if len(value) != 1:
+            raise ValueError(f"is {show(value)}; {several}")
+        return value[0] if isinstance(value[0], str) else value
+
+    return convert
+
+
+def _seed(value: object) -> object:
+    """A seed as text of digits is that integer; -1 is none, so that one is drawn."""
+    if isinstance(value, str) and re.fullmatch(r"\s*(-1|[0-9]{1,20})\s*", value, re.ASCII):
+        value = int(value)
+    return None if value == -1 and type(value) is int else value
+
+
+def _scheduler(value: object) -> object:
+    """AUTOMATIC1111 has a field of this name for the schedule of sigmas."""
+    if not isinstance(value, str):
+        return value
+    if value.strip().lower() == "automatic":
+        return None
+    match split_schedule(value):
+        case ("", schedule):
+            raise ValueError(
+                f"{show(value)}: a request cannot choose {schedule} sigmas; leave it out"
+            )
+    return value
+
+
+# Values that others send in our own fields.
+_VALUES: Mapping[str, Callable[[object], object]] = {
+    "prompt": _one_text(SEVERAL_PROMPTS),
+    "negative_prompt": _one_text("a prompt has one: join them with commas"),
+    "seed": _seed,
+    "scheduler": _scheduler,
+}
+_OWN_NAMES = {name: each.name for each in PICTURE_FIELDS.values() for name in each.names}
+_KNOWN = _OWN_NAMES.keys() | REPLY_FIELDS.keys()

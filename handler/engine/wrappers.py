@@ -1,0 +1,95 @@
+"""Forward wrappers: what makes a denoiser's forwards cheaper, or answers calls without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
+
+from handler.engine.forward import Failure
+from handler.engine.parking import ModuleCall
+
+__all__ = ["UNANSWERED", "CompiledForwards", "ForwardWrapper", "Wrappers"]
+
+UNANSWERED: Final = object()
+"""What `ForwardWrapper.before` returns for a call that needs its forward."""
+
+
+class ForwardWrapper(Protocol):
+    """One way to make a denoiser's forwards cheaper; a subclass overrides what it needs.
+
+    What it remembers of a request between calls belongs into ``call.ticket.memory`` under a key of
+    its own, and is freed with the ticket. Requests that are `exact` never meet a wrapper.
+    """
+
+    def wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """What runs batches in place of a denoiser's `forward`, such as compiled code."""
+        return forward
+
+    def before(self, call: ModuleCall) -> Any:
+        """The output of a denoiser's call, so that its rows leave the tick; or `UNANSWERED`."""
+        return UNANSWERED
+
+    def after(self, call: ModuleCall, output: Any) -> None:
+        """See the output of a call that `before` left unanswered.
+
+        The pipeline may change `output` in place: copy what is to be kept.
+        """
+        return
+
+
+class CompiledForwards(ForwardWrapper):
+    """Batches run what `compiler` makes of each denoiser's forward, such as `torch.compile`."""
+
+    def __init__(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self._compiler = compiler
+
+    def wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward`, compiled."""
+        return self._compiler(forward)
+
+
+class Wrappers:
+    """Wrappers in their order, the first one nearest to the module.
+
+    Each one wraps what the ones before it made; the last is asked first for an answer, and sees
+    also what the ones before it answered.
+    """
+
+    def __init__(self, wrappers: Sequence[ForwardWrapper]) -> None:
+        self._wrappers = wrappers
+
+    def wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """`forward` in all wrappers."""
+        for wrapper in self._wrappers:
+            forward = wrapper.wrap_forward(forward)
+        return forward
+
+    def before(self, call: ModuleCall) -> Any:
+        """The answer of the first that has one, a `Failure` if it raised; else `UNANSWERED`."""
+        if not self._concern(call):
+            return UNANSWERED
+        for place in reversed(range(len(self._wrappers))):
+            try:
+                answer = self._wrappers[place].before(call)
+            except Exception as error:
+                return Failure(error)
+            if answer is not UNANSWERED:
+                return self._tell(call, answer, self._wrappers[place + 1 :])
+        return UNANSWERED
+
+    def after(self, call: ModuleCall, output: Any) -> Any:
+        """`output` when all have seen it, a `Failure` if one of them raised."""
+        return self._tell(call, output, self._wrappers) if self._concern(call) else output
+
+    def _concern(self, call: ModuleCall) -> bool:
+        return bool(self._wrappers) and call.slot.is_denoiser and not call.ticket.exact
+
+    def _tell(self, call: ModuleCall, output: Any, wrappers: Sequence[ForwardWrapper]) -> Any:
+        if isinstance(output, Failure):
+            return output
+        try:
+            for wrapper in wrappers:
+                wrapper.after(call, output)
+        except Exception as error:
+            return Failure(error)
+        return output

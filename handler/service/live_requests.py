@@ -1,0 +1,67 @@
+"""The live requests: those that were accepted and not yet answered, and how they are found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from handler.api.call import Call
+from handler.engine.ticket import Ticket
+from handler.service.event_stream import EventStream
+
+__all__ = ["LiveRequest", "LiveRequests"]
+
+
+@dataclass(eq=False)
+class LiveRequest:
+    """A request that was accepted and not yet answered.
+
+    `request_id` is TorchServe's; the client may have chosen another one, in `sent`. There is one
+    ticket for each prompt that was sent.
+    """
+
+    request_id: str
+    sent: Call
+    opened_s: float
+    tickets: list[Ticket]
+    stream: EventStream | None = None
+
+
+class LiveRequests:
+    """Live requests by their ids and by their tickets."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, LiveRequest] = {}
+        self._by_ticket: dict[Ticket, LiveRequest] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """TorchServe's ids of all of them."""
+        return frozenset(self._by_id)
+
+    def add(self, live: LiveRequest) -> None:
+        """Keep `live` until it is removed."""
+        self._by_id[live.request_id] = live
+        self._by_ticket.update(dict.fromkeys(live.tickets, live))
+
+    def remove(self, live: LiveRequest) -> None:
+        """Forget `live` and its tickets."""
+        del self._by_id[live.request_id]
+        for ticket in live.tickets:
+            self._by_ticket.pop(ticket, None)
+
+    def get(self, request_id: str) -> LiveRequest | None:
+        """Return the request with TorchServe's id `request_id`, if it is live."""
+        return self._by_id.get(request_id)
+
+    def find(self, any_id: str) -> LiveRequest | None:
+        """Return the live request with this id, TorchServe's or the client's own."""
+        if any_id in self._by_id:
+            return self._by_id[any_id]
+        return next((r for r in self._by_id.values() if r.sent.request_id == any_id), None)
+
+    def take_ticket(self, ticket: Ticket) -> LiveRequest | None:
+        """Return the request that an ended ticket belongs to, and forget the ticket."""
+        return self._by_ticket.pop(ticket, None)

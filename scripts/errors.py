@@ -1,0 +1,30 @@
+"""The errors that end a command, and the exit code that each means.
+
+handler.errors.ServingError  1
+├── ArchiveError             1  an archive or a pipeline cannot be used (of handler.errors)
+├── ConfigError              1  a configuration is wrong (of handler.errors)
+├── ServerError              1  TorchServe cannot be started, asked or stopped
+└── UsageError               2  the command was called wrongly
+"""
+
+from __future__ import annotations
+
+from handler.errors import ServingError
+
+__all__ = ["ServerError", "UsageError"]
+
+
+class ServerError(ServingError):
+    """The server cannot be started, asked or stopped; the message says what to do.
+
+    `log` holds the lines of the server's log that say why; they are shown below the message.
+    """
+
+    def __init__(self, message: str, log: str = "") -> None:
+        super().__init__(f"{message}:\n{log}" if log else message)
+        self.message = message
+        self.log = log
+
+
+class UsageError(ServingError):
+    """The command was called wrongly; the message says how to call it."""
