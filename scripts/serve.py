@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +13,12 @@ from pathlib import Path
 from scripts.archive.store import choose_archive
 from scripts.console import run_command
 from scripts.errors import ServerError
+from scripts.torchserve.curl import curl_line
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 from scripts.torchserve.state import StateDir
 
-__all__ = ["curl_line", "main"]
+__all__ = ["main"]
 
 EXAMPLE_PROMPT = "A futuristic cityscape"
 
@@ -126,20 +126,6 @@ def logs(arguments: argparse.Namespace) -> int:
         return subprocess.run(tail, check=False).returncode
     except KeyboardInterrupt:
         return 0
-
-
-def curl_line(server: TorchServer, fields: dict[str, object], output: str) -> str:
-    """Return a command that draws a picture, ready to be pasted into a shell.
-
-    It says whether it got one: an error's JSON would otherwise lie unseen in `output`.
-    """
-    token = server.token()
-    key = f"-H 'Authorization: Bearer {token}' " if token else ""
-    return (
-        f"curl -sS -w '%{{http_code}} %{{content_type}}\\n' {server.predictions_url} {key}\\\n"
-        f"    -H 'Content-Type: application/json' \\\n"
-        f"    -d {shlex.quote(json.dumps(fields))} -o {shlex.quote(output)}"
-    )
 
 
 def _introduce(server: TorchServer, verb: str, *, brief: bool) -> None:

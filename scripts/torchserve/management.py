@@ -59,7 +59,9 @@ def describe(
 
     Args:
         address: of the management API, as in config.properties: ``unix:/path`` or ``http://…``.
+        model_name: which model.
         token: the management key, where authorization is on.
+        timeout_s: how long the frontend may take.
     """
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:

@@ -55,6 +55,7 @@ class StateDir:
 
     @property
     def management_socket(self) -> Path:
+        """Where the management API listens."""
         return self.sockets / "management.sock"
 
     @property
