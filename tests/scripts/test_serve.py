@@ -250,21 +250,39 @@ def test_a_signal_while_starting_leaves_no_server(
         assert processes_of(tmp_path / "run") == []
 
 
+IN_A_BLOCK = """
+import pathlib, sys, time
+from scripts.torchserve.options import Options, Ports
+from scripts.torchserve.process import TorchServer
+archive, state = map(pathlib.Path, sys.argv[1:])
+with TorchServer(Options(archive, state, Ports.free())).running():
+    print('ready', flush=True)
+    time.sleep(300)
+"""
+IN_A_LOOP = """
+import asyncio, pathlib, sys
+from contextlib import AsyncExitStack
+from scripts.torchserve.options import Options, Ports
+from scripts.torchserve.process import TorchServer
+archive, state = map(pathlib.Path, sys.argv[1:])
+async def run():
+    async with AsyncExitStack() as stack:
+        stack.enter_context(TorchServer(Options(archive, state, Ports.free())).running())
+        print('ready', flush=True)
+        await asyncio.sleep(300)
+asyncio.run(run())
+"""
+
+
 @pytest.mark.server
-def test_a_server_inside_a_block_ends_when_its_program_is_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("program", [IN_A_BLOCK, IN_A_LOOP], ids=["block", "event loop"])
+def test_a_server_inside_a_block_ends_when_its_program_is_ended(
+    tmp_path: Path, program: str
+) -> None:
     """As `timeout … python -m benchmarks.engine --served` does it: with two signals at once."""
     archive = write_toy_archive(tmp_path / "store")
-    program = (
-        "import pathlib, sys, time\n"
-        "from scripts.torchserve.options import Options, Ports\n"
-        "from scripts.torchserve.process import TorchServer\n"
-        "archive, state = map(pathlib.Path, sys.argv[1:])\n"
-        "with TorchServer(Options(archive, state, Ports.free())).running():\n"
-        "    print('ready', flush=True)\n"
-        "    time.sleep(300)\n"
-    )
     ending = subprocess.run(
-        ["timeout", "25", sys.executable, "-c", program, str(archive), str(tmp_path / "run")],
+        ["timeout", "30", sys.executable, "-c", program, str(archive), str(tmp_path / "run")],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
