@@ -39,10 +39,14 @@ CHOSEN = --store "$(STORE)" $(if $(NAME),--name "$(NAME)")
 DEFAULT         := stable_diffusion
 DEFAULT_ARCHIVE := $(STORE)/$(DEFAULT).mar
 EMBEDDED        := $(STORE)/.embedded
+# As a target of make's, where a space would be the end of a name.
+empty           :=
+space           := $(empty) $(empty)
+DEFAULT_TARGET  := $(subst $(space),\$(space),$(DEFAULT_ARCHIVE))
 DEFAULT_SOURCES := $(shell find demo/pipeline -type f 2>/dev/null) config/model-config.yaml \
 	$(shell find handler -name '*.py' 2>/dev/null)
 
-START = $(SERVE) start --run-dir $(RUN_DIR) --store $(STORE) --port $(PORT) \
+START = $(SERVE) start --run-dir "$(RUN_DIR)" --store "$(STORE)" --port $(PORT) \
 	--grpc-port $(GRPC_PORT) --address $(ADDRESS) --auth $(AUTH)
 
 .PHONY: help demo setup archive inspect verify serve stop status logs test test-fast lint format bench clean
@@ -53,9 +57,9 @@ help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
 		| while IFS='|' read -r target text; do printf '%-17s %s\n' "$$target" "$$text"; done
 
-demo: $(INSTALLED) $(DEFAULT_ARCHIVE) ## Install, build, start TorchServe, draw demo.png; the server keeps running [PROMPT=]
+demo: $(INSTALLED) $(DEFAULT_TARGET) ## Install, build, start TorchServe, draw demo.png; the server keeps running [PROMPT=]
 	@$(START) --name $(DEFAULT) --brief
-	@$(PY) -m scripts.demo --run-dir $(RUN_DIR) --out $(DEMO_PICTURE) $(if $(PROMPT),--prompt "$(PROMPT)")
+	@$(PY) -m scripts.demo --run-dir "$(RUN_DIR)" --out "$(DEMO_PICTURE)" $(if $(PROMPT),--prompt "$(PROMPT)")
 
 setup: $(INSTALLED) ## Make .venv with the pinned packages (PIP_ARGS=… are passed to pip)
 
@@ -79,19 +83,19 @@ ifneq ($(strip $(PIPELINE)$(MODEL_ID)$(NAME)$(filter-out 1.0,$(VERSION))$(CONFIG
 		$(if $(CONFIG),--config "$(CONFIG)") $(if $(DTYPE),--dtype "$(DTYPE)") \
 		$(if $(FORMAT),--format "$(FORMAT)") $(if $(SIGN),--sign "$(SIGN)") \
 		$(if $(FORCE),--force) $(ARGS)
-	@$(if $(filter $(DEFAULT),$(ARCHIVE_NAME)),rm -f $(EMBEDDED))
+	@$(if $(filter $(DEFAULT),$(ARCHIVE_NAME)),rm -f "$(EMBEDDED)")
 else
-	@$(if $(FORCE),rm -f $(DEFAULT_ARCHIVE))
-	@$(MAKE) --no-print-directory $(DEFAULT_ARCHIVE)
+	@$(if $(FORCE),rm -f "$(DEFAULT_ARCHIVE)")
+	@$(MAKE) --no-print-directory "$(DEFAULT_ARCHIVE)"
 endif
 
-$(DEFAULT_ARCHIVE): $(DEFAULT_SOURCES) | $(INSTALLED)
-	@[ ! -e $@ ] || [ -e $(EMBEDDED) ] || { echo "make: $@ is an archive of your own: serve it" \
+$(DEFAULT_TARGET): $(DEFAULT_SOURCES) | $(INSTALLED)
+	@[ ! -e "$@" ] || [ -e "$(EMBEDDED)" ] || { echo "make: $@ is an archive of your own: serve it" \
 		"with make serve, or replace it by the embedded one with make archive FORCE=1" >&2; exit 1; }
 	@echo "Packing the embedded pipeline into $@ ..."
 	@$(PY) -m scripts.build_archive --pipeline demo/pipeline --name $(DEFAULT) --version 1.0 \
-		--smoke-prompt "a small yellow star on a blue background" --out $(STORE) --force
-	@touch $@ $(EMBEDDED)
+		--smoke-prompt "a small yellow star on a blue background" --out "$(STORE)" --force
+	@touch "$@" "$(EMBEDDED)"
 
 inspect: $(INSTALLED) ## Show what an archive holds [NAME=]
 	@$(PY) -m scripts.inspect_archive $(CHOSEN)
@@ -103,15 +107,15 @@ serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT=
 	@$(START) $(if $(NAME),--name "$(NAME)")
 
 stop: ## Stop the server
-	@[ ! -x $(PY) ] || $(SERVE) stop --run-dir $(RUN_DIR)
+	@[ ! -x $(PY) ] || $(SERVE) stop --run-dir "$(RUN_DIR)"
 
 status: ## Say what is served and whether it is ready
 	@$(IS_INSTALLED)
-	@$(SERVE) status --run-dir $(RUN_DIR)
+	@$(SERVE) status --run-dir "$(RUN_DIR)"
 
 logs: ## Follow the server's log
 	@$(IS_INSTALLED)
-	@$(SERVE) logs --follow --run-dir $(RUN_DIR)
+	@$(SERVE) logs --follow --run-dir "$(RUN_DIR)"
 
 test: $(INSTALLED) ## Everything that must pass, on the real TorchServe too
 	@$(PY) -m pytest
@@ -133,10 +137,10 @@ bench: $(INSTALLED) ## Measure the README's figures: one UNet, then servers unde
 	@$(PY) -m benchmarks.load --speed max
 
 clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
-	@if grep -qs '^# This instance:' "$(RUN_DIR)/config.properties"; then \
-		cd "$(RUN_DIR)" && rm -rf tmp temp logs config.properties server.json; fi
+	@if grep -qsx '# This instance:' "$(RUN_DIR)/config.properties"; then \
+		cd "$(RUN_DIR)" && rm -rf tmp temp logs config.properties server.json sockets; fi
 	@[ ! -d "$(RUN_DIR)" ] || rmdir -- "$(RUN_DIR)" 2>/dev/null || true
 	@rm -f -- "$(DEMO_PICTURE)"
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@[ ! -e $(EMBEDDED) ] || rm -f $(EMBEDDED) $(DEFAULT_ARCHIVE)
+	@[ ! -e "$(EMBEDDED)" ] || rm -f -- "$(EMBEDDED)" "$(DEFAULT_ARCHIVE)"
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -30,7 +30,7 @@ from PIL import Image
 from benchmarks.report import Figure, Spread, write_report
 from handler.acceleration.channels_last import put_channels_last
 from handler.acceleration.speed import compile_forward
-from scripts.torchserve.process import OPENMP_SPINS
+from scripts.torchserve.launch import OPENMP_SPINS
 
 PIPELINE = "demo/pipeline"
 SIZE_PX = 768

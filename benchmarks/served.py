@@ -86,7 +86,8 @@ def _saturate(system: System, state_dir: Path) -> Load:
         }
         for seed in range(NUM_REQUESTS)
     ]
-    with system.serving(state_dir) as server, ThreadPoolExecutor(NUM_CLIENTS) as clients:
+    # Should this be interrupted, the server goes first, and the clients wait for nothing more.
+    with ThreadPoolExecutor(NUM_CLIENTS) as clients, system.serving(state_dir) as server:
         for _ in range(2):
             _post(server.predictions_url, bodies[0])
         started_s = time.perf_counter()

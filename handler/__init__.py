@@ -5,6 +5,8 @@
 `cycle_replies`       what a cycle replies: whole replies, chunks of streams, nothing yet
 `torchserve_entry`    the file that TorchServe imports
 `watchdog`            notices that TorchServe sends no more cycles
+`single_worker`       keeps a second worker of a model from starting
+`torchserve_logs`     TorchServe's own log lines, one line each
 `assembly`            configuration + loaded pipeline → engine → service
 `service`             from a request to its reply
 `acceleration`        forwards made cheaper

@@ -31,6 +31,8 @@ from handler.library_logs import quiet_for_good
 from handler.loading.pipeline import load_pipeline
 from handler.service.generation import GenerationService
 from handler.service.metrics import emit
+from handler.single_worker import hold_model
+from handler.torchserve_logs import shorten_torchserve_logs
 from handler.watchdog import Watchdog
 
 __all__ = ["SILENT_AFTER_S", "DiffusersHandler"]
@@ -89,6 +91,9 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         model_config: Mapping[str, Any] = context.model_yaml_config or {}
         self.config = HandlerConfig.from_mapping(model_config.get("handler"))
         self._is_continuous = bool(model_config.get("continuousBatching", False))
+        shorten_torchserve_logs()
+        if self._is_continuous:
+            hold_model(Path(context.system_properties["model_dir"]))
         _check_workers(model_config, is_continuous=self._is_continuous)
         quiet_for_good()
         properties = context.system_properties

@@ -6,7 +6,6 @@ import argparse
 import io
 import os
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -18,6 +17,7 @@ from typing import Protocol
 
 from handler.errors import ServingError
 from scripts.errors import ServerError, UsageError
+from scripts.interrupts import signals_as_interrupts
 
 __all__ = [
     "DONE",
@@ -60,7 +60,7 @@ def run_command(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names and licences are of any script
     try:
-        with _signals_as_interrupts():
+        with signals_as_interrupts():
             code = run(arguments)
             sys.stdout.flush()
         return code
@@ -76,24 +76,6 @@ def run_command(
     except KeyboardInterrupt:
         _complain(parser.prog, "interrupted")
         return FAILED
-
-
-@contextmanager
-def _signals_as_interrupts() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, so that partial output is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {
-        each: signal.signal(each, signal.default_int_handler)
-        for each in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(each) == signal.SIG_DFL
-    }
-    try:
-        yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
 
 
 def _drop_unwritten() -> bool:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.console import DONE, run_command
 from scripts.errors import ServerError
-from scripts.serve import curl_line
+from scripts.torchserve.curl import curl_line, post
 from scripts.torchserve.process import TorchServer
 
 __all__ = ["main"]
@@ -23,15 +20,6 @@ __all__ = ["main"]
 # What the embedded pipeline can draw: one shape in one colour on a background of another.
 FIRST_PROMPT = "a large red heart on a cyan background"
 NEXT_PROMPT = "a small yellow star at the top left on a blue background"
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What curl got."""
-
-    status: int
-    headers: Mapping[str, str]
-    body: bytes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,33 +59,6 @@ def draw(server: TorchServer, fields: dict[str, object], out: Path) -> None:
     print(f"\n  {out.resolve()}   ({len(answer.body):,} bytes, {seconds:.1f} s)\n")
     print(f"Your turn:\n\n  {curl_line(server, {'prompt': NEXT_PROMPT}, 'mine.png')}\n")
     print("The server keeps running: make status, make logs, make stop.")
-
-
-def post(server: TorchServer, fields: dict[str, object]) -> Answer:
-    """Post `fields` as JSON to the server's model with curl. Raises: ServerError."""
-    token = server.token()
-    with tempfile.TemporaryDirectory() as folder:
-        headers_file, body_file = Path(folder, "headers"), Path(folder, "body")
-        try:
-            run = subprocess.run(
-                [
-                    *("curl", "-sS", "--noproxy", "*", server.predictions_url),
-                    *("-H", "Content-Type: application/json", "-d", json.dumps(fields)),
-                    *(("-H", f"Authorization: Bearer {token}") if token else ()),
-                    *("-D", str(headers_file), "-o", str(body_file), "-w", "%{http_code}"),
-                ],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        except FileNotFoundError:
-            raise ServerError("curl is not installed; any HTTP client will do") from None
-        if run.returncode != 0:
-            raise ServerError(run.stderr.strip())
-        lines = headers_file.read_text("latin-1").splitlines()
-        pairs = [line.split(": ", 1) for line in lines if ": " in line]
-        body = body_file.read_bytes() if body_file.exists() else b""
-        return Answer(int(run.stdout), {name.lower(): value for name, value in pairs}, body)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +13,12 @@ from pathlib import Path
 from scripts.archive.store import choose_archive
 from scripts.console import run_command
 from scripts.errors import ServerError
+from scripts.torchserve.curl import curl_line
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
+from scripts.torchserve.state import StateDir
 
-__all__ = ["curl_line", "main"]
+__all__ = ["main"]
 
 EXAMPLE_PROMPT = "A futuristic cityscape"
 
@@ -41,6 +42,8 @@ def start(arguments: argparse.Namespace) -> int:
         if not running.is_ready():
             with _progress("Waiting for the worker") as tell:
                 running.wait_until_ready(arguments.timeout_s, tell)
+        if problem := running.problem():
+            raise ServerError(f"{running.model_name} is being served at {running.url}: {problem}")
         _introduce(running, "is already serving", brief=arguments.brief)
         return 0
     server = TorchServer(options)
@@ -65,9 +68,12 @@ def start(arguments: argparse.Namespace) -> int:
 
 
 def stop(arguments: argparse.Namespace) -> int:
-    """Stop the instance; that none runs is no failure."""
+    """Stop the instance, and remove what a killed one left; that none runs is not a failure."""
     server = TorchServer.find(arguments.run_dir)
     if server is None:
+        state = StateDir(arguments.run_dir)
+        if state.is_ours:
+            state.clean()
         print("No server is running.")
         return 0
     print(f"Stopping TorchServe (process {server.pid}) ...", flush=True)
@@ -77,20 +83,23 @@ def stop(arguments: argparse.Namespace) -> int:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Say what is served and how its workers are; 1 when nothing is."""
+    """Say what is served, whether it draws, and if not why; 1 when it does not."""
     server = TorchServer.find(arguments.run_dir)
     if server is None:
         print("{}" if arguments.json else "No server is running; `make serve` starts one.")
         return 1
-    workers = server.workers()
+    model, problem = server.model(), server.problem()
+    workers = [] if model is None else model.workers
     state = {
-        "ready": any(worker.get("status") == "READY" for worker in workers),
+        "ready": model is not None and model.is_ready,
+        "problem": problem,
         "model": server.model_name,
         "version": server.model_version,
         "archive": str(server.options.archive),
         "predictions": server.predictions_url,
         "grpc": f"{LOOPBACK}:{server.options.ports.grpc_inference}",
         "metrics": server.metrics_url,
+        "management": server.management_address,
         "log": str(server.log_file),
         "pid": server.pid,
         "workers": [
@@ -101,8 +110,9 @@ def status(arguments: argparse.Namespace) -> int:
         print(json.dumps(state, indent=2))
     else:
         for key, value in state.items():
-            print(f"{key:<12} {value if isinstance(value, str) else json.dumps(value)}")
-    return 0
+            if value is not None:
+                print(f"{key:<12} {value if isinstance(value, str) else json.dumps(value)}")
+    return 0 if problem is None else 1
 
 
 def logs(arguments: argparse.Namespace) -> int:
@@ -116,20 +126,6 @@ def logs(arguments: argparse.Namespace) -> int:
         return subprocess.run(tail, check=False).returncode
     except KeyboardInterrupt:
         return 0
-
-
-def curl_line(server: TorchServer, fields: dict[str, object], output: str) -> str:
-    """Return a command that draws a picture, ready to be pasted into a shell.
-
-    It says whether it got one: an error's JSON would otherwise lie unseen in `output`.
-    """
-    token = server.token()
-    key = f"-H 'Authorization: Bearer {token}' " if token else ""
-    return (
-        f"curl -sS -w '%{{http_code}} %{{content_type}}\\n' {server.predictions_url} {key}\\\n"
-        f"    -H 'Content-Type: application/json' \\\n"
-        f"    -d {shlex.quote(json.dumps(fields))} -o {shlex.quote(output)}"
-    )
 
 
 def _introduce(server: TorchServer, verb: str, *, brief: bool) -> None:

@@ -19,6 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"config_checks", "errors", "messages"},
     "library_logs": set(),
     "watchdog": set(),
+    "single_worker": {"errors"},
+    "torchserve_logs": set(),
     "api": {"config", "errors", "messages"},
     "zips": {"errors", "messages"},
     "loading": {"zips", "config", "errors", "messages", "library_logs"},
@@ -34,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cycle_replies": {"service", "api"},
     "diffusers_handler": {
         *("assembly", "cycle_replies", "service", "loading", "api"),
-        *("config", "errors", "library_logs", "watchdog"),
+        *("config", "errors", "library_logs", "single_worker", "torchserve_logs", "watchdog"),
     },
     "torchserve_entry": {"diffusers_handler"},
 }

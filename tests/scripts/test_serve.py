@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
+import sys
+import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -17,10 +20,13 @@ import pytest
 from scripts import demo
 from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
 from scripts.archive.store import choose_archive
-from scripts.errors import ServerError
+from scripts.repository import REPOSITORY
 from scripts.serve import main
+from scripts.torchserve.launch import OPENMP_SPINS, environment
 from scripts.torchserve.options import Options, Ports, archive_identity
-from scripts.torchserve.process import MAX_TEMP_PATH_BYTES, OPENMP_SPINS, TorchServer
+from scripts.torchserve.process import TorchServer
+from scripts.torchserve.state import StateDir
+from tests.support.signals import default_signals
 from tests.support.toy_archive import write_toy_archive
 
 
@@ -75,18 +81,11 @@ def test_a_taken_port_is_named_with_what_to_do(
 ) -> None:
     write_toy_archive(tmp_path / "store")
     http, grpc = consecutive_free_ports()
-    with socket.create_server(("127.0.0.1", http + 1)):
+    with socket.create_server(("127.0.0.1", http + 2)):
         assert main(start_arguments(tmp_path, (http, grpc))) == 1
     message = capsys.readouterr().err
-    assert f"port {http + 1};" in message
+    assert f"port {http + 2};" in message
     assert "PORT=9080" in message
-
-
-def test_a_state_directory_too_deep_for_a_socket_is_refused(tmp_path: Path) -> None:
-    deep = tmp_path / ("d" * MAX_TEMP_PATH_BYTES)
-    server = TorchServer(Options(write_toy_archive(tmp_path), deep, Ports.free()))
-    with pytest.raises(ServerError, match="RUN_DIR="):
-        server.start()
 
 
 @pytest.mark.parametrize(
@@ -103,23 +102,22 @@ def test_threads_that_wait_spin_briefly_unless_told_otherwise(
         monkeypatch.delenv(name, raising=False)
     for name, value in set_by_user.items():
         monkeypatch.setenv(name, value)
-    server = TorchServer(Options(write_toy_archive(tmp_path), tmp_path / "run", Ports.free()))
-    environment = server._prepare_state()
-    assert environment.get("GOMP_SPINCOUNT") == spins
+    assert environment(StateDir(tmp_path)).get("GOMP_SPINCOUNT") == spins
 
 
 def test_workers_write_no_compiled_code_beside_an_archive(tmp_path: Path) -> None:
-    server = TorchServer(Options(write_toy_archive(tmp_path), tmp_path / "run", Ports.free()))
-    assert server._prepare_state()["PYTHONDONTWRITEBYTECODE"] == "1"
+    assert environment(StateDir(tmp_path))["PYTHONDONTWRITEBYTECODE"] == "1"
 
 
 def test_misuse_is_told_apart_from_failure() -> None:
     assert main(["start", "--auth", "perhaps"]) == 2
 
 
-@pytest.mark.parametrize("place", ["file", "file/below"])
+@pytest.mark.parametrize(
+    ("place", "words"), [("file", "is not a directory"), ("file/below", "Not a directory")]
+)
 def test_a_state_directory_that_cannot_be_made_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, words: str
 ) -> None:
     (tmp_path / "file").write_text("")
     write_toy_archive(tmp_path / "store")
@@ -127,7 +125,7 @@ def test_a_state_directory_that_cannot_be_made_is_one_line(
     arguments = ["start", "--store", str(tmp_path / "store"), "--run-dir", str(tmp_path / place)]
     assert main([*arguments, "--port", str(ports[0]), "--grpc-port", str(ports[1])]) == 1
     error = capsys.readouterr().err
-    assert "serve: error: [Errno" in error
+    assert words in error
     assert str(tmp_path / "file") in error
 
 
@@ -154,7 +152,9 @@ def test_start_is_idempotent_and_stop_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "a späce"
-    archive = write_toy_archive(folder / "store")
+    # What it prints would turn a terminal red, or text around.
+    printing = r"print('ESC \x1b[31m \x9b31m \u202e', flush=True)"
+    archive = write_toy_archive(folder / "store", initialize=printing)
     run_dir, arguments = folder / "run", start_arguments(folder)
     with stopped_afterwards(run_dir):
         assert main(arguments) == 0
@@ -197,6 +197,8 @@ def test_start_is_idempotent_and_stop_leaves_nothing(
     log = server.log_file.read_text()
     assert "GET /models/" not in log, "asking for readiness must not fill the log"
     assert "DEBUG" not in log
+    (line,) = [line for line in log.splitlines() if "MODEL_LOG ESC" in line]
+    assert line.endswith("ESC ?[31m ?31m ?")
 
 
 @pytest.mark.server
@@ -214,6 +216,122 @@ def test_a_model_that_cannot_be_loaded_is_reported_at_once(
     assert "the model cannot be loaded" in message
     assert ("ValueError: max_rows is wrong" in message) == statement.startswith("raise")
     assert "File " not in message
+
+
+def processes_of(run_dir: Path) -> list[psutil.Process]:
+    """Everything that runs with this state directory."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            words = [*process.cmdline(), *process.environ().values()]
+            if any(str(run_dir) in word for word in words):
+                found.append(process)
+    return [process for process in found if process.pid != os.getpid()]
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("moment", ["logs/console.log", "server.json"])
+def test_a_signal_while_starting_leaves_no_server(
+    tmp_path: Path, number: signal.Signals, moment: str
+) -> None:
+    write_toy_archive(tmp_path / "store", initialize="import time; time.sleep(300)")
+    arguments = [sys.executable, "-m", "scripts.serve", *start_arguments(tmp_path)]
+    starting = subprocess.Popen(
+        arguments, cwd=REPOSITORY, stderr=subprocess.PIPE, preexec_fn=default_signals
+    )
+    with stopped_afterwards(tmp_path / "run"):
+        until_s = time.monotonic() + 60
+        while not (tmp_path / "run" / moment).exists() and time.monotonic() < until_s:
+            time.sleep(0.01)
+        starting.send_signal(number)
+        starting.communicate(timeout=90)
+        assert starting.returncode != 0
+        assert processes_of(tmp_path / "run") == []
+
+
+IN_A_BLOCK = """
+import pathlib, sys, time
+from scripts.torchserve.options import Options, Ports
+from scripts.torchserve.process import TorchServer
+archive, state = map(pathlib.Path, sys.argv[1:])
+with TorchServer(Options(archive, state, Ports.free())).running():
+    print('ready', flush=True)
+    time.sleep(300)
+"""
+IN_A_LOOP = """
+import asyncio, pathlib, sys
+from contextlib import AsyncExitStack
+from scripts.torchserve.options import Options, Ports
+from scripts.torchserve.process import TorchServer
+archive, state = map(pathlib.Path, sys.argv[1:])
+async def run():
+    async with AsyncExitStack() as stack:
+        stack.enter_context(TorchServer(Options(archive, state, Ports.free())).running())
+        print('ready', flush=True)
+        await asyncio.sleep(300)
+asyncio.run(run())
+"""
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("program", [IN_A_BLOCK, IN_A_LOOP], ids=["block", "event loop"])
+def test_a_server_inside_a_block_ends_when_its_program_is_ended(
+    tmp_path: Path, program: str
+) -> None:
+    """As `timeout … python -m benchmarks.engine --served` does it: with two signals at once."""
+    archive = write_toy_archive(tmp_path / "store")
+    ending = subprocess.run(
+        ["timeout", "30", sys.executable, "-c", program, str(archive), str(tmp_path / "run")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        preexec_fn=default_signals,
+        check=False,
+    )
+    timed_out = 124
+    assert (ending.returncode, ending.stdout) == (timed_out, "ready\n"), ending.stderr
+    assert processes_of(tmp_path / "run") == []
+    assert not list((tmp_path / "run" / "temp" / "models").iterdir())
+
+
+@pytest.mark.server
+def test_an_archive_that_the_frontend_cannot_unpack_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    archive = write_toy_archive(tmp_path / "store")
+    content = archive.read_bytes()
+    archive.write_bytes(content.replace(b"class Toy", b"class Tay", 1))
+    with stopped_afterwards(tmp_path / "run"):
+        assert main(start_arguments(tmp_path)) == 1
+    message = capsys.readouterr().err
+    assert "toy.mar could not be unpacked" in message
+    assert "invalid entry CRC" in message
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("next_command", ["start", "stop"])
+def test_what_a_killed_server_unpacked_goes_with_the_next_command(
+    tmp_path: Path, next_command: str
+) -> None:
+    write_toy_archive(tmp_path / "store")
+    models = tmp_path / "run" / "temp" / "models"
+    with stopped_afterwards(tmp_path / "run"):
+        assert main(start_arguments(tmp_path)) == 0
+        (first,) = models.iterdir()
+        killed = TorchServer.find(tmp_path / "run")
+        assert killed is not None
+        family = [psutil.Process(killed.pid), *psutil.Process(killed.pid).children(recursive=True)]
+        for process in family:
+            process.kill()
+        psutil.wait_procs(family, timeout=30)
+        assert list(models.iterdir()) == [first]
+        if next_command == "start":
+            assert main(start_arguments(tmp_path)) == 0
+            (second,) = models.iterdir()
+            assert second != first
+        assert main(["stop", "--run-dir", str(tmp_path / "run")]) == 0
+        assert list(models.iterdir()) == []
 
 
 @pytest.mark.server

@@ -135,8 +135,9 @@ def test_two_workers_hang(toy: TorchServer) -> None:
     started_s = time.monotonic()
     assert post(toy, "30").json()["cycles"] == 30
     assert time.monotonic() - started_s < 5
-    scale = f"{toy.management_url}/models/toy?min_worker=2&max_worker=2&synchronous=true"
-    assert curl("-X", "PUT", scale).status == 200
+    socket = toy.management_address.removeprefix("unix:")
+    scale = "http://localhost/models/toy?min_worker=2&max_worker=2&synchronous=true"
+    assert curl("--unix-socket", socket, "-X", "PUT", scale).status == 200
     assert [worker["status"] for worker in toy.workers()] == ["READY", "READY"]
     hung = subprocess.run(
         ["curl", "-s", *PLAIN_TEXT, "--max-time", "6", "-d", "30", toy.predictions_url],

