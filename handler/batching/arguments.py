@@ -16,9 +16,9 @@ one row alone does not tell whether a tensor of sixteen rows is sixteen frames o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -31,6 +31,7 @@ __all__ = [
     "Leaf",
     "Part",
     "Path",
+    "edges",
     "is_batch",
     "is_list_of_tensors",
     "is_listed",
@@ -40,6 +41,7 @@ __all__ = [
     "num_rows",
     "parameter_of",
     "part_of",
+    "row_at",
 ]
 
 Arguments = Mapping[str, Any]
@@ -48,13 +50,8 @@ Path = tuple[Hashable, ...]
 """Where a value stands: the parameter's name, then the keys of the containers around it."""
 
 
-class Part(Enum):
-    """What becomes of a tensor when calls are merged."""
-
-    ROWS = "rows"
-    FOLDED = "folded"
-    STEP = "step"
-    SHARED = "shared"
+Part = Literal["rows", "folded", "step", "shared"]
+"""What becomes of a tensor when calls are merged. Not an Enum: it is hashed in every key."""
 
 
 Layout = Mapping[Path, Part]
@@ -74,8 +71,7 @@ _SELDOM_ROWS = STEP_PARAMETERS | SHARED_PARAMETERS
 EXACT_VALUES = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, Enum)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(NamedTuple):
     """One tensor among a call's arguments, or one list of tensors that are rows."""
 
     path: Path
@@ -116,32 +112,54 @@ def part_of(path: Path, name: str, tensor: torch.Tensor, rows: int, layout: Layo
     Without a `layout`, tensors of several rows a row are shared.
     """
     if name in STEP_PARAMETERS and tensor.numel() in (1, rows) and tensor.ndim <= 1:
-        return Part.STEP
+        return "step"
     if not tensor.ndim or name in SHARED_PARAMETERS:
-        return Part.SHARED
+        return "shared"
     length = tensor.shape[0]
     if length == rows:
-        return layout.get(path, Part.ROWS) if layout else Part.ROWS
+        return layout.get(path, "rows") if layout else "rows"
     # One dimension alone is a list of numbers (packed token ids), not rows.
     can_fold = layout is not None and rows and tensor.ndim > 1 and length % rows == 0 < length
-    return layout.get(path, Part.FOLDED) if layout is not None and can_fold else Part.SHARED
+    return layout.get(path, "folded") if layout is not None and can_fold else "shared"
 
 
-def leaves(arguments: Arguments, rows: int, layout: Layout | None = None) -> Iterator[Leaf]:
+def leaves(arguments: Arguments, rows: int, layout: Layout | None = None) -> list[Leaf]:
     """Every tensor of a call and every list of tensors that are its rows, in order."""
     listed = is_listed(arguments)
+    found: list[Leaf] = []
 
-    def visit(path: Path, name: str, value: Any) -> Iterator[Leaf]:
+    def visit(path: Path, name: str, value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            yield Leaf(path, value, part_of(path, name, value, rows, layout))
+            found.append(Leaf(path, value, part_of(path, name, value, rows, layout)))
         elif listed and is_list_of_tensors(value) and len(value) == rows:
-            yield Leaf(path, value, Part.ROWS)
+            found.append(Leaf(path, value, "rows"))
         elif not isinstance(value, EXACT_VALUES):
             for key, member in members(value) or ():
-                yield from visit((*path, key), parameter_of(name, key), member)
+                visit((*path, key), parameter_of(name, key), member)
 
     for name, value in arguments.items():
-        yield from visit((name,), name, value)
+        visit((name,), name, value)
+    return found
+
+
+def edges(arguments: Arguments, rows: int, layout: Layout | None = None) -> frozenset[Path]:
+    """Where the first and the last row stand of all that merging concatenates, for `row_at`."""
+    return frozenset(
+        (*leaf.path, end)
+        for leaf in leaves(arguments, rows, layout)
+        if leaf.part != "shared" and getattr(leaf.value, "layout", torch.strided) is torch.strided
+        for end in (0, -1)
+    )
+
+
+def row_at(arguments: Arguments, edge: Path) -> torch.Tensor:
+    """The row of `arguments` at `edge`; the number itself where that is one step for all rows."""
+    value: Any = arguments
+    for key in edge[:-1]:
+        keyed = isinstance(value, (Mapping, list, tuple))
+        value = value[key] if keyed else getattr(value, str(key))
+    row: torch.Tensor = value[edge[-1]] if isinstance(value, list) or value.ndim else value
+    return row
 
 
 def parameter_of(outer: str, key: Hashable) -> str:
@@ -175,21 +193,38 @@ def leading(arguments: Arguments) -> torch.Tensor | list[torch.Tensor] | None:
     Tensors of one dimension are asked after all others: they may be token ids packed together.
     Steps and position ids are asked last, wherever they stand: they may have one row for all.
     """
-    flat: torch.Tensor | None = None
-    for seldom in (False, True):
-        for name, value in arguments.items():
-            if (name in _SELDOM_ROWS) is not seldom:
-                continue
-            if is_list_of_tensors(value):
-                listed: list[torch.Tensor] = value
-                return listed
-            for tensor in _tensors(value):
-                if tensor.ndim > 1:
-                    return tensor
-                if tensor.ndim and flat is None:
-                    flat = tensor
-        if flat is not None:
-            return flat
+    seldom: list[Any] = []
+    flat: list[torch.Tensor] = []
+    found: torch.Tensor | list[torch.Tensor] | None
+    for name, value in arguments.items():
+        if name in _SELDOM_ROWS:
+            seldom.append(value)
+        elif isinstance(value, torch.Tensor) and value.ndim > 1:
+            found = value
+            return found
+        elif not isinstance(value, EXACT_VALUES):
+            found = _first(value, flat)
+            if found is not None:
+                return found
+    if flat:
+        return flat[0]
+    for value in seldom:
+        found = _first(value, flat)
+        if found is not None:
+            return found
+    return flat[0] if flat else None
+
+
+def _first(value: Any, flat: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor] | None:
+    """The first tensor of several dimensions, or list of tensors; puts others into `flat`."""
+    if is_list_of_tensors(value):
+        listed: list[torch.Tensor] = value
+        return listed
+    for tensor in _tensors(value):
+        if tensor.ndim > 1:
+            return tensor
+        if tensor.ndim:
+            flat.append(tensor)
     return None
 
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from handler.batching.arguments import Arguments, Layout
-from handler.batching.merging import edges, output_members
+from handler.batching.arguments import Arguments, Layout, Path, edges, row_at
+from handler.batching.merging import output_members
 
 __all__ = ["Places", "Proofs", "agree", "is_conclusive", "witnesses"]
 
@@ -24,7 +24,8 @@ _ROUNDING_HALF = 5e-2
 
 _MAX_KEYS = 4096
 
-Places = frozenset[Hashable]
+Places = frozenset[Path]
+"""Edges of arguments: `handler.batching.arguments.edges`."""
 
 
 class Proofs:
@@ -45,10 +46,11 @@ class Proofs:
         unseen = self._unseen.get(key)
         if unseen is not None and (not unseen or len(calls) == 1):
             return None
-        ends = [edges(call, n, unseen, layout) for call, n in zip(calls, rows, strict=True)]
-        different: list[set[Hashable]] = [set() for _ in calls]
-        for place in ends[0]:
-            for found, differs in zip(different, _differ([e[place] for e in ends]), strict=True):
+        wanted = edges(calls[0], rows[0], layout) if unseen is None else unseen
+        different: list[set[Path]] = [set() for _ in calls]
+        for place in wanted:
+            differing = _differ([row_at(call, place) for call in calls])
+            for found, differs in zip(different, differing, strict=True):
                 if differs:
                     found.add(place)
         if unseen is not None and not any(different):
@@ -61,7 +63,7 @@ class Proofs:
         """Remember that groups of this kind keep apart what differed in `places`."""
         unseen = self._unseen.get(key)
         if unseen is None:
-            unseen = frozenset(edges(call, rows, None, layout))
+            unseen = edges(call, rows, layout)
             _make_room(self._unseen)
         self._unseen[key] = unseen - places
 
@@ -73,7 +75,7 @@ class Proofs:
 
 def witnesses(differences: Sequence[Places]) -> list[int]:
     """The calls to run alone, so that each difference is seen in one of them; at least the last."""
-    left = frozenset[Hashable]().union(*differences)
+    left = frozenset[Path]().union(*differences)
     chosen: list[int] = []
     while left or not chosen:
         most = max(range(len(differences)), key=lambda i: (len(differences[i] & left), i))

@@ -38,11 +38,11 @@ class Layouts:
 
     def likely(self, layout: Layout, calls: Sequence[Arguments], rows: Sequence[int]) -> Layout:
         """`layout`, and what may be folded rows decided: shared if it is equal in all calls."""
-        folded = [leaf for leaf in leaves(calls[0], rows[0], layout) if leaf.part is Part.FOLDED]
+        folded = [leaf for leaf in leaves(calls[0], rows[0], layout) if leaf.part == "folded"]
         open_leaves = [leaf for leaf in folded if leaf.path not in layout]
         equal = {leaf.path for leaf in self._equal(open_leaves, calls, rows)}
-        decided = {
-            leaf.path: Part.SHARED if leaf.path in equal else Part.FOLDED for leaf in open_leaves
+        decided: dict[Path, Part] = {
+            leaf.path: "shared" if leaf.path in equal else "folded" for leaf in open_leaves
         }
         return {**layout, **decided} if decided else layout
 
@@ -56,15 +56,14 @@ class Layouts:
         candidates = [
             leaf
             for leaf in leaves(calls[0], rows[0], layout)
-            if leaf.part is Part.ROWS and leaf.value is not first
+            if leaf.part == "rows" and leaf.value is not first
         ]
         equal = [leaf.path for leaf in self._equal(candidates, calls, rows)]
-        readings = [
-            {**likely, **dict.fromkeys(decided, Part.FOLDED)},
-            *({**likely, path: Part.SHARED} for path in equal),
-            {**likely, **dict.fromkeys(equal, Part.SHARED)},
-        ]
-        for reading in readings:
+        folded: Layout = dict.fromkeys(decided, "folded")
+        each_shared: list[Layout] = [{path: "shared"} for path in equal]
+        all_shared: Layout = dict.fromkeys(equal, "shared")
+        for each in (folded, *each_shared, all_shared):
+            reading: Layout = {**likely, **each}
             change = (module, frozenset(reading.items() - layout.items()))
             if reading != likely and change not in self._tried:
                 self._tried.add(change)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
@@ -36,7 +36,7 @@ from handler.batching.arguments import (
 )
 from handler.batching.fingerprints import Fingerprints
 
-__all__ = ["edges", "merge", "merge_key", "output_members", "split", "was_written"]
+__all__ = ["merge", "merge_key", "output_members", "split", "was_written"]
 
 
 def merge_key(
@@ -55,7 +55,14 @@ def merge_key(
             kinds = {(v.dtype, v.device, v.layout, tuple(v.shape[1:])) for v in value}
             return ("listed", frozenset(kinds))
         if isinstance(value, torch.Tensor):
-            return _tensor_key(value, part_of(path, name, value, rows, layout), rows, fingerprints)
+            part = part_of(path, name, value, rows, layout)
+            if part == "step":
+                return (part, value.device)
+            kind = (part, value.dtype, value.device, value.layout)
+            if part == "shared":
+                return (*kind, tuple(value.shape), fingerprints.of(value))
+            rows_a_row = value.shape[0] // rows if part == "folded" else 1
+            return (*kind, tuple(value.shape[1:]), rows_a_row)
         if isinstance(value, EXACT_VALUES):
             return (type(value), value)
         parts = members(value)
@@ -65,18 +72,6 @@ def merge_key(
         return (type(value), tuple(inner))
 
     return tuple((name, key((name,), name, value)) for name, value in arguments.items())
-
-
-def _tensor_key(
-    tensor: torch.Tensor, part: Part, rows: int, fingerprints: Fingerprints
-) -> Hashable:
-    if part is Part.STEP:
-        return (part, tensor.device)
-    kind = (part, tensor.dtype, tensor.device, tensor.layout)
-    if part is Part.SHARED:
-        return (*kind, tuple(tensor.shape), fingerprints.of(tensor))
-    rows_a_row = tensor.shape[0] // rows if part is Part.FOLDED else 1
-    return (*kind, tuple(tensor.shape[1:]), rows_a_row)
 
 
 def merge(
@@ -106,7 +101,7 @@ def merge(
             return [*chain(*values), *values[-1][-1:] * padding]
         if isinstance(first, torch.Tensor):
             part = part_of(path, name, first, rows[0], layout)
-            if part is Part.SHARED:
+            if part == "shared":
                 return first.clone() if copies else first
             return _joined(part, values, rows, padding)
         if isinstance(first, EXACT_VALUES) or (parts := members(first)) is None:
@@ -124,7 +119,7 @@ def merge(
 def _joined(
     part: Part, values: Sequence[torch.Tensor], rows: Sequence[int], padding: int
 ) -> torch.Tensor:
-    if part is Part.STEP:
+    if part == "step":
         values = _steps(values, rows)
     if padding:
         rows_a_row = values[-1].shape[0] // rows[-1]
@@ -163,30 +158,6 @@ def split(
         return [_rebuild(value, [column[i] for column in columns]) for i in range(len(rows))]
 
     return pieces(output)
-
-
-def edges(
-    arguments: Arguments,
-    rows: int,
-    wanted: Container[Hashable] | None = None,
-    layout: Layout | None = None,
-) -> dict[Hashable, torch.Tensor]:
-    """The first and the last row of all that `merge` concatenates, by where they stand.
-
-    With `wanted`, of those places only.
-    """
-    found: dict[Hashable, torch.Tensor] = {}
-    for leaf in leaves(arguments, rows, layout):
-        value = leaf.value
-        if isinstance(value, torch.Tensor):
-            if leaf.part is Part.SHARED or value.layout is not torch.strided:
-                continue
-            value = value.reshape(-1) if leaf.part is Part.STEP else value
-        for end in (0, -1):
-            place = (*leaf.path, end)
-            if wanted is None or place in wanted:
-                found[place] = value[end]
-    return found
 
 
 def was_written(merged: Arguments) -> bool:

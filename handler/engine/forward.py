@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from handler.batching.arguments import Arguments, Layout, is_listed
+from handler.batching.arguments import Arguments, Layout, Path, is_listed
 from handler.batching.fingerprints import Fingerprints
 from handler.batching.invariance import Places, Proofs, agree, is_conclusive, witnesses
 from handler.batching.layouts import Layouts
@@ -226,7 +226,7 @@ class BatchedForward:
 
     def _confirm(self, trial: Group, differences: Sequence[Places]) -> None:
         """Remember that calls may be merged as in `trial`, as far as these differ."""
-        first, seen = trial.calls[0], frozenset[Hashable]().union(*differences)
+        first, seen = trial.calls[0], frozenset[Path]().union(*differences)
         self._layouts.learn(id(first.slot), trial.layout)
         self._proofs.proven(trial.key, first.bound.arguments, first.num_rows, seen, trial.layout)
 

@@ -287,15 +287,18 @@ class InFlightEngine:
             ticket.last_tick = self.counters.ticks
         calls = [p for t, p in self._runs.parked.items() if t.last_tick == self.counters.ticks]
         served = [call for call in calls if call.slot.is_denoiser]
+        for group in self._forward.group(self._unanswered(calls)):
+            for call, result in zip(group.calls, self._forward.run(group), strict=True):
+                self._resume(call, self._wrappers.after(call, result))
+        return served
+
+    def _unanswered(self, calls: Sequence[ModuleCall]) -> list[ModuleCall]:
+        """Those of `calls` that need their forward; the others run on with a wrapper's answer."""
         answers = {call: self._wrappers.before(call) for call in calls}
         for call, answer in answers.items():
             if answer is not UNANSWERED:
                 self._resume(call, answer)
-        left = [call for call, answer in answers.items() if answer is UNANSWERED]
-        for group in self._forward.group(left):
-            for call, result in zip(group.calls, self._forward.run(group), strict=True):
-                self._resume(call, self._wrappers.after(call, result))
-        return served
+        return [call for call, answer in answers.items() if answer is UNANSWERED]
 
     def _resume(self, call: ModuleCall, result: Any) -> None:
         if call.slot.is_denoiser:

@@ -133,18 +133,22 @@ def park(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
     Those are: a call from outside any request; a call under a thread's context that differs from
     the engine's (gradients, inference mode, autocast), since that context would follow the thread
-    and not the request; a text encoder between the scaling and unscaling of its LoRA weights.
+    and not the request; a text encoder between the scaling and unscaling of its LoRA weights, or
+    with a hook of the pipeline's own, which would see the rows of others.
     """
     current = getcurrent()
     if not isinstance(current, RequestGreenlet) or _thread_context() != current.context:
         return slot.plain(*args, **kwargs)
-    if not slot.is_denoiser and scales_adapters(current.ticket.kwargs):
+    ticket = current.ticket
+    if not slot.is_denoiser and (
+        scales_adapters(ticket.kwargs) or _is_hooked(slot.module, ticket.pipeline)
+    ):
         return slot.plain(*args, **kwargs)
     engine = current.parent
     assert engine is not None
     bound = slot.bind(args, kwargs)
     rows = num_rows(bound.arguments) or 0
-    return engine.switch(ModuleCall(slot, current.ticket, bound, rows))
+    return engine.switch(ModuleCall(slot, ticket, bound, rows))
 
 
 def find_slots(*pipelines: Any, names: Iterable[str] | None = None) -> list[Slot]:
@@ -241,6 +245,16 @@ def _is_upcast(autoencoder: Any) -> bool:
     """
     wants_it = getattr(getattr(autoencoder, "config", None), "force_upcast", False)
     return bool(wants_it) and autoencoder.dtype == torch.float16
+
+
+def _is_hooked(module: torch.nn.Module, pipeline: Any) -> bool:
+    """Whether the code of `pipeline` has registered a forward hook within `module`."""
+    own = {kind.__module__ for kind in type(pipeline).__mro__}
+    return any(
+        getattr(hook, "__module__", None) in own
+        for part in module.modules()
+        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+    )
 
 
 def _thread_context() -> tuple[bool, ...]:

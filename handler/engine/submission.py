@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from handler.engine.policy import Limits
 from handler.engine.tick_times import Pace
 from handler.engine.ticket import StepEnd, Ticket
@@ -78,6 +80,7 @@ class Intake:
             task=served.task,
             pipeline=pipeline,
             is_exclusive=served.is_exclusive,
+            seed=_seed_in(kwargs),
             scheduler=scheduler,
             deadline=None if asked.deadline_s is None else now_s + asked.deadline_s,
             exact=asked.exact,
@@ -95,3 +98,11 @@ class Intake:
                 f"{num_steps} steps need at least {needed_s:.3g} s; "
                 "ask for fewer, or for a later one"
             )
+
+
+def _seed_in(kwargs: Mapping[str, Any]) -> int | None:
+    """The seed of the call's generator, of the first where it has one a picture."""
+    generator = kwargs.get("generator")
+    if isinstance(generator, (list, tuple)) and generator:
+        generator = generator[0]
+    return generator.initial_seed() if isinstance(generator, torch.Generator) else None

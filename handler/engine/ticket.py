@@ -52,6 +52,8 @@ class Ticket:
     pipeline: Any = None
     is_exclusive: bool = False
     """Whether it changes the shared modules while it runs, so that no other may run beside it."""
+    seed: int | None = None
+    """Of its own generator, from which torch's global ones are seeded too; None: it has none."""
     scheduler: Any = None
     deadline: float | None = None
     exact: bool = False

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from transformers.utils import ModelOutput
 
-from handler.batching.arguments import is_listed, num_rows
+from handler.batching.arguments import edges, is_listed, num_rows, row_at
 from handler.batching.fingerprints import Fingerprints
-from handler.batching.merging import edges, merge, merge_key, output_members, split
+from handler.batching.merging import merge, merge_key, output_members, split
 
 Pair = namedtuple("Pair", "left right")
 
@@ -224,7 +224,7 @@ def test_edges_are_the_first_and_last_rows_of_what_is_concatenated() -> None:
         "name": "plain",
         "kwargs": {"ids": [sample + 10, None]},
     }
-    found = {place: row.tolist() for place, row in edges(arguments, 3).items()}
+    found = {edge: row_at(arguments, edge).tolist() for edge in edges(arguments, 3)}
     assert found == {
         ("sample", 0): [0, 1],
         ("sample", -1): [4, 5],
@@ -237,7 +237,8 @@ def test_edges_are_the_first_and_last_rows_of_what_is_concatenated() -> None:
 
 def test_edges_of_listed_rows_are_its_first_and_last_tensors() -> None:
     rows = [torch.zeros(2), torch.ones(3), torch.full((1,), 2.0)]
-    found = edges({"x": rows, "t": torch.tensor([1, 2, 3])}, 3)
+    arguments = {"x": rows, "t": torch.tensor([1, 2, 3])}
+    found = {edge: row_at(arguments, edge) for edge in edges(arguments, 3)}
     assert found["x", 0] is rows[0]
     assert found["x", -1] is rows[2]
     assert (found["t", 0], found["t", -1]) == (1, 3)

@@ -159,6 +159,38 @@ def test_what_cannot_be_copied_is_shared_and_said_once(caplog: pytest.LogCapture
     assert caplog.messages == ["requests share a Session, which cannot be copied"]
 
 
+# Hooks
+
+
+class Hooking(ToyPipeline):
+    """Takes the text embeddings from a hook, as JoyImageEdit does."""
+
+    def encode(self, prompts: list[str]) -> torch.Tensor:
+        caught = []
+
+        def catch(module: Any, inputs: Any, output: torch.Tensor) -> None:
+            caught.append(output)
+
+        handle = self.text_encoder.table.register_forward_hook(catch)
+        try:
+            super().encode(prompts)
+        finally:
+            handle.remove()
+        (embeds,) = caught
+        return embeds
+
+
+def test_a_hook_of_the_pipelines_own_sees_no_rows_of_others() -> None:
+    pipeline = toy(Hooking)
+    prompts = ("a", "b", "c")
+    expected = [solo(pipeline, i, prompt=prompt) for i, prompt in enumerate(prompts)]
+    with opened(pipeline) as engine:
+        tickets = [engine.submit(toy_kwargs(i, prompt=p)) for i, p in enumerate(prompts)]
+        engine.run()
+        assert engine.counters.merged_forwards > 0
+    assert all_right(tickets, expected)
+
+
 # Torch's global generators
 
 
