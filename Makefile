@@ -134,7 +134,7 @@ bench: $(INSTALLED) ## Measure the README's figures: one UNet, then servers unde
 
 clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
 	@if grep -qs '^# This instance:' "$(RUN_DIR)/config.properties"; then \
-		cd "$(RUN_DIR)" && rm -rf tmp temp logs config.properties server.json; fi
+		cd "$(RUN_DIR)" && rm -rf tmp temp logs org config.properties server.json; fi
 	@[ ! -d "$(RUN_DIR)" ] || rmdir -- "$(RUN_DIR)" 2>/dev/null || true
 	@rm -f -- "$(DEMO_PICTURE)"
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

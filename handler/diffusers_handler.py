@@ -25,7 +25,7 @@ from ts.torch_handler.base_handler import BaseHandler
 from handler.api.traits import PipelineTraits
 from handler.assembly import assemble
 from handler.config import HandlerConfig
-from handler.cycle_replies import CycleReplies
+from handler.cycle_replies import CycleReplies, http_headers
 from handler.errors import ConfigError, ServingError
 from handler.library_logs import quiet_for_good
 from handler.loading.pipeline import load_pipeline
@@ -127,11 +127,9 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         for index, request_id in ids.items():
             if request_id in service.live_ids or self._replies.is_interrupted(request_id):
                 continue
-            service.open(request_id, data[index], _headers(context, index))
+            service.open(request_id, data[index], http_headers(context, index))
         service.advance(self.config.cycle_ms / 1000 if self._is_continuous else None)
         bodies = self._replies.write(service, ids, context)
-        if not self._is_continuous:
-            context.stopping_criteria = None
         self._emit_metrics(context)
         if self._watchdog is not None and service.live_ids:
             self._watchdog.start()
@@ -164,12 +162,6 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             return
         self._emitted_s = now_s
         emit(self.service.samples(), context.metrics, context.model_name)
-
-
-def _headers(context: Any, index: int) -> dict[str, str]:
-    """Return the request's headers by lower-cased name, with those of form parts among them."""
-    headers: Mapping[str, object] = context.get_all_request_header(index)
-    return {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
 
 
 def _check_workers(model_config: Mapping[str, Any], *, is_continuous: bool) -> None:

