@@ -11,6 +11,7 @@ leaves the others out of its reply, so that they come again in the next cycle::
 from __future__ import annotations
 
 import logging
+import os
 import select
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -29,6 +30,7 @@ from handler.cycle_replies import CycleReplies, http_headers
 from handler.errors import ConfigError, ServingError
 from handler.library_logs import quiet_for_good
 from handler.loading.pipeline import load_pipeline
+from handler.service.draining import DRAIN_FILE_VARIABLE, Drain
 from handler.service.generation import GenerationService
 from handler.service.metrics import emit
 from handler.watchdog import Watchdog
@@ -54,6 +56,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._service: GenerationService | None = None
         self._watchdog: Watchdog | None = None
         self._replies = CycleReplies()
+        self._drain_file: Path | None = None
         self._is_continuous = False
         self._emitted_s = time.monotonic()
 
@@ -96,6 +99,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._service = assemble(loaded, self.config, model_name=context.model_name or "model")
         self.traits = self._service.traits
         self.pipeline, self.device = loaded.pipeline, loaded.device
+        if drain_file := os.environ.get(DRAIN_FILE_VARIABLE):
+            self._drain_file = Path(drain_file)
         if self._is_continuous:
             self._watchdog = Watchdog(self.on_silence, SILENT_AFTER_S)
 
@@ -124,6 +129,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             self._watchdog.stop()
         ids: dict[int, str] = dict(context.request_ids)
         self._drop(service.live_ids - set(ids.values()))
+        if self._drain_file is not None:
+            service.drain(Drain.read(self._drain_file, time.monotonic()))
         for index, request_id in ids.items():
             if request_id in service.live_ids or self._replies.is_interrupted(request_id):
                 continue

