@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -119,3 +120,10 @@ def test_bidirectional_streaming_is_withdrawn(
             list(call(iter([message]), timeout=30))
         assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
         assert watched.events()[-1][0] == "image"
+
+
+def test_a_request_without_any_header_is_still_told_from_a_call(server: TorchServer) -> None:
+    """What has no headers is answered as gRPC is; TorchServe adds one to every HTTP request."""
+    with socket.create_connection(("127.0.0.1", server.options.ports.inference), 30) as client:
+        client.sendall(f"POST /predictions/{server.model_name} HTTP/1.0\r\n\r\n".encode())
+        assert b" 400 Bad Request" in client.recv(100)
