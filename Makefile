@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 # These come from the command line alone: some shells export a NAME or a VERSION of their own.
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
-	FORCE SMOKE RUN_DIR STORE VENV DEMO_PICTURE,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
+	FORCE SMOKE RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
 
 VENV      ?= .venv
 RUN_DIR   ?= .run
@@ -15,6 +15,7 @@ PORT      ?= 8080
 GRPC_PORT ?= 7070
 ADDRESS   ?= 127.0.0.1
 AUTH      ?= off
+DRAIN_S   ?= 30
 VERSION   ?= 1.0
 REVISION  ?= main
 PIP_ARGS  ?=
@@ -106,8 +107,8 @@ verify: $(INSTALLED) ## Check an archive without serving it [NAME= KEY=public-ke
 serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]
 	@$(START) $(if $(NAME),--name "$(NAME)")
 
-stop: ## Stop the server
-	@[ ! -x $(PY) ] || $(SERVE) stop --run-dir "$(RUN_DIR)"
+stop: ## Stop the server once its requests are finished; those that take longer get 503 [DRAIN_S=30]
+	@[ ! -x $(PY) ] || $(SERVE) stop --run-dir "$(RUN_DIR)" --drain-s $(DRAIN_S)
 
 status: ## Say what is served and whether it is ready
 	@$(IS_INSTALLED)
@@ -138,7 +139,7 @@ bench: $(INSTALLED) ## Measure the README's figures: one UNet, then servers unde
 
 clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
 	@if grep -qsx '# This instance:' "$(RUN_DIR)/config.properties"; then \
-		cd "$(RUN_DIR)" && rm -rf tmp temp logs config.properties server.json sockets; fi
+		cd "$(RUN_DIR)" && rm -rf tmp temp logs config.properties server.json sockets org; fi
 	@[ ! -d "$(RUN_DIR)" ] || rmdir -- "$(RUN_DIR)" 2>/dev/null || true
 	@rm -f -- "$(DEMO_PICTURE)"
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis

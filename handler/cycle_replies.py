@@ -4,6 +4,10 @@ TorchServe's reply encoder reads, request by request: the body, the status and h
 context, and a stopping criterion, which says whether the body is a plain reply (None), a chunk of
 a stream that goes on (False) or its last chunk (True). A request that is taken out of
 ``context.request_ids`` gets nothing yet and comes again in the next cycle.
+
+A reply over gRPC is always a last chunk: TorchServe sends that as an ordinary reply to a unary
+call, whereas a plain reply to a streaming call kills the worker (GRPCJob.response of 0.12.0). The
+first reply over HTTP never is one: its client would wait for ever.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from handler.api.replies import Reply
 from handler.service.event_stream import INTERRUPTED
 from handler.service.generation import GenerationService
 
-__all__ = ["CycleReplies"]
+__all__ = ["CycleReplies", "http_headers"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +70,8 @@ class CycleReplies:
                 if request_id in self._streaming:
                     self._streaming.remove(request_id)
                     criteria[index] = _last
+                elif not http_headers(context, index):
+                    criteria[index] = _last
             elif stream is not None and request_id not in self._streaming:
                 self._streaming.add(request_id)
                 bodies[index] = _write_reply(context, index, request_id, stream.opening())
@@ -77,6 +83,15 @@ class CycleReplies:
         # Afresh in every cycle: stale ones would be reused.
         context.stopping_criteria = criteria
         return bodies
+
+
+def http_headers(context: Any, index: int) -> dict[str, str]:
+    """Return the headers of a request by their lower-cased names; over gRPC there are none.
+
+    TorchServe puts headers of form parts among them. It sends none once a stream has begun.
+    """
+    headers: Mapping[str, object] = context.get_all_request_header(index)
+    return {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
 
 
 def _plain(_: object) -> bool | None:

@@ -11,6 +11,7 @@ leaves the others out of its reply, so that they come again in the next cycle::
 from __future__ import annotations
 
 import logging
+import os
 import select
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,10 +26,11 @@ from ts.torch_handler.base_handler import BaseHandler
 from handler.api.traits import PipelineTraits
 from handler.assembly import assemble
 from handler.config import HandlerConfig
-from handler.cycle_replies import CycleReplies
+from handler.cycle_replies import CycleReplies, http_headers
 from handler.errors import ConfigError, ServingError
 from handler.library_logs import quiet_for_good
 from handler.loading.pipeline import load_pipeline
+from handler.service.draining import DRAIN_FILE_VARIABLE, Drain
 from handler.service.generation import GenerationService
 from handler.service.metrics import emit
 from handler.single_worker import hold_model
@@ -56,6 +58,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._service: GenerationService | None = None
         self._watchdog: Watchdog | None = None
         self._replies = CycleReplies()
+        self._drain_file: Path | None = None
         self._is_continuous = False
         self._emitted_s = time.monotonic()
 
@@ -101,6 +104,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._service = assemble(loaded, self.config, model_name=context.model_name or "model")
         self.traits = self._service.traits
         self.pipeline, self.device = loaded.pipeline, loaded.device
+        if drain_file := os.environ.get(DRAIN_FILE_VARIABLE):
+            self._drain_file = Path(drain_file)
         if self._is_continuous:
             self._watchdog = Watchdog(self.on_silence, SILENT_AFTER_S)
 
@@ -129,14 +134,14 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             self._watchdog.stop()
         ids: dict[int, str] = dict(context.request_ids)
         self._drop(service.live_ids - set(ids.values()))
+        if self._drain_file is not None:
+            service.drain(Drain.read(self._drain_file, time.monotonic()))
         for index, request_id in ids.items():
             if request_id in service.live_ids or self._replies.is_interrupted(request_id):
                 continue
-            service.open(request_id, data[index], _headers(context, index))
+            service.open(request_id, data[index], http_headers(context, index))
         service.advance(self.config.cycle_ms / 1000 if self._is_continuous else None)
         bodies = self._replies.write(service, ids, context)
-        if not self._is_continuous:
-            context.stopping_criteria = None
         self._emit_metrics(context)
         if self._watchdog is not None and service.live_ids:
             self._watchdog.start()
@@ -169,12 +174,6 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             return
         self._emitted_s = now_s
         emit(self.service.samples(), context.metrics, context.model_name)
-
-
-def _headers(context: Any, index: int) -> dict[str, str]:
-    """Return the request's headers by lower-cased name, with those of form parts among them."""
-    headers: Mapping[str, object] = context.get_all_request_header(index)
-    return {name.lower(): value for name, value in headers.items() if isinstance(value, str)}
 
 
 def _check_workers(model_config: Mapping[str, Any], *, is_continuous: bool) -> None:

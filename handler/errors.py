@@ -9,6 +9,7 @@ ServingError
 │   ├── Cancelled           499  somebody cancelled it
 │   ├── EngineFault         500  the pipeline raised
 │   ├── QueueFull           503  try again after ``retry_after_s``
+│   ├── Draining            503  the server is about to stop; try again after ``retry_after_s``
 │   ├── DeadlineExceeded    504  past its deadline
 │   └── OutOfMemory         507  does not fit on the device, even alone
 ├── ConfigError             start-up stops: the configuration is wrong
@@ -25,6 +26,7 @@ __all__ = [
     "ConfigError",
     "Conflict",
     "DeadlineExceeded",
+    "Draining",
     "EngineFault",
     "InvalidRequest",
     "NotFound",
@@ -51,22 +53,30 @@ class ArchiveError(ServingError):
 class RequestError(ServingError):
     """One request ends with `status`.
 
-    `fields` maps a request field to what is wrong with it (its value and its allowed range).
+    `fields` maps a request field to what is wrong with it (its value and its allowed range);
+    `retry_after_s` goes into the Retry-After header.
     """
 
     status: int = 500
     phrase: str = "Internal Server Error"
     code: str = "error"
 
-    def __init__(self, message: str, fields: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        fields: Mapping[str, str] | None = None,
+        *,
+        retry_after_s: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.fields: dict[str, str] = dict(fields or {})
+        self.retry_after_s = retry_after_s
 
     @property
     def headers(self) -> dict[str, str]:
         """Response headers that belong to this error."""
-        return {}
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
     def body(self) -> dict[str, object]:
         """The JSON body of the reply: ``{"error": {"code", "message", "fields"}}``."""
@@ -116,21 +126,21 @@ class EngineFault(RequestError):
 
 
 class QueueFull(RequestError):
-    """Too many requests are waiting; the header Retry-After says in how many seconds to retry.
-
-    `retry_after_s` goes into that header.
-    """
+    """Too many requests are waiting; the header Retry-After says in how many seconds to retry."""
 
     status, phrase, code = 503, "Service Unavailable", "queue_full"
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
-        super().__init__(message)
-        self.retry_after_s = retry_after_s
+        super().__init__(message, retry_after_s=retry_after_s)
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """Retry-After, in seconds."""
-        return {"Retry-After": str(self.retry_after_s)}
+
+class Draining(RequestError):
+    """The server is about to stop: it takes nothing new, or had no more time for the request."""
+
+    status, phrase, code = 503, "Service Unavailable", "draining"
+
+    def __init__(self, message: str, retry_after_s: int = 10) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
 
 
 class DeadlineExceeded(RequestError):

@@ -14,12 +14,14 @@ from scripts.archive.store import choose_archive
 from scripts.console import run_command
 from scripts.errors import ServerError
 from scripts.torchserve.curl import curl_line
+from scripts.torchserve.draining import DRAIN_S, drain
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 from scripts.torchserve.state import StateDir
 
 __all__ = ["main"]
 
+MAX_DRAIN_S = 86400.0
 EXAMPLE_PROMPT = "A futuristic cityscape"
 
 
@@ -55,6 +57,7 @@ def start(arguments: argparse.Namespace) -> int:
             )
         server.check(running)
         print("The archive or the settings have changed: restarting.")
+        _drain(running, DRAIN_S)
         running.stop()
     try:
         with _progress("Starting TorchServe") as tell:
@@ -68,7 +71,7 @@ def start(arguments: argparse.Namespace) -> int:
 
 
 def stop(arguments: argparse.Namespace) -> int:
-    """Stop the instance, and remove what a killed one left; that none runs is not a failure."""
+    """Finish what is in flight, then stop the instance, and remove what a killed one left."""
     server = TorchServer.find(arguments.run_dir)
     if server is None:
         state = StateDir(arguments.run_dir)
@@ -77,6 +80,7 @@ def stop(arguments: argparse.Namespace) -> int:
         print("No server is running.")
         return 0
     print(f"Stopping TorchServe (process {server.pid}) ...", flush=True)
+    _drain(server, arguments.drain_s)
     server.stop()
     print("Stopped.")
     return 0
@@ -142,6 +146,24 @@ def _introduce(server: TorchServer, verb: str, *, brief: bool) -> None:
     print(f"Draw a picture:\n\n  {example}\n\nmake status, make logs, make stop")
 
 
+def _drain(server: TorchServer, drain_s: float) -> None:
+    """Let the server finish its requests; on a terminal show how many are left."""
+
+    def tell(num_live: int, waited_s: float) -> None:
+        what = f"\r\033[KFinishing {num_live} request{'s' * (num_live > 1)} ... {waited_s:.0f} s "
+        print(what, end="", file=sys.stderr, flush=True)
+
+    is_live = sys.stderr.isatty()
+    try:
+        drain(server, drain_s, tell if is_live else lambda num_live, waited_s: None)
+    except KeyboardInterrupt:
+        print("The server goes on serving.", file=sys.stderr)
+        raise
+    finally:
+        if is_live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def _progress(what: str) -> Iterator[Callable[[float], None]]:
     """Show `what` and the seconds so far on a terminal; one plain line elsewhere."""
@@ -158,6 +180,14 @@ def _progress(what: str) -> Iterator[Callable[[float], None]]:
     finally:
         if live:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def seconds(text: str) -> float:
+    """Read a duration of a drain. Raises: ArgumentTypeError, ValueError."""
+    value = float(text)
+    if not 0 <= value <= MAX_DRAIN_S:
+        raise argparse.ArgumentTypeError(f"{text} is not within 0 to {MAX_DRAIN_S:.0f}")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -190,7 +220,12 @@ def _parser() -> argparse.ArgumentParser:
     starter.add_argument(
         "--timeout-s", type=float, default=READY_TIMEOUT_S, help="for the worker (1800)"
     )
-    add(stop, "stop it")
+    add(stop, "finish what is in flight, then stop it").add_argument(
+        "--drain-s",
+        type=seconds,
+        default=DRAIN_S,
+        help="for requests in flight; 0 resets them (30)",
+    )
     add(status, "say what is served and whether it is ready").add_argument(
         "--json", action="store_true", help="for machines"
     )

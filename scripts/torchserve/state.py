@@ -38,6 +38,7 @@ class StateDir:
         self.saved = self.path / "server.json"
         self.keys = self.path / "key_file.json"
         self.pid_file = self.tmp / ".model_server.pid"
+        self.drain_file = self.tmp / "drain.json"
         # Holds the directory that `sockets` is in, where that is not `temp` itself.
         self._sockets_record = self.path / "sockets"
 
@@ -97,7 +98,7 @@ class StateDir:
             if entry.name == "management.sock" or entry.name.startswith(".ts.sock."):
                 os.unlink(entry.path)
         self._unlink_sockets()
-        for leftover in (self.saved, self.pid_file, self.keys):
+        for leftover in (self.saved, self.pid_file, self.keys, self.drain_file):
             leftover.unlink(missing_ok=True)
 
     def _link_sockets(self) -> None:

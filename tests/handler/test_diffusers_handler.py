@@ -7,6 +7,7 @@ import logging
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from PIL import Image
 
 from handler.diffusers_handler import DiffusersHandler
 from handler.errors import ConfigError, InvalidRequest
+from handler.service.draining import DRAIN_FILE_VARIABLE, Drain
 from tests.support.frontend import CONTINUOUS, QUICK, Frontend, Posted
 from tests.support.pipelines import build
 
@@ -158,6 +160,54 @@ def test_a_form_without_a_field_is_told_how_to_send(serve: Serve) -> None:
     assert "curl" in lost.json()["error"]["fields"]["prompt"]
 
 
+@pytest.mark.parametrize("top", [CONTINUOUS, {}], ids=["continuous", "batches"])
+def test_grpc_gets_last_chunks_and_http_beside_it_plain_replies(
+    serve: Serve, top: Mapping[str, Any]
+) -> None:
+    """`Frontend` checks which of them each reply is."""
+    frontend, _ = serve(top=top)
+    fields = {"prompt": b"a cat", "seed": b"7", "num_inference_steps": b"9"}
+    drawn = frontend.post(fields, grpc=True)
+    # This one is answered before anything is drawn, in the first cycle.
+    refused = frontend.post({**fields, "num_inference_steps": b"0"}, grpc=True)
+    nothing = frontend.post({}, grpc=True)
+    plain, stream = frontend.post(prompt(num_inference_steps=9)), frontend.post(prompt(), SSE)
+    frontend.run()
+    assert [p.status for p in (drawn, refused, nothing)] == [200, 400, 400]
+    assert refused.json()["error"]["fields"].keys() == {"num_inference_steps"}
+    assert drawn.body == plain.body
+    assert [name for name, _ in stream.events()][-1] == "image"
+
+
+def test_a_worker_drains_while_the_file_that_asks_for_it_is_there(
+    serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "drain.json"
+    monkeypatch.setenv(DRAIN_FILE_VARIABLE, str(file))
+    frontend, _ = serve(cycle_ms=0)
+    plain = frontend.post(prompt(num_inference_steps=900))
+    stream = frontend.post(prompt(num_inference_steps=900), SSE)
+    short = frontend.post(prompt())
+    frontend.cycle()
+    Drain(time.monotonic() + 1000, "mine").write(file)
+    refused = [frontend.post(prompt()), frontend.post(prompt(), SSE)]
+    over_grpc = frontend.post({"prompt": b"a cat"}, grpc=True)
+    frontend.run(until=lambda: short.is_answered)
+    assert [p.status for p in (short, *refused, over_grpc)] == [200, 503, 503, 503]
+    assert int(refused[0].reply_headers["Retry-After"]) > 1000
+    # Two that stop the server one after the other: the later one says until when.
+    Drain(time.monotonic(), "mine").write(file)
+    asked = frontend.post({"cancel": "mine"})
+    frontend.run()
+    assert asked.json() == {"live": 2}
+    assert plain.status == 503
+    assert [name for name, _ in stream.events()][-1] == "error"
+    file.unlink()
+    again = frontend.post(prompt())
+    frontend.run()
+    assert again.status == 200
+
+
 def test_an_empty_batch_is_no_work(serve: Serve) -> None:
     frontend, _ = serve()
     assert frontend.cycle() == []
@@ -173,7 +223,6 @@ def test_without_continuous_batching_a_batch_runs_to_its_end(serve: Serve) -> No
     assert (plain.status, stream.status, bad.status) == (200, 200, 400)
     assert stream.reply_headers["content-type"] == "text/event-stream"
     assert [name for name, _ in stream.events()] == ["step"] * 4 + ["image"]
-    assert frontend.context.stopping_criteria is None
     again = frontend.post(prompt())
     frontend.cycle()
     assert again.status == 200

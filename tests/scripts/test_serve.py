@@ -10,14 +10,14 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
-from scripts import demo
+from scripts import demo, serve
 from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
 from scripts.archive.store import choose_archive
 from scripts.repository import REPOSITORY
@@ -136,6 +136,37 @@ def test_where_no_picture_can_be_written_none_is_drawn(
     arguments = ["--run-dir", str(tmp_path), "--out", str(tmp_path / out)]
     assert demo.main(arguments) == 1
     assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_shows_how_many_requests_are_left(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    is_terminal: bool,
+) -> None:
+    server = TorchServer(Options(write_toy_archive(tmp_path), tmp_path / "run"))
+    given_s: list[float] = []
+
+    def drain(server: TorchServer, drain_s: float, tell: Callable[[int, float], None]) -> None:
+        given_s.append(drain_s)
+        tell(3, 1.2)
+        tell(1, 2.4)
+
+    monkeypatch.setattr(TorchServer, "find", lambda run_dir: server)
+    monkeypatch.setattr(server, "stop", lambda: True)
+    monkeypatch.setattr(serve, "drain", drain)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    assert main(["stop"]) == main(["stop", "--drain-s", "2.5"]) == 0
+    assert given_s == [30, 2.5]
+    shown = capsys.readouterr().err
+    assert ("Finishing 3 requests ... 1 s" in shown) == is_terminal
+    assert ("Finishing 1 request ... 2 s" in shown) == is_terminal
+
+
+@pytest.mark.parametrize("drain_s", ["-1", "nan", "inf", "soon"])
+def test_a_drain_takes_a_number_of_seconds(drain_s: str, tmp_path: Path) -> None:
+    assert main(["stop", "--run-dir", str(tmp_path), f"--drain-s={drain_s}"]) == 2
 
 
 def test_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import grpc
 import numpy as np
 from PIL import Image
 
-PREDICTIONS = "/org.pytorch.serve.grpc.inference.InferenceAPIsService/Predictions"
+GRPC_SERVICE = "/org.pytorch.serve.grpc.inference.InferenceAPIsService"
 
 MEDIA_TYPES = {
     "png": "image/png",
@@ -83,14 +83,22 @@ def pixels(picture: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def grpc_predict(port: int, model_name: str, fields: dict[str, bytes]) -> bytes:
     """Call the unary `Predictions`. Raises: grpc.RpcError."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        predict = channel.unary_unary(
-            PREDICTIONS, request_serializer=None, response_deserializer=None
+        reply: bytes = channel.unary_unary(f"{GRPC_SERVICE}/Predictions")(
+            predictions_request(model_name, fields), timeout=60
         )
-        reply: bytes = predict(_predictions_request(model_name, fields), timeout=60)
     return _first_field(reply)
 
 
-def _predictions_request(model_name: str, fields: dict[str, bytes]) -> bytes:
+def grpc_stream_predict(port: int, model_name: str, fields: dict[str, bytes]) -> list[bytes]:
+    """Call the server-streaming `StreamPredictions`; all replies. Raises: grpc.RpcError."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        replies = channel.unary_stream(f"{GRPC_SERVICE}/StreamPredictions")(
+            predictions_request(model_name, fields), timeout=60
+        )
+        return [_first_field(reply) for reply in replies]
+
+
+def predictions_request(model_name: str, fields: dict[str, bytes]) -> bytes:
     """Encode inference.proto's PredictionsRequest: model_name = 1, map<string, bytes> input = 3."""
     entries = (
         _length_delimited(1, name.encode()) + _length_delimited(2, value)

@@ -46,6 +46,7 @@ class Posted:
     request_id: str
     parameters: list[dict[str, Any]]
     headers: list[dict[str, bytes]]
+    is_grpc: bool = False
     status: int | None = None
     reply_headers: dict[str, str] = field(default_factory=dict)
     chunks: list[bytes] = field(default_factory=list)
@@ -103,17 +104,18 @@ class Frontend:
         headers: Mapping[str, str] | None = None,
         *,
         form: bool = False,
+        grpc: bool = False,
         request_id: str | None = None,
     ) -> Posted:
-        """Queue a request: JSON, text, or with `form` fields of their own."""
-        fields = body if form and isinstance(body, Mapping) else {"body": body}
+        """Queue a request: JSON, text, or with `form` or `grpc` fields of their own."""
+        fields = body if (form or grpc) and isinstance(body, Mapping) else {"body": body}
         parameters = [
             {"name": name, "contentType": b"application/json", "value": value}
             for name, value in fields.items()
         ]
-        sent = {"Host": "localhost", **(headers or {})}
+        sent = {} if grpc else {"Host": "localhost", **(headers or {})}
         encoded = [{"name": k.encode(), "value": v.encode()} for k, v in sent.items()]
-        posted = Posted(request_id or next(self._ids), parameters, encoded)
+        posted = Posted(request_id or next(self._ids), parameters, encoded, is_grpc=grpc)
         assert posted.request_id not in self._live
         self._live[posted.request_id] = posted
         return posted
@@ -141,7 +143,10 @@ class Frontend:
             if not posted.is_streaming:
                 # A stream's status and headers are those of its first chunk.
                 posted.status, posted.reply_headers = status, headers
-                assert stream_next != "false", "TorchServe's client hangs on such a first reply"
+                if posted.is_grpc:
+                    assert stream_next == "false", "StreamPredictions with it kills the worker"
+                else:
+                    assert stream_next != "false", "TorchServe's client hangs on this first reply"
             else:
                 assert stream_next is not None, "an unmarked reply after a stream has begun"
             posted.chunks.append(body)
