@@ -1,8 +1,8 @@
-"""Lets 2-d convolutions read and write pixel by pixel; changes with what that gains and costs.
+"""Puts 2-d convolutions into the channels_last memory format, which CPUs and GPUs compute faster.
 
-Reordered weights are a copy of them. Mapped weights are shared by all workers that map the same
-archive, so large ones stay as they are; decoders of pictures, where the order of the pixels is
-what gains, then get their inputs reordered instead.
+Converted weights are a copy. Mapped weights are shared by all workers that map the same archive, so
+large ones stay as they are; decoders of pictures then get their inputs converted instead, which is
+where the format gains most.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MOST_COPIED_BYTES = 64 << 20
 
 
 def put_channels_last(modules: Mapping[str, torch.nn.Module]) -> None:
-    """Put the convolutions of a pipeline's `modules`, by name, channels last. Mutates them."""
+    """Put the convolutions of `modules`, by name, into the channels_last format. Mutates them."""
     for name, module in modules.items():
         # `Module.to` would fail at the weights of 3-d convolutions.
         if not _convolutions(module) or any(weight.ndim > 4 for weight in module.parameters()):
@@ -41,7 +41,7 @@ def _convolutions(module: torch.nn.Module) -> list[torch.nn.Conv2d]:
 
 
 def _mapped_bytes(module: torch.nn.Module) -> int:
-    """Bytes of mapped weights that reordering would copy."""
+    """Bytes of mapped weights that converting would copy."""
     weights = (each for each in module.parameters() if each.ndim == 4 and is_mapped(each))
     return sum(weight.nbytes for weight in weights)
 

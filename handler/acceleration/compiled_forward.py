@@ -1,4 +1,4 @@
-"""A denoiser's forward that is compiled and captured while it warms up, and never in traffic.
+"""Compiled and captured forwards of a denoiser, prepared in warm-up and never in traffic.
 
 Calls of a kind that was warmed up run the prepared code; every other call runs the forward as it
 is. Two calls are of one kind when they differ in nothing but their rows and their values::
@@ -121,6 +121,7 @@ class PreparedForward:
         return prepared
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the forward returns, from prepared code where there is any for this call."""
         call = _Call.of(self._signature.bind(*args, **kwargs).arguments)
         if call is not None and self.is_warming and call.kind not in self._seen:
             self._seen.add(call.kind)

@@ -1,10 +1,10 @@
-"""What ``speed: off | safe | max`` does to a loaded pipeline; changes with what pays on a device.
+"""What ``speed: off | safe | max`` does to a loaded pipeline, on each kind of device.
 
 =====  ==================================  =====================================================
 speed  on the CPU                          on CUDA
 =====  ==================================  =====================================================
 off    the pipeline as diffusers loads it  the same
-safe   convolutions channels last          the same, and the VAE decodes picture by picture
+safe   convolutions in channels_last       the same, and the VAE decodes picture by picture
 max    also bfloat16 where the CPU has     also fused projections, TF32 for what is float32,
        it, compiled for any rows           compiled for any rows, a CUDA graph a bucket
 =====  ==================================  =====================================================
@@ -135,7 +135,7 @@ def _obstacle(pipeline: Any) -> str | None:
 
 
 class SpeedUp:
-    """Applies `plan` to `pipeline`, for good; then gives an engine what it has to know of it.
+    """Applies `plan` to `pipeline`, which cannot be undone; then tells an engine what it needs.
 
     Mutates the pipeline's modules. `compiler` and `record` are for forwards that are prepared.
     """

@@ -1,1 +1,1 @@
-"""Arguments of several calls of one module, put together and taken apart: pure tensor code."""
+"""Merging the arguments of several module calls and splitting the output: pure tensor code."""

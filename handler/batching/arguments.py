@@ -1,4 +1,4 @@
-"""The tensors among a module call's arguments: where they stand, and what part each one plays.
+"""The tensors among a module call's arguments: where they are, and which are rows of the batch.
 
 ==========  ==================================================  ===============================
 part        a tensor that                                       when merged
@@ -88,7 +88,7 @@ def num_rows(arguments: Arguments) -> int | None:
 def is_batch(arguments: Arguments, rows: int) -> bool:
     """Whether the tensor that `num_rows` counted is a batch, and not the tokens of one picture.
 
-    Of a batch some other tensor has the same first dimension, unless there is no other.
+    It is where another tensor has the same first dimension, or where there is no other tensor.
     """
     first = leading(arguments)
     others = [
@@ -177,7 +177,7 @@ def is_list_of_tensors(value: Any) -> bool:
 
 
 def members(container: Any) -> list[tuple[Hashable, Any]] | None:
-    """The members of a container in a fixed order; None for what is no container."""
+    """The members of a container in a fixed order; None for what is not a container."""
     if isinstance(container, Mapping):
         return list(container.items())
     if isinstance(container, (list, tuple)):

@@ -22,6 +22,7 @@ class Fingerprints:
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], int, Hashable]] = {}
 
     def of(self, tensor: torch.Tensor) -> Hashable:
+        """A value that is equal for tensors of equal contents."""
         if tensor.is_inference():  # counts no versions, so nothing tells whether it has changed
             return _contents(tensor)
         known = self._known.get(id(tensor))

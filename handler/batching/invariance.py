@@ -1,4 +1,4 @@
-"""Batch invariance: which kinds of group were seen to keep their rows apart, and in what.
+"""Batch invariance: which modules were shown to compute each row independently of the others.
 
 No table of modules says which of them look at one row for all. So a group is compared with one of
 its calls run alone, and that proves only what differed between them: as long as all timesteps were
@@ -93,7 +93,11 @@ def is_conclusive(output: Any) -> bool:
         if not output.is_floating_point() or not output.numel():
             return True
         return bool(output.reshape(len(output) if output.ndim else 1, -1).isfinite().any(1).all())
-    return all(is_conclusive(member) for _, member in output_members(output) or ())
+    try:
+        members = output_members(output)
+    except TypeError:  # holds what cannot be seen, nor compared
+        return True
+    return all(is_conclusive(member) for _, member in members or ())
 
 
 def agree(together: Any, alone: Any, precision: torch.dtype | None = None) -> bool:

@@ -1,4 +1,4 @@
-"""What is found out about the parts of tensors whose shapes do not tell them, module by module.
+"""Layouts: what was learned of tensors whose shapes do not tell whether they are batched.
 
 A padding mask of one row for all, two image embeddings a row, text embeddings of sixteen frames a
 row: one call's shapes fit several readings. So a group of calls is tried with the most likely one,

@@ -1,4 +1,4 @@
-"""Put the arguments of several calls of one module together, and take its output apart again.
+"""Merge the arguments of several calls of one module, and split its output.
 
 Pure tensor code: it knows neither pipelines nor greenlets. A call's arguments are a mapping from
 parameter name to value; a value is a tensor, a plain value, or a container of such. What becomes of
@@ -138,7 +138,7 @@ def split(
     whole, every plain value as it is; an object is copied with what it holds (a key-value cache).
 
     Raises:
-        TypeError: there is no telling what an object in it holds.
+        TypeError: what an object in it holds cannot be seen.
     """
     total = sum(rows) if total is None else total
 

@@ -41,7 +41,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A call's forward raised this."""
+    """What the forward of a module call raised."""
 
     error: Exception
 
@@ -70,7 +70,7 @@ class Group:
 
 @dataclass(eq=False, slots=True)
 class BatchedForward:
-    """Groups parked calls and runs them, one forward a group where that is right.
+    """Groups module calls and runs them, one forward a group where that is right.
 
     `buckets` are the row counts that forwards are padded to, ascending; none: no padding.
     `prepare` is called with the calls of every forward before it; its errors are theirs.
@@ -211,18 +211,25 @@ class BatchedForward:
         return results
 
     def _refute(self, group: Group, alone: Sequence[Any]) -> None:
-        """Read the group's calls in other ways; where none is right, they have to run alone."""
+        """Read the group's calls in other ways; where none is right, they have to run alone.
+
+        Nothing is concluded from a request whose numbers have overflowed: the next group will tell.
+        """
+        if all(is_conclusive(result) for result in alone) and not self._reread(group, alone):
+            self._proofs.refuted(group.key)
+
+    def _reread(self, group: Group, alone: Sequence[Any]) -> bool:
+        """Whether another reading of the group's calls gives what they gave `alone`."""
         slot = group.calls[0].slot
         for layout in self._layouts.others(id(slot), group.layout, group.arguments, group.rows):
             trial = self._read_as(group, layout)
             together = self._attempt(trial, is_trial=True)
             if not isinstance(together, Failure) and all(
-                is_conclusive(theirs) and self._agree(trial, ours, theirs)
-                for ours, theirs in zip(together, alone, strict=True)
+                self._agree(trial, *pair) for pair in zip(together, alone, strict=True)
             ):
                 self._confirm(trial, self._differences(trial))
-                return
-        self._proofs.refuted(group.key)
+                return True
+        return False
 
     def _confirm(self, trial: Group, differences: Sequence[Places]) -> None:
         """Remember that calls may be merged as in `trial`, as far as these differ."""

@@ -1,7 +1,7 @@
-"""Torch's global random generators: each request finds them in a state of its own.
+"""Torch's global random generators: each request has its own state of them.
 
-Some pipelines draw from them in spite of the generator that they are given: an encoder's sample, a
-scheduler that is not passed it. In company they would take each other's numbers.
+Some pipelines draw from them although they are given a generator: for a sample of the encoder, or
+in a scheduler that is not passed it. Requests in flight would take each other's numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["GlobalRandom"]
 
 
 class GlobalRandom:
-    """Puts the global generators in the state of whoever runs next.
+    """Switches the global generators between the states of the requests.
 
     Those of the CPU and of the devices that the modules of `pipelines` are on.
 

@@ -1,16 +1,16 @@
-"""Run many calls of one unmodified diffusers pipeline at once, a forward of the denoiser for all.
+"""The engine: many requests of unmodified diffusers pipelines at once, sharing their forwards.
 
 Every request runs the pipeline's own ``__call__`` in a greenlet of its own. Where that calls a
-module, the greenlet parks; a tick runs one forward for all parked calls that fit together, hands
-each its rows, and lets each run on to its next call::
+module, the greenlet parks; a tick runs one forward for all module calls that fit together, hands
+each its rows, and lets each request run on to its next module call::
 
     request A ─▶ pipeline.__call__ ─▶ unet(x_A, t=981) ┐ park
     request B ─▶ pipeline.__call__ ─▶ unet(x_B, t=401) ┤ park    merge ─▶ forward ─▶ split
     request C ─▶ pipeline.__call__ ─▶ unet(x_C, t= 21) ┘ park      │
         ▲───────────────── its rows to each ───────────────────────┘
 
-One thread runs all of it. Whoever owns the engine calls `step` from that thread and nothing else
-happens: no locks, no timers, and the same arrivals give the same ticks.
+One thread runs all of it: the engine's owner calls `step` from that thread, and nothing happens in
+between. So there are no locks and no timers, and the same arrivals give the same ticks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class InFlightEngine:
             pipelines that share modules share their forwards. Left as they were by `close`.
         modules: what to park (``"unet"``, ``"vae.decode"``); by default found by their names.
         max_rows, max_pixels: what may be in flight at once, as `Cost` counts it.
-        max_overtakes: how many may pass one that waits for room, before nobody may.
+        max_overtakes: how often a request that waits for room may be overtaken.
         exact: run every request's rows alone, bit-equal to the pipeline called directly.
         buckets: row counts to pad forwards to, such as `BUCKETS`; none: no padding.
         wrappers: what makes the denoisers' forwards cheaper, the first nearest to the module.
@@ -129,7 +129,7 @@ class InFlightEngine:
 
     @property
     def num_held_up(self) -> int:
-        """Requests that the next step would leave waiting."""
+        """Tickets that the next step would leave waiting."""
         return len(self._waiting) - len(self._admission().joining)
 
     @property
@@ -139,15 +139,17 @@ class InFlightEngine:
 
     @property
     def num_waiting(self) -> int:
+        """Tickets that have not started."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
+        """Tickets that are in flight."""
         return len(self._runs.parked)
 
     @property
     def in_flight(self) -> Cost:
-        """What the running requests occupy together."""
+        """What the running tickets occupy together."""
         return sum((ticket.cost for ticket in self._runs.parked), Cost(0, 0))
 
     def submit(
@@ -278,7 +280,7 @@ class InFlightEngine:
             self._runs.start(ticket)
 
     def _tick(self) -> list[ModuleCall]:
-        """Give every parked call that may run one forward, and let its request run on.
+        """Run one forward for every module call that may run, and let its request run on.
 
         Returns those that a denoiser served.
         """

@@ -1,7 +1,7 @@
-"""Find the calls of a pipeline that can wait for company, and make them wait.
+"""Parking: find the module calls of a pipeline that can share forwards, and make them wait.
 
-A parked call is a request's greenlet that stands inside ``module.forward(...)`` until the engine
-hands it its result. The instance attribute in front of the real method is the only thing replaced.
+A request's greenlet stands inside ``module.forward(...)`` until the engine hands it the result. The
+instance attribute in front of the real method is the only thing replaced.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class RequestGreenlet(greenlet):
         self.context = _thread_context()
 
     def exit(self) -> None:
-        """Unwind from wherever it stands; what it raises on its way out is nobody's result."""
+        """Unwind from wherever it stands; what it raises on its way out is ignored."""
         self.parent = getcurrent()
-        # A pipeline that parks again on its way out is told once more, though not for ever.
+        # A pipeline that parks again on its way out is told again, up to a limit.
         for _ in range(_MAX_EXITS):
             with suppress(Exception):
                 self.throw(GreenletExit)
@@ -119,7 +119,7 @@ class Slot:
 
 @dataclass(eq=False, slots=True)
 class ModuleCall:
-    """One call of one request, waiting for its result."""
+    """A parked call of a module: one request waits for its result."""
 
     slot: Slot
     ticket: Ticket

@@ -1,4 +1,4 @@
-"""Decide who joins, who runs and who is out of time. Pure functions: nothing here runs a model."""
+"""Scheduling policy: which requests join, which run and which are out of time; pure functions."""
 
 from __future__ import annotations
 
@@ -39,19 +39,29 @@ class Candidate(Protocol):
     """What the policy looks at in a request."""
 
     @property
-    def cost(self) -> Cost: ...
+    def cost(self) -> Cost:
+        """What it occupies."""
+        ...
 
     @property
-    def overtaken(self) -> int: ...
+    def overtaken(self) -> int:
+        """How often others that came later have joined before it."""
+        ...
 
     @property
-    def deadline(self) -> float | None: ...
+    def deadline(self) -> float | None:
+        """When it expires, on the engine's clock; None: never."""
+        ...
 
     @property
-    def last_tick(self) -> int: ...
+    def last_tick(self) -> int:
+        """The last tick that served it."""
+        ...
 
     @property
-    def is_exclusive(self) -> bool: ...
+    def is_exclusive(self) -> bool:
+        """Whether nothing may run beside it."""
+        ...
 
 
 AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
@@ -72,7 +82,7 @@ def admit(
 
     An exclusive request fits where nothing else is in flight, and nothing fits beside it.
 
-    Once a request has been passed `limits.max_overtakes` times, nobody joins before it. So it
+    Once a request has been passed `limits.max_overtakes` times, no other joins before it. So it
     waits at most as many ticks as those ahead of it and those that passed it run, one by one: in
     every tick that it waits, one of them is in flight.
     """

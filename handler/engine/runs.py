@@ -1,4 +1,4 @@
-"""The requests in flight: each runs in a greenlet of its own, from one parked call to the next."""
+"""The running requests: each runs in its own greenlet, from one module call to the next."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Runs:
     ) -> None:
         self.parked: dict[Ticket, ModuleCall] = {}
         self.ended: list[Ticket] = []
-        """Those that nobody was told of yet."""
+        """Tickets that have ended and that `step` has not returned yet."""
         self._shared_states = shared_states
         self._limits = limits
         self._adapters = adapters
@@ -62,7 +62,7 @@ class Runs:
         self._continue(ticket, ticket.run.switch)
 
     def resume(self, ticket: Ticket, result: Any) -> None:
-        """Hand a parked call its result, or the error of its forward, and run on."""
+        """Hand a module call its result or the error of its forward; the request runs on."""
         run = ticket.run
         assert run is not None
         if ticket.cancelling is not None:
@@ -84,7 +84,7 @@ class Runs:
             self._end(ticket, State.FAILED, reason)
 
     def _continue(self, ticket: Ticket, switch: Callable[..., Any], *value: Any) -> None:
-        """Let the request run to its next parked call or to its end."""
+        """Let the request run to its next module call or to its end."""
         assert ticket.run is not None
         ticket.run.parent = getcurrent()
         self.parked.pop(ticket, None)

@@ -1,4 +1,4 @@
-"""From what is submitted to a ticket: the checks before a call of a pipeline is queued."""
+"""Checks what is submitted before it is queued, and makes its ticket."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Submission:
     on_step: Callable[[StepEnd], None] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Intake:
     """Makes tickets of what is submitted, or says why there will be none."""
 

@@ -1,4 +1,4 @@
-"""How fast the ticks are at present, so that what cannot end in time is refused at once."""
+"""The pace of recent ticks, so that a request that cannot meet its deadline is refused at once."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Pace:
     def least_s(self, num_steps: int, cost: Cost, denoisers: Collection[int] = ()) -> float:
         """What `num_steps` of a request will surely take; 0 while too little was seen.
 
-        The fastest tick counts, less the rows that may leave, and of those ticks only where nobody
-        drew a larger image than this request will, and where no denoiser but the request's own ran.
+        The fastest tick counts, less the rows that may leave. Ticks in which a larger image was
+        drawn than this request's, or another denoiser ran than its own, do not count.
         """
         own = frozenset(denoisers)
         ticks = [(seconds, of) for seconds, of, ran in self._ticks if ran <= own]

@@ -1,4 +1,4 @@
-"""One request inside the engine: its state, its times, and how it ended."""
+"""A ticket: one drawing inside the engine, its state, its times, and how it ended."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class StepEnd:
 
 @dataclass(eq=False)
 class Ticket:
-    """A submitted call of a pipeline. Read it, and ask for `result` once it is `ended`."""
+    """One submitted call of a pipeline; ask for its `result` once it is `ended`."""
 
     kwargs: dict[str, Any]
     cost: Cost
@@ -83,6 +83,7 @@ class Ticket:
 
     @property
     def ended(self) -> bool:
+        """Whether it is done or failed, for good."""
         return self.state in (State.DONE, State.FAILED)
 
     @property
@@ -106,7 +107,7 @@ class Ticket:
         return self._outcome
 
     def end(self, state: State, outcome: Any, now_s: float) -> None:
-        """Move to `state` for good and let go of everything the run needed."""
+        """Move to `state` for good and release everything that the run needed."""
         assert not self.ended, "a ticket ends once"
         self.state, self._outcome, self.ended_s = state, outcome, now_s
         self.kwargs = {}

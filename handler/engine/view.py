@@ -1,4 +1,4 @@
-"""A private view of a pipeline for each request: shared modules, all other state its own."""
+"""A view of a pipeline for each request: modules are shared, all other state is its own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward wrappers: what makes a denoiser's forwards cheaper, or answers calls without one."""
+"""Forward wrappers: they make a denoiser's forwards cheaper, or answer module calls without one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one call of a pipeline occupies while it is in flight, and how long it is at the least."""
+"""What one call of a pipeline occupies while in flight, and the minimum of its forwards."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def estimate_cost(pipeline: Any, kwargs: Mapping[str, Any]) -> Cost:
 
 
 def least_forwards(pipeline: Any, kwargs: Mapping[str, Any]) -> int:
-    """How often a call with `kwargs` calls the denoiser at the least; 0: there is no telling."""
+    """The minimum number of denoiser calls of a call with `kwargs`; 0 if unknown."""
     given = {**call_defaults(pipeline), **{k: v for k, v in kwargs.items() if v is not None}}
     num_steps = given.get("num_inference_steps")
     is_shortened = any(given.get(name) is not None for name in _SHORTENING)

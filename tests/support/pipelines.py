@@ -1,4 +1,4 @@
-"""Tiny random-weight diffusers pipelines, one a family; changes when a family joins the tests.
+"""Tiny random-weight diffusers pipelines, one a family.
 
 Built from configurations alone: no hub, no download, no file. The weights are seeded, so a family
 is the same every time it is built. A pipeline is mutable (scheduler, adapters, replaced forwards):

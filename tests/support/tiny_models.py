@@ -1,4 +1,4 @@
-"""Tiny parts of diffusers pipelines; changes when `tests/pipelines.py` needs another kind of part.
+"""Tiny parts of diffusers pipelines, for `tests/support/pipelines.py`.
 
 Built from configurations alone, with random weights: a caller that wants the same ones every time
 seeds torch first (`pipelines.build` does).

@@ -1,4 +1,4 @@
-"""A handmade pipeline so small that thousands of requests cost seconds; changes with its users.
+"""A handmade pipeline so small that thousands of requests cost seconds.
 
 Built like the real ones: a text encoder, a denoiser with guidance, diffusers' own schedulers, a
 decoder, a callback at each step. One request of three steps takes about 3 ms.

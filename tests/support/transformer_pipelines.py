@@ -1,4 +1,4 @@
-"""Tiny pipelines whose denoiser is a transformer; changes when one joins `tests/pipelines.py`."""
+"""Tiny pipelines whose denoiser is a transformer, for `tests/support/pipelines.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family in flight equals the same pipeline called directly; changes with that promise.
+"""Every family in flight equals the same pipeline called directly.
 
 Each test calls the pipeline by itself first, then opens an engine on that very pipeline.
 """

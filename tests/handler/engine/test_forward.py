@@ -111,19 +111,19 @@ def test_a_module_that_fails_padded_runs_as_it_is() -> None:
 # Errors
 
 
-class GuiltyError(Exception):
+class RefusedError(Exception):
     pass
 
 
 def refusing(sample: torch.Tensor, timestep: Any) -> torch.Tensor:
     if bool((sample < 0).any()):
-        raise GuiltyError
+        raise RefusedError
     return sample * 2
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("is_proven", [False, True])
-def test_only_the_guilty_call_fails(place: int, is_proven: bool) -> None:
+def test_only_the_failing_call_fails(place: int, is_proven: bool) -> None:
     forward, slot = batched(), slot_of(refusing)
     good = [call(slot, 1, 2), call(slot, 3)]
     if is_proven:
@@ -131,7 +131,7 @@ def test_only_the_guilty_call_fails(place: int, is_proven: bool) -> None:
     slot.module.rows.clear()
     calls = [*good[:place], call(slot, -1), *good[place:]]
     results = run(forward, calls)
-    assert isinstance(results.pop(place), GuiltyError)
+    assert isinstance(results.pop(place), RefusedError)
     assert results == [[2, 4], [6]]
     assert sorted(slot.module.rows) == [1, 1, 2, 4], "together, and then each alone"
     slot.module.rows.clear()
@@ -139,17 +139,17 @@ def test_only_the_guilty_call_fails(place: int, is_proven: bool) -> None:
     assert slot.module.rows[0] == 3, "the others go on together"
 
 
-def test_two_guilty_calls_fail_each_with_its_own_error() -> None:
+def test_two_failing_calls_fail_each_with_its_own_error() -> None:
     forward, slot = batched(), slot_of(refusing)
     first, _, last = run(forward, [call(slot, -1), call(slot, 1), call(slot, -2)])
-    assert isinstance(first, GuiltyError)
-    assert isinstance(last, GuiltyError)
+    assert isinstance(first, RefusedError)
+    assert isinstance(last, RefusedError)
     assert first is not last
 
 
 def test_a_single_call_is_tried_once() -> None:
     forward, slot = batched(), slot_of(refusing)
-    assert isinstance(run(forward, [call(slot, -1)])[0], GuiltyError)
+    assert isinstance(run(forward, [call(slot, -1)])[0], RefusedError)
     assert slot.module.rows == [1]
 
 
@@ -168,11 +168,11 @@ def test_what_prepares_a_forward_fails_for_its_calls_alone() -> None:
     def prepare(calls: Sequence[ModuleCall]) -> None:
         asked.append(len(calls))
         if calls[0].ticket.adapters:
-            raise GuiltyError
+            raise RefusedError
 
     forward, slot = batched(prepare=prepare), slot_of(doubled)
     results = run(forward, [call(slot, 1), call(slot, 2, adapters={"gone": 1.0}), call(slot, 3)])
-    assert isinstance(results.pop(1), GuiltyError)
+    assert isinstance(results.pop(1), RefusedError)
     assert results == [[2], [6]]
     assert asked == [2, 1, 1], "before every forward, the proof's included"
 

@@ -1,7 +1,7 @@
 """The engine's promises to its owner: ends, refusals, schedulers, errors, sizes.
 
-That the pictures of all families are right is `test_engine_families`; random mixes are
-`test_engine_properties`. Here the pipeline is a toy, so that every case can be forced.
+That the pictures of all families are right is `test_families`; random mixes are
+`test_properties`. Here the pipeline is a toy, so that every case can be forced.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ def test_an_error_of_one_request_is_its_own() -> None:
     assert all_right(good, expected)
 
 
-def test_an_error_of_a_shared_forward_is_the_guilty_requests() -> None:
+def test_an_error_of_a_shared_forward_is_the_failing_requests() -> None:
     pipeline = toy(unet=Strict())
     expected = [solo(pipeline, i) for i in range(3)]
     with opened(pipeline) as engine:

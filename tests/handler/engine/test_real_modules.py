@@ -194,6 +194,17 @@ def test_a_padding_mask_of_one_row_is_passed_once(cosmos: torch.nn.Module) -> No
     assert first <= 6
 
 
+def test_a_request_that_overflows_first_spoils_nothing(cosmos: torch.nn.Module) -> None:
+    overflowing = cosmos_call(0)
+    overflowing["hidden_states"].fill_(float("nan"))
+    ticks = [
+        [overflowing, cosmos_call(1)],
+        [cosmos_call(2), cosmos_call(3)],
+        [cosmos_call(4), cosmos_call(5)],
+    ]
+    assert check(cosmos, ticks)[-1] == 1
+
+
 def wan() -> torch.nn.Module:
     return diffusers.WanTransformer3DModel(
         patch_size=(1, 2, 2),
@@ -269,7 +280,10 @@ def chatglm() -> torch.nn.Module:
         original_rope=True,
         output_hidden_states=False,
     )
-    return ChatGLMModel(config)
+    module = ChatGLMModel(config)
+    for weight in module.parameters():  # which it leaves as the memory was
+        torch.nn.init.normal_(weight, std=0.3)
+    return module
 
 
 def chatglm_call(index: int, length: int = 6) -> Call:
@@ -284,7 +298,7 @@ def chatglm_call(index: int, length: int = 6) -> Call:
 
 @pytest.mark.parametrize("num_nans", [0, 1])
 def test_an_encoder_whose_output_has_the_sequence_first_is_run_alone(num_nans: int) -> None:
-    """Kolors: (sequence, batch, hidden), also where its numbers overflow."""
+    """Kolors: (sequence, batch, hidden), also where some of its numbers overflow."""
     module = made(chatglm)
     with torch.no_grad():
         module.encoder.final_layernorm.weight[:num_nans] = float("nan")
@@ -293,6 +307,19 @@ def test_an_encoder_whose_output_has_the_sequence_first_is_run_alone(num_nans: i
     ticks.append([chatglm_call(i, length=3) for i in range(3)])
     forwards = check(module, ticks, is_denoiser=False)
     assert forwards[1] == 2
+
+
+def test_an_encoder_that_gives_no_number_at_all_is_run_alone() -> None:
+    module = made(chatglm)
+    with torch.no_grad():
+        module.encoder.final_layernorm.weight.fill_(float("nan"))
+    served = Served(module, is_denoiser=False)
+    for i in (0, 2):
+        calls = [chatglm_call(i), chatglm_call(i + 1)]
+        expected = [served.alone(call) for call in calls]
+        outputs, _ = served.together(calls)
+        assert all(agree(mine, wanted) for mine, wanted in zip(outputs, expected, strict=True))
+        assert [output.last_hidden_state.shape for output in outputs] == [(6, 1, 16)] * 2
 
 
 # Pins of what is right: nobody would notice losing it

@@ -1,4 +1,4 @@
-"""What one request gets of a pipeline: its own state, its own scheduler, its cost."""
+"""What one request gets of a pipeline: its own state, its own scheduler, its steps reported."""
 
 from __future__ import annotations
 
@@ -6,72 +6,20 @@ import copy
 from typing import Any
 
 import diffusers
-import numpy
 import pytest
 import torch
 from diffusers.callbacks import SDCFGCutoffCallback
-from PIL import Image
 
 from handler.engine.ticket import StepEnd, Ticket
 from handler.engine.view import make_view
-from handler.pipelines.cost import Cost, estimate_cost, least_forwards
+from handler.pipelines.cost import Cost
 from handler.pipelines.schedulers import make_scheduler
-from handler.pipelines.signature import call_defaults, unknown_arguments
 from tests.support.pipelines import build, example_kwargs, image_of, shared
 from tests.support.toy_pipeline import ToyPipeline, toy, toy_kwargs
 
 
 def ticket(kwargs: dict[str, Any], **fields: Any) -> Ticket:
     return Ticket(kwargs=kwargs, cost=Cost(1, 0), **fields)
-
-
-# Parameters
-
-
-def test_the_parameters_are_those_of_the_call() -> None:
-    defaults = call_defaults(shared("stable_diffusion"))
-    assert defaults["num_inference_steps"] == 50
-    assert "self" not in defaults
-    assert "kwargs" not in defaults
-
-
-class Wrapped(ToyPipeline):
-    def __call__(self, *args: Any, num_inference_steps: int = 9, **kwargs: Any) -> Any:
-        return super().__call__(*args, num_inference_steps=num_inference_steps, **kwargs)
-
-
-class WrappedTwice(Wrapped):
-    def __call__(self, style: str = "", **kwargs: Any) -> Any:
-        return super().__call__(**kwargs)
-
-
-class Anything(diffusers.DiffusionPipeline):
-    def __call__(self, prompt: str, **options: Any) -> Any:
-        return options
-
-
-def test_a_wrapper_has_the_parameters_of_what_it_wraps() -> None:
-    defaults = call_defaults(toy(WrappedTwice))
-    assert defaults["style"] == ""
-    assert defaults["num_inference_steps"] == 9
-    assert defaults["guidance_scale"] == call_defaults(toy())["guidance_scale"]
-    assert unknown_arguments(toy(WrappedTwice), {"style": "", "generator": None}) == []
-    assert unknown_arguments(toy(WrappedTwice), {"styl": "", "b": 1}) == ["b", "styl"]
-
-
-@pytest.mark.parametrize(
-    ("pipeline", "unknown"),
-    [
-        (toy(), ["negative_prompt", "self", "step"]),
-        # Its **kwargs only takes arguments of long ago.
-        (shared("stable_diffusion"), ["self", "step"]),
-        (Anything(), []),
-    ],
-    ids=["closed", "diffusers", "open"],
-)
-def test_arguments_that_a_call_does_not_have_are_named(pipeline: Any, unknown: list[str]) -> None:
-    asked = {"prompt": "a", "step": 3, "negative_prompt": "b", "self": None}
-    assert unknown_arguments(pipeline, asked) == unknown
 
 
 # Views
@@ -196,20 +144,6 @@ def test_the_older_callback_keeps_its_own_rate() -> None:
     assert asked.num_steps_done == 3
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "steps"),
-    [
-        ({"num_inference_steps": 7}, 7),
-        ({}, 50),
-        ({"num_inference_steps": 7, "timesteps": [900, 1]}, 0),
-        ({"num_inference_steps": 7, "sigmas": [1.0, 0.1]}, 0),
-    ],
-)
-def test_the_least_steps_are_those_that_nothing_shortens(kwargs: Any, steps: int) -> None:
-    assert least_forwards(shared("stable_diffusion"), kwargs) == steps
-    assert least_forwards(shared("stable_diffusion_img2img"), kwargs) == 0, "it has a strength"
-
-
 def test_a_call_without_a_callback_gets_none() -> None:
     class Silent(ToyPipeline):
         def __call__(self, prompt: str) -> None:
@@ -217,79 +151,3 @@ def test_a_call_without_a_callback_gets_none() -> None:
 
     _, kwargs = make_view(toy(Silent), ticket({"prompt": "a"}))
     assert kwargs == {"prompt": "a"}
-
-
-# Cost
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "rows", "images"),
-    [
-        ({}, 2, 1),
-        ({"guidance_scale": 1.0}, 1, 1),
-        ({"guidance_scale": 1.01}, 2, 1),
-        ({"guidance_scale": 0}, 1, 1),
-        ({"guidance_scale": None}, 2, 1),
-        ({"num_images_per_prompt": 3}, 6, 3),
-        ({"prompt": ["a", "b"], "num_images_per_prompt": 2, "guidance_scale": 1.0}, 4, 4),
-        ({"prompt_embeds": torch.zeros(3, 6, 8)}, 6, 3),
-        ({"prompt_embeds": torch.tensor(0.0)}, 2, 1),
-        ({"prompt": [], "guidance_scale": 1.0}, 1, 1),
-    ],
-)
-def test_rows_are_images_doubled_by_guidance(
-    kwargs: dict[str, Any], rows: int, images: int
-) -> None:
-    cost = estimate_cost(shared("stable_diffusion"), {**kwargs, "height": 24, "width": 40})
-    assert cost == Cost(rows, images * 24 * 40, 24 * 40)
-
-
-@pytest.mark.parametrize(
-    "image",
-    [
-        Image.new("RGB", (40, 24)),
-        torch.zeros(1, 3, 24, 40),
-        numpy.zeros((1, 24, 40, 3)),
-        numpy.zeros((24, 40, 3)),
-        [Image.new("RGB", (40, 24))],
-    ],
-    ids=["PIL", "tensor", "arrays", "array", "list"],
-)
-def test_a_picture_to_start_from_tells_the_size(image: Any) -> None:
-    """Image-to-image takes no height and width; the memory that it takes has to be bounded too."""
-    cost = estimate_cost(shared("stable_diffusion_img2img"), {"image": image})
-    assert cost == Cost(2, 24 * 40, 24 * 40)
-
-
-@pytest.mark.parametrize("image", [[], None, 3, numpy.zeros(3)])
-def test_what_is_no_picture_tells_no_size(image: Any) -> None:
-    pipeline = shared("stable_diffusion_img2img")
-    assert estimate_cost(pipeline, {"image": image}) == estimate_cost(pipeline, {})
-
-
-@pytest.mark.parametrize("family", ["stable_diffusion", "pixart_sigma", "stable_cascade_prior"])
-def test_a_size_that_is_not_given_is_the_pipelines_own(family: str) -> None:
-    cost = estimate_cost(shared(family), {"height": None})
-    assert cost.pixels > 0
-
-
-@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl", "flux", "sana"])
-def test_the_estimate_of_a_plain_call_is_what_its_denoiser_gets(family: str) -> None:
-    pipeline = shared(family)
-    denoiser = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
-    for index in (0, 1):
-        rows: list[int] = []
-        hook = denoiser.register_forward_pre_hook(
-            lambda module, args, kwargs, rows=rows: rows.append(
-                len(next(v for v in [*args, *kwargs.values()] if isinstance(v, torch.Tensor)))
-            ),
-            with_kwargs=True,
-        )
-        kwargs = {**example_kwargs(family, index), "num_images_per_prompt": 2}
-        estimate = estimate_cost(pipeline, kwargs)
-        try:
-            pipeline(**kwargs)
-        finally:
-            hook.remove()
-        # Flux embeds its guidance: counted double, which is more than it takes and never less.
-        assert set(rows) == {estimate.rows} or (family == "flux" and set(rows) == {2})
