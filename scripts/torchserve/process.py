@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import psutil
@@ -39,6 +39,8 @@ __all__ = ["READY_TIMEOUT_S", "TorchServer"]
 
 POLL_S = 0.1
 QUIET_S = 0.5
+# Unpacks the archive before it answers; a busy machine takes its time.
+FRONTEND_START_S = 60.0
 # As startupTimeout of config/model-config.yaml: a first start with `speed: max` takes minutes.
 READY_TIMEOUT_S = 1800.0
 PATH_OPTIONS = ("archive", "config", "log_config", "metrics_config")
@@ -68,7 +70,8 @@ class TorchServer:
                 return None
             options = Options(
                 state_dir=state_dir,
-                ports=Ports(**saved["ports"]),
+                # One that an earlier version of this started had more of them.
+                ports=Ports(**{each.name: saved["ports"][each.name] for each in fields(Ports)}),
                 address=saved["address"],
                 auth=saved["auth"],
                 properties=saved["properties"],
@@ -224,9 +227,9 @@ class TorchServer:
         Takes milliseconds with a server that draws, and seconds with one that stands still.
         """
         model = self.model()
-        if model is None:
+        if model is None and not self._is_new:
             return "the frontend does not answer: make stop, then make serve; make logs says more"
-        if not model.is_ready:
+        if model is None or not model.is_ready:
             reason = refusal(self._log())
             return f"no worker is READY: {reason or 'it is starting; make logs says how far it is'}"
         if self.pid is not None and has_own_handler(self.options.archive):
@@ -278,12 +281,20 @@ class TorchServer:
         lines = [*said.splitlines(), *errors]
         return "\n".join(f"    {line}" for line in lines[-num_lines:])
 
+    @property
+    def _is_new(self) -> bool:
+        """Whether the frontend may still be starting."""
+        assert self._process is not None
+        return time.time() - float(self._process.create_time()) < FRONTEND_START_S
+
     def _log(self) -> str:
         """What has been logged since this start."""
         if not self.log_file.exists():
             return ""
         with self.log_file.open("rb") as log:
-            log.seek(self._log_offset)
+            # A log that is shorter than it was has been rolled over since.
+            if self.log_file.stat().st_size >= self._log_offset:
+                log.seek(self._log_offset)
             return log.read().decode("utf-8", "replace")
 
     def _wait_until_logged(self, at_most_s: float = 5.0) -> None:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
-import sys
-import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -20,39 +16,13 @@ import pytest
 from scripts import demo, serve
 from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
 from scripts.archive.store import choose_archive
-from scripts.repository import REPOSITORY
 from scripts.serve import main
 from scripts.torchserve.launch import OPENMP_SPINS, environment
 from scripts.torchserve.options import Options, Ports, archive_identity
 from scripts.torchserve.process import TorchServer
 from scripts.torchserve.state import StateDir
-from tests.support.signals import default_signals
+from tests.support.instances import consecutive_free_ports, start_arguments, stopped_afterwards
 from tests.support.toy_archive import write_toy_archive
-
-
-@contextmanager
-def stopped_afterwards(run_dir: Path) -> Iterator[None]:
-    """Leave no server behind, whatever the test did."""
-    try:
-        yield
-    finally:
-        if (server := TorchServer.find(run_dir)) is not None:
-            server.stop()
-
-
-def start_arguments(folder: Path, ports: tuple[int, int] | None = None) -> list[str]:
-    http, grpc = ports or consecutive_free_ports()
-    return [
-        *("start", "--run-dir", str(folder / "run"), "--store", str(folder / "store")),
-        *("--port", str(http), "--grpc-port", str(grpc)),
-    ]
-
-
-def consecutive_free_ports() -> tuple[int, int]:
-    while True:
-        free = Ports.free()
-        if not Ports.starting_at(free.inference, free.grpc_inference).taken():
-            return free.inference, free.grpc_inference
 
 
 def test_a_folder_is_an_archive_too(tmp_path: Path) -> None:
@@ -178,6 +148,26 @@ def test_nothing_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert TorchServer.find(tmp_path) is None
 
 
+def test_a_server_that_an_earlier_version_started_is_found(tmp_path: Path) -> None:
+    """It had five ports; not finding it would be to clean up under its feet."""
+    process = psutil.Process()
+    ports = ("inference", "management", "metrics", "grpc_inference", "grpc_management")
+    saved = {
+        "pid": process.pid,
+        "created_s": process.create_time(),
+        "auth": False,
+        **dict.fromkeys(("model_name", "model_version", "address", "started_as"), "x"),
+        **dict.fromkeys(("archive", "config", "log_config", "metrics_config"), "x"),
+        "ports": dict.fromkeys(ports, 8080),
+        "properties": {},
+        "log_offset": 0,
+    }
+    (tmp_path / "server.json").write_text(json.dumps(saved))
+    server = TorchServer.find(tmp_path)
+    assert server is not None
+    assert server.pid == process.pid
+
+
 @pytest.mark.server
 def test_start_is_idempotent_and_stop_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -247,122 +237,6 @@ def test_a_model_that_cannot_be_loaded_is_reported_at_once(
     assert "the model cannot be loaded" in message
     assert ("ValueError: max_rows is wrong" in message) == statement.startswith("raise")
     assert "File " not in message
-
-
-def processes_of(run_dir: Path) -> list[psutil.Process]:
-    """Everything that runs with this state directory."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            words = [*process.cmdline(), *process.environ().values()]
-            if any(str(run_dir) in word for word in words):
-                found.append(process)
-    return [process for process in found if process.pid != os.getpid()]
-
-
-@pytest.mark.server
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("moment", ["logs/console.log", "server.json"])
-def test_a_signal_while_starting_leaves_no_server(
-    tmp_path: Path, number: signal.Signals, moment: str
-) -> None:
-    write_toy_archive(tmp_path / "store", initialize="import time; time.sleep(300)")
-    arguments = [sys.executable, "-m", "scripts.serve", *start_arguments(tmp_path)]
-    starting = subprocess.Popen(
-        arguments, cwd=REPOSITORY, stderr=subprocess.PIPE, preexec_fn=default_signals
-    )
-    with stopped_afterwards(tmp_path / "run"):
-        until_s = time.monotonic() + 60
-        while not (tmp_path / "run" / moment).exists() and time.monotonic() < until_s:
-            time.sleep(0.01)
-        starting.send_signal(number)
-        starting.communicate(timeout=90)
-        assert starting.returncode != 0
-        assert processes_of(tmp_path / "run") == []
-
-
-IN_A_BLOCK = """
-import pathlib, sys, time
-from scripts.torchserve.options import Options, Ports
-from scripts.torchserve.process import TorchServer
-archive, state = map(pathlib.Path, sys.argv[1:])
-with TorchServer(Options(archive, state, Ports.free())).running():
-    print('ready', flush=True)
-    time.sleep(300)
-"""
-IN_A_LOOP = """
-import asyncio, pathlib, sys
-from contextlib import AsyncExitStack
-from scripts.torchserve.options import Options, Ports
-from scripts.torchserve.process import TorchServer
-archive, state = map(pathlib.Path, sys.argv[1:])
-async def run():
-    async with AsyncExitStack() as stack:
-        stack.enter_context(TorchServer(Options(archive, state, Ports.free())).running())
-        print('ready', flush=True)
-        await asyncio.sleep(300)
-asyncio.run(run())
-"""
-
-
-@pytest.mark.server
-@pytest.mark.parametrize("program", [IN_A_BLOCK, IN_A_LOOP], ids=["block", "event loop"])
-def test_a_server_inside_a_block_ends_when_its_program_is_ended(
-    tmp_path: Path, program: str
-) -> None:
-    """As `timeout … python -m benchmarks.engine --served` does it: with two signals at once."""
-    archive = write_toy_archive(tmp_path / "store")
-    ending = subprocess.run(
-        ["timeout", "30", sys.executable, "-c", program, str(archive), str(tmp_path / "run")],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        preexec_fn=default_signals,
-        check=False,
-    )
-    timed_out = 124
-    assert (ending.returncode, ending.stdout) == (timed_out, "ready\n"), ending.stderr
-    assert processes_of(tmp_path / "run") == []
-    assert not list((tmp_path / "run" / "temp" / "models").iterdir())
-
-
-@pytest.mark.server
-def test_an_archive_that_the_frontend_cannot_unpack_says_why(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    archive = write_toy_archive(tmp_path / "store")
-    content = archive.read_bytes()
-    archive.write_bytes(content.replace(b"class Toy", b"class Tay", 1))
-    with stopped_afterwards(tmp_path / "run"):
-        assert main(start_arguments(tmp_path)) == 1
-    message = capsys.readouterr().err
-    assert "toy.mar could not be unpacked" in message
-    assert "invalid entry CRC" in message
-
-
-@pytest.mark.server
-@pytest.mark.parametrize("next_command", ["start", "stop"])
-def test_what_a_killed_server_unpacked_goes_with_the_next_command(
-    tmp_path: Path, next_command: str
-) -> None:
-    write_toy_archive(tmp_path / "store")
-    models = tmp_path / "run" / "temp" / "models"
-    with stopped_afterwards(tmp_path / "run"):
-        assert main(start_arguments(tmp_path)) == 0
-        (first,) = models.iterdir()
-        killed = TorchServer.find(tmp_path / "run")
-        assert killed is not None
-        family = [psutil.Process(killed.pid), *psutil.Process(killed.pid).children(recursive=True)]
-        for process in family:
-            process.kill()
-        psutil.wait_procs(family, timeout=30)
-        assert list(models.iterdir()) == [first]
-        if next_command == "start":
-            assert main(start_arguments(tmp_path)) == 0
-            (second,) = models.iterdir()
-            assert second != first
-        assert main(["stop", "--run-dir", str(tmp_path / "run")]) == 0
-        assert list(models.iterdir()) == []
 
 
 @pytest.mark.server
