@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
