@@ -103,7 +103,7 @@ def test_a_model_is_fetched_in_the_precision_that_it_is_packed_in(
         (["--set", "height=2001-99-99"], FAILED, "--set height: '2001-99-99' is not YAML: month"),
         (["--smoke-prompt", "a\udcff"], MISUSED, "wanted text in UTF-8"),
         (["--component", "nothing=."], FAILED, "no component nothing"),
-        (["--component", "vae=/nowhere"], FAILED, "the component vae has no files in /nowhere"),
+        (["--component", "vae=/nowhere"], FAILED, "vae=/nowhere: there is no such file"),
         (["--lora", "/nowhere.safetensors"], FAILED, "/nowhere.safetensors: a LoRA is wanted"),
         (["--lora", "../a=b.safetensors"], MISUSED, "wanted NAME=VALUE"),
         (["--sign", "/nowhere.pem"], FAILED, "/nowhere.pem: no such key"),
@@ -191,7 +191,7 @@ def test_overwrites_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[
     before = mar.read_bytes()
     arguments = ["--pipeline", str(tmp_path / "pipeline"), "--name", "tiny"]
     assert main([*arguments, "--out", str(mar.parent), "--set", "height=64"]) == MISUSED
-    assert "pass --force" in capsys.readouterr().err
+    assert "exists; --force replaces it (make archive FORCE=1)" in capsys.readouterr().err
     assert mar.read_bytes() == before
     build(tmp_path, "--set", "height=64", "--force")
     assert mar.read_bytes() != before
