@@ -176,6 +176,8 @@ def _explained(path: Path) -> Iterator[None]:
         reason = first_lines(error, 1) or type(error).__name__
         if isinstance(error, KeyError):
             reason = f"{error.args[0]} is missing"
+        elif isinstance(error, NotImplementedError) and "meta tensor" in str(error):
+            reason = "it lacks some of the weights of a component"
         raise ArchiveError(
             f"{path} cannot be converted with this configuration: {reason}; is it of the same "
             "kind of model? A component that the file lacks is given by --component"

@@ -170,6 +170,10 @@ def _cut(weights: dict[str, torch.Tensor]) -> None:
     del weights["model.diffusion_model.out.2.weight"]
 
 
+def _cut_encoder(weights: dict[str, torch.Tensor]) -> None:
+    del weights["cond_stage_model.transformer.text_model.final_layer_norm.bias"]
+
+
 def _scaled(weights: dict[str, torch.Tensor]) -> None:
     weights["model.diffusion_model.out.2.scale_weight"] = torch.ones(1)
 
@@ -185,7 +189,8 @@ def _infinite(weights: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (_cut, "its unet lacks 1 of its weights, such as conv_out.weight"),
+        (_cut, "it lacks some of the weights of a component"),
+        (_cut_encoder, "its text_encoder lacks 1 of its weights, such as "),
         (_scaled, "is quantised with scales of its own"),
         (_deeper, "has 4 values that UNet2DConditionModel with this configuration does not take"),
         (_infinite, "its unet has values that are not finite in torch.float16: conv_out.bias"),
