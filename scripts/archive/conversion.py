@@ -6,6 +6,7 @@ of a pipeline of its kind, which the user names. Nothing is fetched here.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Set
@@ -21,6 +22,7 @@ from handler.loading.variants import variant_of
 from handler.messages import first_lines
 from scripts.archive.checkpoint import header_of, read_checkpoint
 from scripts.archive.pipeline_source import PipelineFile
+from scripts.documents import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -41,18 +43,20 @@ def convert_checkpoint(
     *,
     dtype: str | None,
     replaced: Set[str],
-) -> None:
+) -> list[str]:
     """Write the whole checkpoint `path` as the pipeline folder `out`.
 
     `configuration` holds the files of a pipeline of the same kind, of which the weights are used
     only for what the checkpoint lacks. The weights get the precision `dtype`, else the file's own.
-    Components that are `replaced` get no weights. Raises: ArchiveError.
+    Components that are `replaced` get no weights. Returns lines for the user: what was changed.
+    Raises: ArchiveError.
     """
     header = read_checkpoint(path)
     _refuse_scaled(header, path)
     label = f"{path}: its configuration"
     index = ModelIndex.parse(configuration[MODEL_INDEX].read(), label)
     _write_configuration(configuration, out, label)
+    notes = _predict_as_marked(header, out, path)
     cls = _pipeline_class(index)
     skipped = {*replaced & index.components.keys(), *({"safety_checker"} & index.entries.keys())}
     with _explained(path):
@@ -68,7 +72,11 @@ def convert_checkpoint(
         if name in ("unet", "transformer"):
             _check_left_over(module, header, _DENOISER, path)
         _save(module, out, name)
-    _write_index(index, out, skipped - replaced)
+    dropped = skipped - replaced
+    if dropped & index.components.keys():
+        notes.append(f"left out: {', '.join(sorted(dropped))}, which a single file does not have")
+    _write_index(index, out, dropped)
+    return notes
 
 
 def convert_component(
@@ -126,6 +134,25 @@ def fits(path: Path, own: Mapping[str, PipelineFile]) -> bool:
         if shapes == {name: info.shape for name, info in read_checkpoint(path).tensors.items()}:
             return True
     return False
+
+
+def _predict_as_marked(header: Header, out: Path, path: Path) -> list[str]:
+    """Let the scheduler predict v where the checkpoint is marked so, which diffusers does not read.
+
+    The marks are the empty tensors ``v_pred`` and ``ztsnr`` (a noise schedule that ends in noise).
+    """
+    schedule = out / "scheduler" / "scheduler_config.json"
+    if "v_pred" not in header.tensors or not schedule.is_file():
+        return []
+    entries = parse_json(schedule.read_bytes(), str(schedule))
+    changes: dict[str, object] = {"prediction_type": "v_prediction"}
+    if "ztsnr" in header.tensors:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if not isinstance(entries, dict) or changes.items() <= entries.items():
+        return []
+    schedule.write_text(f"{json.dumps(entries | changes, indent=2)}\n")
+    said = ", ".join(f"{key}={value}" for key, value in changes.items())
+    return [f"scheduler: {said}, as {path.name} is marked"]
 
 
 def _pipeline_class(index: ModelIndex) -> Any:
@@ -252,8 +279,6 @@ def _write_configuration(files: Mapping[str, PipelineFile], out: Path, label: st
 
 def _write_index(index: ModelIndex, out: Path, dropped: Set[str]) -> None:
     """Write model_index.json without the components that the checkpoint cannot have."""
-    import json
-
     entries: dict[str, object] = {**index.entries, **{name: [None, None] for name in dropped}}
     if "safety_checker" in dropped:
         entries["requires_safety_checker"] = False

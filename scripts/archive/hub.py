@@ -7,7 +7,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,13 +109,19 @@ def _download(hub: _Hub, out: Path, dtype_name: str | None) -> None:
     _fetch(hub, names, out)
 
 
-def _what_else(model_id: str, names: Iterable[str]) -> str:
+def _what_else(model_id: str, names: Collection[str]) -> str:
     if has_lora_names(names):
         return (
             f"it is a LoRA; fetch it with hf download {model_id} --local-dir lora, and pack the "
             "pipeline that it belongs to with --lora"
         )
-    return f"it has no {MODEL_INDEX}"
+    files = [name for name in names if name.endswith(WEIGHTS_SUFFIX) and "/" not in name]
+    if not files:
+        return f"it has no {MODEL_INDEX}"
+    return (
+        f"it has no {MODEL_INDEX}, but files of weights ({', '.join(sorted(files))}); fetch one "
+        f"with hf download {model_id} {sorted(files)[0]} --local-dir . and pack it with --pipeline"
+    )
 
 
 def _check_names(model_id: str, names: Iterable[str]) -> None:

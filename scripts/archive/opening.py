@@ -98,6 +98,9 @@ def _open(
         raise UsageError(
             f"--revision {given.revision}: {path} is not a hub cache, which would have revisions"
         )
+    is_file = path.suffix == WEIGHTS_SUFFIX and path.is_file()
+    if given.config_from is not None and not is_file:
+        raise UsageError(f"--config-from is for a checkpoint in one file, which {path} is not")
     if given.is_repacked:
         source, kept = stack.enter_context(open_packed(path, make_folder))
         return source, kept
@@ -106,7 +109,7 @@ def _open(
         return read_folder(path), None
     if _is_foreign_archive(path):
         return stack.enter_context(open_packed(path, make_folder))[0], None
-    if path.suffix == WEIGHTS_SUFFIX and path.is_file() and _is_convertible(given):
+    if is_file and _is_convertible(given):
         return _convert(given, make_folder), None
     raise mistaken_pipeline(path)
 
@@ -138,7 +141,7 @@ def _convert(given: Given, make_folder: _Staging) -> PipelineSource:
     index = ModelIndex.parse(configuration.files[MODEL_INDEX].read(), given.config_from)
     chosen = choose_names(configuration.files, index.components)
     out = make_folder("converted", size_bytes)
-    convert_checkpoint(
+    notes = convert_checkpoint(
         path,
         {name: configuration.files[name] for name in chosen},
         out,
@@ -147,7 +150,7 @@ def _convert(given: Given, make_folder: _Staging) -> PipelineSource:
     )
     origin = {"kind": "single file", "file": path.name}
     origin |= {f"configuration_{key}": text for key, text in configuration.origin.items()}
-    return PipelineSource(path, read_folder(out).files, origin)
+    return PipelineSource(path, read_folder(out).files, origin, notes)
 
 
 def _missing_configuration(path: Path) -> str:

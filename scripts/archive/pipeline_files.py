@@ -76,6 +76,7 @@ def select_files(
             f"it has {', '.join(index.components)}"
         )
     files, index, notes = _replace(source.files, index, replaced)
+    notes = [*source.notes, *notes]
     components = index.components
     _refuse_only_pickled(files, components)
     chosen = choose_names(files, components, dtype_name)

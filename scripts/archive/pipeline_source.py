@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,12 +50,13 @@ class PipelineFile:
 class PipelineSource:
     """What is packed: all files of a pipeline by their names in it, those left out later too.
 
-    `origin` is what the manifest says of where they come from.
+    `origin` is what the manifest says of where they come from; `notes` are lines for the user.
     """
 
     path: Path
     files: Mapping[str, PipelineFile]
     origin: Mapping[str, str] = field(default_factory=lambda: {"kind": "folder"})
+    notes: Sequence[str] = ()
 
 
 def read_folder(folder: Path) -> PipelineSource:

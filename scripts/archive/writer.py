@@ -15,6 +15,7 @@ from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError
 from handler.loading.contents import LORA_FOLDER, MODEL_ZIP, WEIGHTS_SUFFIX
 from handler.loading.model_index import ModelIndex
+from scripts.archive.checkpoint import Kind, kind_of, read_checkpoint
 from scripts.archive.copying import Copier
 from scripts.archive.folder_writer import FolderWriter
 from scripts.archive.licence import find_licence
@@ -169,6 +170,9 @@ def _contents(plan: ArchivePlan, opened: Opened) -> _Contents:
 def _lora(name: str, path: Path) -> PipelineFile:
     if path.suffix != WEIGHTS_SUFFIX or not path.is_file():
         raise ArchiveError(f"{path}: a LoRA is wanted as one {WEIGHTS_SUFFIX} file")
+    kind = kind_of(read_checkpoint(path).tensors)
+    if kind in (Kind.CHECKPOINT, Kind.CONTROLNET, Kind.EMBEDDING, Kind.VAE):
+        raise ArchiveError(f"--lora {name}={path}: it is {kind.value}, not a LoRA")
     return file_at(f"{LORA_FOLDER}/{name}{WEIGHTS_SUFFIX}", path)
 
 

@@ -16,6 +16,7 @@ from handler.config import HandlerConfig
 from handler.loading.pipeline import load_pipeline
 from scripts.build_archive import main
 from scripts.console import DONE, FAILED, MISUSED
+from scripts.inspect_archive import main as inspect_archive
 from tests.support.archives import save_pipeline
 from tests.support.checkpoints import (
     build_xl,
@@ -61,7 +62,9 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("family", BUILDERS)
 @pytest.mark.usefixtures("_no_network")
-def test_a_checkpoint_becomes_the_pipeline_that_it_was(tmp_path: Path, family: str) -> None:
+def test_a_checkpoint_becomes_the_pipeline_that_it_was(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str
+) -> None:
     pipeline = BUILDERS[family]()
     path, configuration = make(tmp_path, pipeline)
     assert convert(tmp_path, path, configuration) == DONE
@@ -72,6 +75,9 @@ def test_a_checkpoint_becomes_the_pipeline_that_it_was(tmp_path: Path, family: s
         "file": "sd.safetensors",
         "configuration_kind": "folder",
     }
+    assert inspect_archive([str(mar)]) == DONE
+    shown = capsys.readouterr().out
+    assert "the single file sd.safetensors, configured as a folder" in shown
     model_dir = unpack(mar, tmp_path / "m")
     found = tensors(load_pipeline(model_dir, HandlerConfig(), None).pipeline)
     expected = tensors(pipeline)
@@ -113,18 +119,47 @@ def test_weights_keep_their_precision_or_get_the_wanted_one(
         assert components[name]["dtypes"].keys() == {after}
 
 
-def test_a_checkpoint_loses_the_safety_checker_that_it_cannot_have(tmp_path: Path) -> None:
+def test_a_checkpoint_loses_the_safety_checker_that_it_cannot_have(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, configuration = make(tmp_path, BUILDERS["1"]())
     index = json.loads((configuration / "model_index.json").read_bytes())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     index["requires_safety_checker"] = True
     (configuration / "model_index.json").write_text(json.dumps(index))
     assert convert(tmp_path, path, configuration) == DONE
+    assert "left out: safety_checker, which a single file" in capsys.readouterr().err
     model_dir = unpack(tmp_path / "out" / "sd.mar", tmp_path / "m")
     assert load_pipeline(model_dir, HandlerConfig(), None).pipeline.safety_checker is None
 
 
-def test_components_and_loras_are_packed_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("marks", "expected"),
+    [
+        ([], {"prediction_type": "epsilon", "timestep_spacing": "leading"}),
+        (["v_pred"], {"prediction_type": "v_prediction", "timestep_spacing": "leading"}),
+        (["v_pred", "ztsnr"], {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}),
+    ],
+)
+def test_a_checkpoint_that_is_marked_so_predicts_v(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    marks: list[str],
+    expected: dict[str, object],
+) -> None:
+    pipeline = BUILDERS["1"]()
+    path, configuration = make(tmp_path, pipeline)
+    weights = {name: each.contiguous() for name, each in checkpoint_of(pipeline).items()}
+    save_file({**weights, **{mark: torch.empty(0) for mark in marks}}, path)
+    assert convert(tmp_path, path, configuration) == DONE
+    with zipfile.ZipFile(unpack(tmp_path / "out/sd.mar", tmp_path / "m") / "model.zip") as archive:
+        found = json.loads(archive.read("scheduler/scheduler_config.json"))
+    assert expected.items() <= found.items()
+    assert found.get("rescale_betas_zero_snr", False) is ("ztsnr" in marks)
+    assert ("scheduler: prediction_type=v_prediction" in capsys.readouterr().err) == bool(marks)
+
+
+def test_a_component_that_the_file_lacks_is_given(tmp_path: Path) -> None:
     pipeline = BUILDERS["1"]()
     path, configuration = make(tmp_path, pipeline)
     weights = {
