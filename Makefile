@@ -5,8 +5,14 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 # These come from the command line alone: some shells export a NAME or a VERSION of their own.
-$(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
+$(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
 	FORCE SMOKE RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
+
+# The recipes put these between double quotes, where the shell would read such letters itself.
+unquotable := " ` \ $$
+$(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG SIGN KEY RUN_DIR STORE,\
+	$(foreach letter,$(unquotable),$(if $(findstring $(letter),$(value $(variable))),\
+	$(error $(variable) may not have any of $(unquotable) in it; rename it or move it))))
 
 VENV      ?= .venv
 RUN_DIR   ?= .run
@@ -31,8 +37,10 @@ SERVE     := $(PY) -m scripts.serve
 # For targets that only look: they install nothing.
 IS_INSTALLED = [ -x $(PY) ] || { echo "Nothing is installed yet: make demo" >&2; exit 1; }
 
-# What an archive is called that has no NAME: as its pipeline.
-ARCHIVE_NAME = $(or $(NAME),$(notdir $(patsubst %/,%,$(or $(PIPELINE),$(MODEL_ID)))),$(DEFAULT))
+# What an archive is called that has no NAME: as its pipeline, or as the archive it is made from.
+ARCHIVE_NAME = $(or $(NAME),$(notdir $(patsubst %/,%,$(or $(FROM:.mar=),$(PIPELINE),$(MODEL_ID)))),$(DEFAULT))
+# scripts.build_archive knows better what the pipeline in a file, a zip or a hub cache is called.
+GIVEN_NAME = $(or $(NAME),$(if $(PIPELINE)$(MODEL_ID)$(FROM),,$(DEFAULT)))
 # The archive to look at, which is the one that `make serve` would take.
 CHOSEN = --store "$(STORE)" $(if $(NAME),--name "$(NAME)")
 
@@ -76,11 +84,14 @@ $(INSTALLED): constraints.txt pyproject.toml
 		-c constraints.txt -r $(VENV)/requirements.txt
 	@touch $@
 
-archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=folder | MODEL_ID=org/name REVISION=] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key ARGS= FORCE=1]
-ifneq ($(strip $(PIPELINE)$(MODEL_ID)$(NAME)$(filter-out 1.0,$(VERSION))$(CONFIG)$(DTYPE)$(FORMAT)$(SIGN)$(ARGS)),)
-	@$(PY) -m scripts.build_archive --out "$(STORE)" --version "$(VERSION)" --name "$(ARCHIVE_NAME)" \
-		$(if $(MODEL_ID),--model-id "$(MODEL_ID)" --revision "$(REVISION)") \
-		$(if $(MODEL_ID),,--pipeline "$(or $(PIPELINE),demo/pipeline)") \
+archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=path | MODEL_ID=org/name REVISION= | FROM=archive] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key ARGS= FORCE=1]
+ifneq ($(strip $(PIPELINE)$(MODEL_ID)$(FROM)$(NAME)$(filter-out 1.0,$(VERSION))$(CONFIG)$(DTYPE)$(FORMAT)$(SIGN)$(ARGS)),)
+	@$(PY) -m scripts.build_archive --out "$(STORE)" $(if $(GIVEN_NAME),--name "$(GIVEN_NAME)") \
+		$(if $(filter command,$(origin VERSION)),--version "$(VERSION)") \
+		$(if $(FROM),--from "$(FROM)") $(if $(MODEL_ID),--model-id "$(MODEL_ID)") \
+		$(if $(filter-out main,$(REVISION)),--revision "$(REVISION)") \
+		$(if $(PIPELINE),--pipeline "$(PIPELINE)") \
+		$(if $(PIPELINE)$(MODEL_ID)$(FROM),,--pipeline demo/pipeline) \
 		$(if $(CONFIG),--config "$(CONFIG)") $(if $(DTYPE),--dtype "$(DTYPE)") \
 		$(if $(FORMAT),--format "$(FORMAT)") $(if $(SIGN),--sign "$(SIGN)") \
 		$(if $(FORCE),--force) $(ARGS)

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from scripts.archive.hub import download
+from scripts.archive.hub_cache import cache_root
 from scripts.archive.precision import PRECISIONS
+from scripts.archive.repacking import read_identity
 from scripts.archive.signing import signature_path
 from scripts.archive.writer import ArchivePlan, write_archive
 from scripts.console import DONE, run_command
@@ -28,6 +30,8 @@ examples:
   python -m scripts.build_archive --pipeline my-pipeline --name sd --dtype float16
   python -m scripts.build_archive --pipeline my-pipeline --name sd \\
       --component vae=my-vae --lora style=style.safetensors --set height=512 --set width=512
+  python -m scripts.build_archive --pipeline checkpoint.safetensors --config-from my-pipeline
+  python -m scripts.build_archive --from model-store/sd.mar --config other.yaml --name sd-other
   python -m scripts.build_archive --pipeline my-pipeline --name sd --sign private.pem
   python -m scripts.build_archive --pipeline my-pipeline --name sd --format dir
 
@@ -37,63 +41,111 @@ configuration and versions give the same bytes. What is in it: scripts.inspect_a
 is whole: scripts.verify_archive. LoRAs are active from the start, all of them, at weight 1.
 """
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+_NONE = "none"
 _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _UNUSUAL = re.compile(r"[^A-Za-z0-9_-]")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    for flag in ("name", "version"):
-        if not _NAME.fullmatch(getattr(arguments, flag)):
-            raise UsageError(
-                f"--{flag} {getattr(arguments, flag)!r}: wanted letters, digits and _ . -, "
-                "a letter or digit first, at most 100"
-            )
-    if ".." in f"{arguments.name}.":
-        raise UsageError(
-            f"--name {arguments.name!r}: TorchServe refuses two dots in a row and a dot at the end"
-        )
-    if any("\ud800" <= letter <= "\udfff" for letter in arguments.smoke_prompt or ""):
-        raise UsageError(f"--smoke-prompt {arguments.smoke_prompt!a}: wanted text in UTF-8")
+    name, version = _identity(arguments)
+    _check_names(name, version, arguments.smoke_prompt or "")
+    packed: Path | None = arguments.packed
     is_folder = arguments.format == "dir"
-    out: Path = arguments.out / (arguments.name if is_folder else f"{arguments.name}.mar")
+    if arguments.format is None and packed is not None:
+        is_folder = packed.is_dir()
+    out: Path = arguments.out / (name if is_folder else f"{name}.mar")
     if os.path.lexists(out) and not arguments.force:
-        raise UsageError(f"{out} exists; pass --force to replace it")
-    if arguments.model_id is None:
-        _pack(arguments, arguments.pipeline, out)
-    else:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        is_full = arguments.dtype not in (None, "float16")
-        # Of one name for every attempt, so that the next goes on where this one stopped.
-        kind = "full" if is_full else "half"
-        folder = arguments.out / f".{arguments.model_id.replace('/', '--')}.{kind}.download"
-        download(arguments.model_id, revision=arguments.revision, out=folder, is_full=is_full)
-        _pack(arguments, folder, out)
-        shutil.rmtree(folder)
-    return DONE
-
-
-def _pack(arguments: argparse.Namespace, pipeline: Path, out: Path) -> None:
+        raise UsageError(f"{out} exists; --force replaces it (make archive FORCE=1)")
     plan = ArchivePlan(
-        pipeline=pipeline,
-        name=arguments.name,
-        version=arguments.version,
+        pipeline=packed or arguments.pipeline or _download_folder(arguments),
+        name=name,
+        version=version,
         config=arguments.config,
         settings=_settings(arguments.set),
         dtype=arguments.dtype,
-        components={
-            name: Path(value) for name, value in _pairs("--component", arguments.component)
-        },
-        loras={name: Path(value) for name, value in _loras(arguments.lora)},
+        components=_paths(_pairs("--component", arguments.component)),
+        loras=_paths(_loras(arguments.lora)),
         smoke_prompt=arguments.smoke_prompt,
         sign_key=arguments.sign,
-        is_folder=arguments.format == "dir",
+        is_folder=is_folder,
+        revision="main" if arguments.model_id else arguments.revision,
+        config_from=arguments.config_from,
+        is_repacked=packed is not None,
     )
+    if arguments.model_id is None:
+        _pack(plan, out, force=arguments.force)
+        return DONE
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    download(
+        arguments.model_id,
+        revision=arguments.revision,
+        out=plan.pipeline,
+        is_full=_wants_full(arguments),
+    )
+    _pack(plan, out, force=arguments.force)
+    shutil.rmtree(plan.pipeline)
+    return DONE
+
+
+def _identity(arguments: argparse.Namespace) -> tuple[str, str]:
+    """Return the name and the version to pack under: those given, else those of the source."""
+    name, version = "", "1.0"
+    if arguments.packed is not None:
+        name, version = read_identity(arguments.packed)
+    elif arguments.model_id is not None:
+        name = arguments.model_id.rpartition("/")[2]
+    else:
+        name = _name_of(arguments.pipeline)
+    return arguments.name or name, version if arguments.version is None else arguments.version
+
+
+def _name_of(path: Path) -> str:
+    """Return what a pipeline is called that has no name: as its folder, file or model."""
+    root = cache_root(path.absolute())
+    if root is not None:
+        return root.name.rpartition("--")[2]
+    is_file = path.suffix in (".safetensors", ".mar", ".zip")
+    return path.stem if is_file else path.absolute().name
+
+
+def _check_names(name: str, version: str, smoke_prompt: str) -> None:
+    for flag, value in (("name", name), ("version", version)):
+        if not _NAME.fullmatch(value):
+            raise UsageError(
+                f"--{flag} {value!r}: wanted letters, digits and _ . -, "
+                f"a letter or digit first, at most 100; give one with --{flag} ({flag.upper()}=)"
+            )
+    if ".." in f"{name}.":
+        raise UsageError(
+            f"--name {name!r}: TorchServe refuses two dots in a row and a dot at the end"
+        )
+    if any("\ud800" <= letter <= "\udfff" for letter in smoke_prompt):
+        raise UsageError(f"--smoke-prompt {smoke_prompt!a}: wanted text in UTF-8")
+
+
+def _wants_full(arguments: argparse.Namespace) -> bool:
+    return arguments.dtype not in (None, "float16")
+
+
+def _download_folder(arguments: argparse.Namespace) -> Path:
+    """Return where a model is fetched: the same for every attempt, so that the next goes on."""
+    kind = "full" if _wants_full(arguments) else "half"
+    folder: Path = arguments.out / f".{arguments.model_id.replace('/', '--')}.{kind}.download"
+    return folder
+
+
+def _pack(plan: ArchivePlan, out: Path, *, force: bool) -> None:
     begun_s = time.monotonic()
-    size_bytes = write_archive(plan, out, force=arguments.force)
+    size_bytes = write_archive(plan, out, force=force)
     took_s = time.monotonic() - begun_s
-    signed = f", signed: {signature_path(out)}" if arguments.sign else ""
+    signed = f", signed: {signature_path(out)}" if plan.sign_key else ""
     rate = f"{size_bytes / 1e6 / max(took_s, 1e-3):,.0f} MB/s"
     print(f"{out}: {size_bytes / 1e6:,.1f} MB in {took_s:.1f} s ({rate}){signed}", file=sys.stderr)
+
+
+def _paths(pairs: Sequence[tuple[str, str]]) -> dict[str, Path | None]:
+    """Return the paths that `pairs` give to names; None where it is the word none."""
+    return {name: None if text == _NONE else Path(text) for name, text in pairs}
 
 
 def _pairs(flag: str, values: Sequence[str]) -> list[tuple[str, str]]:
@@ -132,25 +184,45 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--pipeline", type=Path, metavar="FOLDER", help="a pipeline's folder")
+    source.add_argument(
+        "--pipeline",
+        type=Path,
+        metavar="PATH",
+        help="a pipeline: its folder, a hub cache, a zip, another tool's .mar, or one file of "
+        "weights with --config-from",
+    )
     source.add_argument("--model-id", metavar="ORG/NAME", help="a model on the hub")
-    parser.add_argument("--revision", default="main", help="of --model-id (default: main)")
-    parser.add_argument("--name", required=True, help="the model's name in TorchServe")
-    parser.add_argument("--version", default="1.0", help="the model's version (default: 1.0)")
+    source.add_argument(
+        "--from",
+        dest="packed",
+        type=Path,
+        metavar="ARCHIVE",
+        help="an archive to pack again with other options; what is not given stays as it is",
+    )
+    parser.add_argument(
+        "--revision", default="main", help="of --model-id or of a hub cache (default: main)"
+    )
+    parser.add_argument(
+        "--config-from",
+        metavar="FOLDER|ORG/NAME[@REVISION]",
+        help="a pipeline that has what a single-file checkpoint lacks: configuration, tokenizers",
+    )
+    parser.add_argument("--name", help="the model's name in TorchServe (default: the source's)")
+    parser.add_argument("--version", help="the model's version (default: 1.0, or the archive's)")
     out = Path("model-store")
     parser.add_argument("--out", type=Path, default=out, metavar="FOLDER", help=f"default: {out}")
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="default: config/model-config.yaml"
     )
     parser.add_argument("--force", action="store_true", help="replace the archive if it is there")
-    parser.add_argument("--format", choices=("mar", "dir"), default="mar", help="default: mar")
+    parser.add_argument("--format", choices=("mar", "dir"), help="default: mar, or the archive's")
     parser.add_argument("--dtype", choices=PRECISIONS, help="convert the weights on the way")
     parser.add_argument("--sign", type=Path, metavar="KEY", help="private key (PEM) to sign with")
     parser.add_argument("--smoke-prompt", metavar="TEXT", help="what it can draw, for examples")
     for flag, metavar, text in (
         ("--set", "KEY=VALUE", "a setting of the handler: section; may be repeated"),
-        ("--component", "NAME=FOLDER", "a component from another folder; may be repeated"),
-        ("--lora", "[NAME=]FILE", "a LoRA to pack and switch on; may be repeated"),
+        ("--component", "NAME=PATH", "another folder or .safetensors; none leaves it out"),
+        ("--lora", "[NAME=]FILE", "a LoRA to pack and switch on; NAME=none leaves one out"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
     return parser

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import shutil
 import sys
-import tempfile
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from handler.errors import ServingError
+from scripts.disk import full_disk, staging_folder
 from scripts.errors import ServerError, UsageError
 from scripts.interrupts import signals_as_interrupts
 
@@ -132,14 +131,18 @@ def atomic_output(target: Path, *, force: bool, marker: str | None = None) -> It
     What is written there is a file, or a folder with a file `marker` in it. With `force` it
     replaces an existing file, or a folder with such a marker, and nothing else. The path is in a
     hidden folder of its own in `target`'s folder, which is removed with all that is left in it.
-    Raises: UsageError, where `target` exists and may not be replaced.
+    Raises: UsageError, where `target` exists and may not be replaced; ArchiveError, where the disk
+    is full.
     """
     _check_replaceable(target, force, marker)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
-    try:
+    with staging_folder(target) as stage:
         part, replaced = stage / target.name, stage / "replaced"
-        yield part
+        try:
+            yield part
+        except OSError as error:
+            if (full := full_disk(error, target)) is not None:
+                raise full from error
+            raise
         _check_replaceable(target, force, marker)  # somebody else may have been quicker
         try:
             if target.is_dir():
@@ -149,15 +152,13 @@ def atomic_output(target: Path, *, force: bool, marker: str | None = None) -> It
             if replaced.exists():
                 os.replace(replaced, target)
             raise
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _check_replaceable(target: Path, force: bool, marker: str | None) -> None:
     if not os.path.lexists(target):
         return
     if not force:
-        raise UsageError(f"{target} exists; pass --force to replace it")
+        raise UsageError(f"{target} exists; --force replaces it")
     if marker is None:
         is_alike, wanted = not target.is_dir(), "a file"
     else:

@@ -158,8 +158,11 @@ def _provenance(facts: Mapping[str, Any]) -> Iterator[str]:
     source = _mapping(facts["source"])
     if "model_id" in source:
         yield _line("source", f"{source['model_id']} at {source.get('revision')}")
+    elif "file" in source:
+        given = source.get("configuration_model_id", "a folder")
+        yield _line("source", f"the single file {source['file']}, configured as {given}")
     elif source:
-        yield _line("source", "a folder")
+        yield _line("source", f"a {source.get('kind', 'folder')}")
     licence = _mapping(facts["licence"])
     if licence:
         name = licence.get("license_name") or licence.get("license")

@@ -21,7 +21,7 @@ examples:
   python -m scripts.zip_weights my-pipeline --out model.zip --force
 
 FOLDER is what DiffusionPipeline.save_pretrained or scripts.download_weights wrote. Weights do not
-compress, so they are stored; only the pipeline's own files go in, and pickled weights are refused.
+compress, so they are stored; only the pipeline's own files go in, and pickled weights never do.
 The same folder gives the same bytes. To go all the way to a .mar use scripts.build_archive, which
 needs no zip of yours.
 """
@@ -29,7 +29,10 @@ needs no zip of yours.
 
 def zip_pipeline(folder: Path, out: Path, *, force: bool = False) -> int:
     """Pack `folder` into the zip `out`; return its size in bytes. Raises: ArchiveError."""
-    files = list_pipeline(folder).files
+    pipeline = list_pipeline(folder)
+    files = pipeline.files
+    for note in pipeline.notes:
+        print(note, file=sys.stderr)
     total = sum(file.size_bytes for file in files)
     with atomic_output(out, force=force) as part, progress("zipping", total) as report:
         with part.open("x+b") as file, Copier() as copier:

@@ -8,6 +8,7 @@ from pathlib import PurePosixPath
 from handler.errors import ArchiveError
 
 __all__ = [
+    "CODE_SUFFIXES",
     "LORA_FOLDER",
     "MANIFEST_NAME",
     "MODEL_INDEX",

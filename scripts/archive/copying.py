@@ -22,7 +22,16 @@ from isal.isal_zlib import crc32
 from handler.errors import ArchiveError
 from scripts.console import Progress
 
-__all__ = ["Checksums", "Content", "Copier", "FileContent", "Place", "copy_hashed"]
+__all__ = [
+    "Buffer",
+    "Checksums",
+    "Content",
+    "Copier",
+    "FileContent",
+    "Place",
+    "check_unchanged",
+    "copy_hashed",
+]
 
 _CHUNK_BYTES = 512 << 10
 _CHUNKS_AHEAD = 4
@@ -31,10 +40,17 @@ _MOST_AT_ONCE = 4
 
 @dataclass(frozen=True, slots=True)
 class FileContent:
-    """The bytes of the whole file `path`; `progress` hears of them as they are copied."""
+    """The bytes of the file `path`; `progress` hears of them as they are copied.
+
+    Those from `offset` on, `size_bytes` of them where that is said. `mtime_ns` is when the file was
+    last changed, as far as the one who wants the copy knows.
+    """
 
     path: Path
     progress: Progress = lambda num_bytes: None
+    offset: int = 0
+    size_bytes: int | None = None
+    mtime_ns: int | None = None
 
 
 Buffer = bytes | bytearray | memoryview
@@ -92,7 +108,8 @@ def copy_hashed(
 ) -> Checksums:
     """Write `content` to `place`; give up halfway where `stopped` is set.
 
-    Raises: ArchiveError, where it has more or less bytes than there is room for.
+    Raises: ArchiveError, where it has more or less bytes than there is room for, or its file was
+    changed since it was listed.
     """
     checksum = written = 0
     sha256 = hashlib.sha256()
@@ -123,14 +140,25 @@ def _changed(place: Place, found: str) -> ArchiveError:
 def _read(content: FileContent) -> Iterator[memoryview]:
     """Read a file chunk by chunk; a chunk's buffer is used again after `_CHUNKS_AHEAD` others."""
     buffers = [memoryview(bytearray(_CHUNK_BYTES)) for _ in range(_CHUNKS_AHEAD + 1)]
+    offset, left = content.offset, content.size_bytes
     with content.path.open("rb", buffering=0) as source:
-        while True:
+        while left is None or left > 0:
             buffers.append(buffers.pop(0))
-            length = source.readinto(buffers[-1])
+            wanted = buffers[-1] if left is None else buffers[-1][:left]
+            length = os.preadv(source.fileno(), [wanted], offset)
             if not length:
-                return
+                break
             yield buffers[-1][:length]
             content.progress(length)
+            offset += length
+            left = None if left is None else left - length
+        check_unchanged(content.path, source.fileno(), content.mtime_ns)
+
+
+def check_unchanged(path: Path, descriptor: int, mtime_ns: int | None) -> None:
+    """Refuse an open file that was written to after `mtime_ns`. Raises: ArchiveError."""
+    if mtime_ns is not None and os.fstat(descriptor).st_mtime_ns != mtime_ns:
+        raise ArchiveError(f"{path} changed while it was packed: pack it again when it is finished")
 
 
 def _write(chunk: Buffer, descriptor: int, offset: int) -> None:

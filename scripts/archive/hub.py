@@ -7,19 +7,21 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from handler.errors import ArchiveError, ServingError
 from handler.library_logs import hub_bars_on_terminals
-from handler.loading.contents import MODEL_INDEX, pickled
+from handler.loading.contents import MODEL_INDEX, WEIGHTS_SUFFIX, pickled
 from handler.loading.model_index import ModelIndex
+from handler.loading.variants import variant_of
 from handler.messages import first_lines
 from handler.zips.central_directory import check_name
 from scripts.archive.mistaken import has_lora_names
 from scripts.archive.pipeline_files import choose_names
 from scripts.archive.source import read_source_note, write_source_note
+from scripts.disk import check_space
 from scripts.errors import UsageError
 
 __all__ = ["download"]
@@ -27,17 +29,26 @@ __all__ = ["download"]
 
 @dataclass(frozen=True, slots=True)
 class _Hub:
-    """Where a model is fetched from; `revision` is a commit."""
+    """Where a model is fetched from; `revision` is a commit, `sizes` has the bytes of its files."""
 
     model_id: str
     revision: str
     endpoint: str | None
     token: str | None
+    sizes: Mapping[str, int]
 
 
-def download(model_id: str, *, revision: str, out: Path, is_full: bool = False) -> Path:
+def download(
+    model_id: str,
+    *,
+    revision: str,
+    out: Path,
+    is_full: bool = False,
+    is_configuration: bool = False,
+) -> Path:
     """Fetch the pipeline `model_id` at `revision` into the folder `out`; go on where one stopped.
 
+    Where `is_configuration`, all but its weights.
     Raises: ArchiveError, saying what a gated, missing or unfit model needs; UsageError, where
     `out` holds something else.
     """
@@ -46,7 +57,9 @@ def download(model_id: str, *, revision: str, out: Path, is_full: bool = False) 
     token = os.environ.get("HF_TOKEN") or None
     try:
         with hub_bars_on_terminals():
-            hub = _download(model_id, revision, out, token, "float32" if is_full else "float16")
+            hub = _find(model_id, revision, token)
+            dtype_name = "float32" if is_full else "float16"
+            _download(hub, out, None if is_configuration else dtype_name)
     except HFValidationError as error:
         hint = f"; pack a folder with --pipeline {model_id}" if Path(model_id).exists() else ""
         raise UsageError(
@@ -61,35 +74,54 @@ def download(model_id: str, *, revision: str, out: Path, is_full: bool = False) 
     return out
 
 
-def _download(model_id: str, revision: str, out: Path, token: str | None, dtype_name: str) -> _Hub:
+def _find(model_id: str, revision: str, token: str | None) -> _Hub:
     from huggingface_hub import HfApi
 
     endpoint = os.environ.get("HF_ENDPOINT") or None
     info = HfApi(endpoint=endpoint, token=token).model_info(
         model_id, revision=revision, files_metadata=True
     )
-    hub = _Hub(model_id, str(info.sha), endpoint, token)
     sizes = {each.rfilename: each.size or 0 for each in info.siblings or []}
+    return _Hub(model_id, str(info.sha), endpoint, token, sizes)
+
+
+def _download(hub: _Hub, out: Path, dtype_name: str | None) -> None:
+    """Fetch a pipeline with its weights nearest to `dtype_name`; without any where it is None."""
+    model_id, sizes = hub.model_id, hub.sizes
     _check_names(model_id, sizes)
     if MODEL_INDEX not in sizes:
         raise ArchiveError(f"{model_id} is not a diffusers pipeline: {_what_else(model_id, sizes)}")
     _claim(out, model_id, hub.revision)
     _fetch(hub, [MODEL_INDEX], out)
     index = ModelIndex.read(out / MODEL_INDEX, model_id)
-    names = _choose(model_id, index, sizes, dtype_name)
+    if dtype_name is None:
+        names = [
+            name
+            for name in choose_names(sizes, index.components)
+            if not name.endswith(WEIGHTS_SUFFIX) and variant_of(name) is None
+        ]
+    else:
+        names = _choose(model_id, index, sizes, dtype_name)
     total = sum(sizes[name] for name in names)
+    there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    check_space(out / MODEL_INDEX, total - there, f"the download of {model_id}")
     print(f"{model_id}: {len(names)} files, {total / 1e6:,.1f} MB → {out}", file=sys.stderr)
     _fetch(hub, names, out)
-    return hub
 
 
-def _what_else(model_id: str, names: Iterable[str]) -> str:
+def _what_else(model_id: str, names: Collection[str]) -> str:
     if has_lora_names(names):
         return (
             f"it is a LoRA; fetch it with hf download {model_id} --local-dir lora, and pack the "
             "pipeline that it belongs to with --lora"
         )
-    return f"it has no {MODEL_INDEX}"
+    files = [name for name in names if name.endswith(WEIGHTS_SUFFIX) and "/" not in name]
+    if not files:
+        return f"it has no {MODEL_INDEX}"
+    return (
+        f"it has no {MODEL_INDEX}, but files of weights ({', '.join(sorted(files))}); fetch one "
+        f"with hf download {model_id} {sorted(files)[0]} --local-dir . and pack it with --pipeline"
+    )
 
 
 def _check_names(model_id: str, names: Iterable[str]) -> None:
@@ -116,7 +148,9 @@ def _claim(out: Path, model_id: str, revision: str) -> None:
         write_source_note(out, model_id, revision, is_complete=False)
 
 
-def _choose(model_id: str, index: ModelIndex, sizes: dict[str, int], dtype_name: str) -> list[str]:
+def _choose(
+    model_id: str, index: ModelIndex, sizes: Mapping[str, int], dtype_name: str
+) -> list[str]:
     names = choose_names(sizes, index.components, dtype_name)
     for component in index.components:
         inside = [name for name in sizes if name.startswith(f"{component}/")]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from handler.loading.safetensors_map import Header, read_header
+from handler.loading.safetensors_map import Header
+from scripts.archive.checkpoint import header_of
 from scripts.archive.copying import Content, FileContent
-from scripts.archive.pipeline_files import PipelineFile
+from scripts.archive.pipeline_source import PipelineFile
 from scripts.archive.precision import PRECISIONS, ConvertedFile
 from scripts.archive.zip_writer import Container
 from scripts.console import Progress
@@ -20,12 +21,16 @@ _HEADER_ROOM_BYTES = 8192
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A member to be written: `content` gives its bytes; `header` is there for weights."""
+    """A member to be written: `content` gives its bytes; `header` is there for weights.
+
+    `crc32` is what the zip that it is copied from says, None for what has no such checksum.
+    """
 
     name: str
     size_bytes: int
     content: Callable[[Progress], Content]
     header: Header | None = None
+    crc32: int | None = None
 
 
 def make_member(file: PipelineFile, dtype_name: str | None = None) -> Member:
@@ -36,17 +41,25 @@ def make_member(file: PipelineFile, dtype_name: str | None = None) -> Member:
     data = file.data
     if data is not None:
         return Member(file.name, len(data), lambda progress: [data])
-    if not file.is_weights:
-        return Member(file.name, file.size_bytes, lambda progress: FileContent(file.path, progress))
-    if dtype_name is not None:
-        converted = ConvertedFile(file.path, PRECISIONS[dtype_name])
+    if file.is_weights and dtype_name is not None:
+        converted = ConvertedFile(
+            file.path,
+            PRECISIONS[dtype_name],
+            offset=file.offset,
+            size_bytes=file.size_bytes,
+            mtime_ns=file.mtime_ns,
+        )
         if converted.is_changed:
-            size_bytes = converted.size_bytes
-            return Member(file.name, size_bytes, converted.chunks, converted.header)
-    with file.path.open("rb") as source:
-        header = read_header(source, file.size_bytes, str(file.path))
+            return Member(file.name, converted.size_bytes, converted.chunks, converted.header)
+    header = header_of(file) if file.is_weights else None
+    # A whole file is read to its end, so that one that grew meanwhile is noticed.
+    size_bytes = file.size_bytes if file.offset else None
     return Member(
-        file.name, file.size_bytes, lambda progress: FileContent(file.path, progress), header
+        file.name,
+        file.size_bytes,
+        lambda progress: FileContent(file.path, progress, file.offset, size_bytes, file.mtime_ns),
+        header,
+        file.crc32,
     )
 
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from shlex import quote
 
 from handler.errors import ArchiveError, ServingError
 from handler.loading.contents import MODEL_INDEX, PICKLE_SUFFIXES, WEIGHTS_SUFFIX
-from handler.loading.safetensors_map import read_header
+from scripts.archive.checkpoint import Kind, kind_of, read_checkpoint
 from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
 from scripts.errors import UsageError
 
 __all__ = ["has_lora_names", "mistaken_pipeline"]
 
 _LORA_FILES = {"pytorch_lora_weights.safetensors", "adapter_config.json"}
-_CACHE_PREFIX = "models--"
 _MODEL_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_LORA_KEY = re.compile(r"\.lora_(A|B|up|down)\b|_lora\.(up|down)\b|\.(hada|lokr)_w1(_a)?\b")
 _WANTED = "give a folder that save_pretrained or scripts.download_weights wrote"
-_ADD_LORA = "pack the pipeline that it belongs to, with --lora"
+_UNPICKLE = (
+    """python -c 'import sys, torch, safetensors.torch as s; """
+    """d = torch.load(sys.argv[1], weights_only=True); d = d.get("state_dict", d); """
+    """s.save_file({k: v.clone() for k, v in d.items() if torch.is_tensor(v)}, sys.argv[2])'"""
+)
+_PACK_THE_PIPELINE = "pack the pipeline that it belongs to"
 
 
 def mistaken_pipeline(path: Path) -> ServingError:
@@ -53,53 +56,65 @@ def _file(path: Path) -> str:
     if suffix == ".mar":
         return _archive(path, path.stem)
     if suffix == ".zip":
-        folder = quote(path.stem)
-        return (
-            "it is a zip; unpack it and give the folder: "
-            f"python -m zipfile -e {quote(str(path))} {folder} && make archive PIPELINE={folder}"
-        )
+        return f"it is a zip; make archive PIPELINE={quote(str(path))} packs the pipeline in it"
     if suffix == WEIGHTS_SUFFIX:
         return _weights_file(path)
     if suffix in PICKLE_SUFFIXES:
+        target = quote(f"{path.stem}{WEIGHTS_SUFFIX}")
         return (
-            "it is a file of pickled weights, which can run code when loaded; "
-            "look for the same model as safetensors"
+            "it is a file of pickled weights, which can run code when loaded; look for the same "
+            f"model as safetensors, or convert it, as far as no code is in it: {_UNPICKLE} "
+            f"{quote(str(path))} {target}"
         )
     return f"it is a file; {_WANTED}"
 
 
 def _weights_file(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            names = read_header(file, path.stat().st_size, str(path)).tensors
+        kind = kind_of(read_checkpoint(path).tensors)
     except ArchiveError:
         return f"it is a damaged file of weights; {_WANTED}"
-    if any(_LORA_KEY.search(name) for name in names):
-        return f"it is a LoRA; {_ADD_LORA} {quote(str(path))}"
-    return (
-        "it is a file of weights, not a pipeline's folder; a whole checkpoint becomes one by "
-        f"diffusers: StableDiffusionPipeline.from_single_file({str(path)!r})"
-        f".save_pretrained({path.stem!r})"
-    )
+    file = quote(str(path))
+    if kind is Kind.CHECKPOINT:
+        return (
+            "it is a whole checkpoint in one file; a pipeline of its kind gives the configuration: "
+            f"python -m scripts.build_archive --pipeline {file} --config-from FOLDER"
+        )
+    remedy = {
+        Kind.LORA: f"{_PACK_THE_PIPELINE}, with --lora {file}",
+        Kind.EMBEDDING: (
+            "embeddings are not served yet; pack the pipeline that it belongs to without it"
+        ),
+        Kind.VAE: f"{_PACK_THE_PIPELINE}, with --component vae={file}",
+        Kind.TEXT_ENCODER: f"{_PACK_THE_PIPELINE}, with --component text_encoder={file}",
+        Kind.DENOISER: (
+            f"{_PACK_THE_PIPELINE}, with --component unet={file}, or transformer= where that is "
+            "the component's name"
+        ),
+        Kind.CONTROLNET: (
+            "ControlNets are not served yet; pack the pipeline that it belongs to without it"
+        ),
+        Kind.OTHER: _WANTED,
+    }
+    return f"it is {kind.value}; {remedy[kind]}"
 
 
 def _archive(path: Path, name: str) -> str:
     store = quote(str(path.parent))
-    return f"it is a finished archive; make serve STORE={store} NAME={quote(name)} serves it"
+    return (
+        f"it is a finished archive; make serve STORE={store} NAME={quote(name)} serves it, "
+        f"make archive FROM={quote(str(path))} packs it again with other options"
+    )
 
 
 def _folder(path: Path) -> str:
     if (path / TORCHSERVE_MANIFEST_NAME).exists():
         return _archive(path, path.name)
-    if path.name.startswith(_CACHE_PREFIX) and (path / "snapshots").is_dir():
-        return _cache(path)
-    if path.name == "snapshots" and path.parent.name.startswith(_CACHE_PREFIX):
-        return _cache(path.parent)
     names = sorted(each.name for each in path.iterdir())
     if has_lora_names(names):
         weights = [name for name in names if name.endswith(WEIGHTS_SUFFIX)]
         file = quote(str(path / weights[0])) if len(weights) == 1 else "its .safetensors file"
-        return f"it is a LoRA; {_ADD_LORA} {file}"
+        return f"it is a LoRA; {_PACK_THE_PIPELINE}, with --lora {file}"
     if "config.json" in names:
         return (
             "it is one component (it has a config.json); pack the pipeline that it belongs to, "
@@ -109,26 +124,3 @@ def _folder(path: Path) -> str:
     if len(inner) == 1:
         return f"one is in it: make archive PIPELINE={quote(str(inner[0]))}"
     return f"it has no {MODEL_INDEX}; {_WANTED}"
-
-
-def _cache(root: Path) -> str:
-    """Name the snapshot of a model in the hub's cache that a pipeline would be loaded from."""
-    model_id = root.name.removeprefix(_CACHE_PREFIX).replace("--", "/")
-    snapshots = list(_snapshots(root))
-    if not snapshots:
-        return (
-            f"it is the hub's cache of {model_id}, which holds no whole snapshot; "
-            f"make archive MODEL_ID={model_id} fetches it"
-        )
-    return (
-        f"it is the hub's cache of {model_id}; give the snapshot: "
-        f"make archive PIPELINE={quote(str(snapshots[0]))} NAME={model_id.rpartition('/')[2]}"
-    )
-
-
-def _snapshots(root: Path) -> Iterator[Path]:
-    """Yield the snapshots that hold a pipeline, that of the branch main first."""
-    main = root / "refs" / "main"
-    first = main.read_text().strip() if main.is_file() else ""
-    found = sorted(each.parent for each in root.glob(f"snapshots/*/{MODEL_INDEX}"))
-    yield from sorted(found, key=lambda snapshot: snapshot.name != first)

@@ -1,116 +1,136 @@
-"""Lists the files of a pipeline folder that belong to the pipeline."""
+"""Chooses the files of a pipeline that are packed, out of all that its source holds."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from handler.errors import ArchiveError
 from handler.loading.contents import MODEL_INDEX, WEIGHTS_SUFFIX, pickled
 from handler.loading.model_index import ModelIndex
 from handler.loading.variants import select_weights, variant_of
+from scripts.archive.hub_cache import find_snapshot
+from scripts.archive.left_out import describe_left_out, describe_variants
 from scripts.archive.mistaken import mistaken_pipeline
+from scripts.archive.pipeline_source import PipelineFile, PipelineSource, read_folder
+from scripts.archive.replacements import check_droppable, find_replacement, without_files
 from scripts.archive.source import read_source_note
-from scripts.documents import parse_json
 
-__all__ = [
-    "PipelineFile",
-    "PipelineFiles",
-    "choose_names",
-    "list_pipeline",
-]
+__all__ = ["PipelineFiles", "check_finished", "choose_names", "list_pipeline", "select_files"]
 
 _KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", WEIGHTS_SUFFIX)
 _KEPT_AT_TOP = ("readme", "license", "licence", "notice")
 
 
 @dataclass(frozen=True, slots=True)
-class PipelineFile:
-    """A file of the pipeline: its name in the pipeline, and where it is; `data` instead of that."""
-
-    name: str
-    path: Path
-    size_bytes: int
-    data: bytes | None = None
-
-    @property
-    def is_weights(self) -> bool:
-        """Whether it is a safetensors file."""
-        return self.name.endswith(WEIGHTS_SUFFIX)
-
-
-@dataclass(frozen=True, slots=True)
 class PipelineFiles:
-    """A pipeline's own files, sorted by name, and what their model_index.json says."""
+    """A pipeline's own files, sorted by name, and what their model_index.json says.
+
+    `notes` are lines for the user: what was left out, and which of several variants was taken.
+    """
 
     files: Sequence[PipelineFile]
     index: ModelIndex
-
-
-def _read_index(folder: Path) -> ModelIndex:
-    path = folder / MODEL_INDEX
-    if not path.is_file():
-        raise mistaken_pipeline(folder)
-    return ModelIndex.read(path, str(folder))
+    notes: Sequence[str] = field(default=())
 
 
 def list_pipeline(
-    folder: Path, *, replaced: Mapping[str, Path] | None = None, dtype_name: str = "float16"
+    folder: Path,
+    *,
+    replaced: Mapping[str, Path | None] | None = None,
+    dtype_name: str = "float16",
 ) -> PipelineFiles:
-    """List the pipeline's own files; one variant of the weights.
+    """Choose the files of the pipeline in `folder`; see `select_files`. Raises: ServingError."""
+    folder = find_snapshot(folder)
+    if not (folder / MODEL_INDEX).is_file():
+        raise mistaken_pipeline(folder)
+    check_finished(folder)
+    return select_files(read_folder(folder), replaced=replaced, dtype_name=dtype_name)
 
-    `replaced` gives components other folders. Raises: ArchiveError, naming every file refused.
+
+def check_finished(folder: Path) -> None:
+    """Refuse the folder of a download that was interrupted. Raises: ArchiveError."""
+    note = read_source_note(folder)
+    if note is not None and note.get("is_complete") is not True:
+        raise ArchiveError(f"the download into {folder} is not finished: run it again to go on")
+
+
+def select_files(
+    source: PipelineSource,
+    *,
+    replaced: Mapping[str, Path | None] | None = None,
+    dtype_name: str = "float16",
+) -> PipelineFiles:
+    """Choose the pipeline's own files; one variant of the weights, the nearest to `dtype_name`.
+
+    `replaced` gives components other folders or files of weights, or leaves them out by None.
+    Raises: ArchiveError, naming every file refused.
     """
     replaced = replaced or {}
-    index = _read_index(folder)
-    components = index.components
-    if unknown := sorted(replaced.keys() - components.keys()):
+    index = ModelIndex.parse(source.files[MODEL_INDEX].read(), str(source.path))
+    if unknown := sorted(replaced.keys() - index.components.keys()):
         raise ArchiveError(
-            f"no component {', '.join(unknown)} in {folder}: it has {', '.join(components)}"
+            f"no component {', '.join(unknown)} in {source.path}: "
+            f"it has {', '.join(index.components)}"
         )
-    _refuse_unfinished(folder)
-    _refuse_pickles(folder, replaced)
-    paths = {
-        name: folder / name for name in _walk(folder) if name.partition("/")[0] not in replaced
-    }
-    for component, source in replaced.items():
-        paths.update({f"{component}/{name}": source / name for name in _walk(source)})
-    chosen = choose_names(paths, components, dtype_name)
-    for component in components:
-        if not any(name.startswith(f"{component}/") for name in chosen):
-            source = replaced.get(component, folder / component)
-            hint = ": links to folders are not followed" if source.is_symlink() else ""
-            raise ArchiveError(f"the component {component} has no files in {source}{hint}")
+    files, index, notes = _replace(source.files, index, replaced)
+    notes = [*source.notes, *notes]
+    components = index.components
+    _refuse_only_pickled(files, components)
+    chosen = choose_names(files, components, dtype_name)
+    empty = [
+        component
+        for component in components
+        if not any(name.startswith(f"{component}/") for name in chosen)
+    ]
+    if empty:
+        paths = {name: replaced.get(name) or source.path / name for name in empty}
+        raise without_files(paths, index)
     _check_chosen(chosen)
     for name in chosen:
-        _check_link(paths[name], replaced.get(name.partition("/")[0], folder))
-    files = {name: PipelineFile(name, paths[name], paths[name].stat().st_size) for name in chosen}
+        _check_link(files[name])
+    notes += [
+        *describe_variants(files, components, dtype_name),
+        *describe_left_out(files, chosen, components),
+    ]
+    return PipelineFiles([files[name] for name in chosen], index, notes)
+
+
+def _replace(
+    files: Mapping[str, PipelineFile], index: ModelIndex, replaced: Mapping[str, Path | None]
+) -> tuple[dict[str, PipelineFile], ModelIndex, list[str]]:
+    """Put the files and classes of `replaced` in the places of the components' own."""
+    found = dict(files)
+    changes: dict[str, object] = {}
+    notes: list[str] = []
+    for component, path in replaced.items():
+        own = {name: found.pop(name) for name in files if name.startswith(f"{component}/")}
+        if path is None:
+            check_droppable(component, index)
+            changes[component] = [None, None]
+            if component == "safety_checker":
+                changes["requires_safety_checker"] = False
+                # It is there for the checker alone, and is absent together with it.
+                is_empty = not any(name.startswith("feature_extractor/") for name in files)
+                if is_empty and "feature_extractor" in index.components.keys() - replaced.keys():
+                    changes["feature_extractor"] = [None, None]
+            continue
+        replacement = find_replacement(component, path, own, index)
+        found.update(replacement.files)
+        notes += replacement.notes
+        if replacement.named_class is not None:
+            changes[component] = [*replacement.named_class]
     if replaced:
-        index = index.replace(_classes(replaced), "the pipeline with its replaced components")
+        entries = {**index.entries, **changes}
+        label = "the pipeline with its replaced components"
+        index = ModelIndex.parse(json.dumps(entries).encode(), label)
         data = index.dump()
-        files[MODEL_INDEX] = PipelineFile(MODEL_INDEX, paths[MODEL_INDEX], len(data), data)
-    return PipelineFiles(list(files.values()), index)
-
-
-def _classes(replaced: Mapping[str, Path]) -> dict[str, tuple[str, str]]:
-    """Return the classes that the replacing components say they are, where they do."""
-    classes: dict[str, tuple[str, str]] = {}
-    for component, source in replaced.items():
-        for name, key in (
-            ("config.json", "_class_name"),
-            ("scheduler_config.json", "_class_name"),
-            ("config.json", "architectures"),
-            ("tokenizer_config.json", "tokenizer_class"),
-        ):
-            found = _read_object(source / name).get(key)
-            if isinstance(found, list) and found:
-                found = found[0]
-            if isinstance(found, str):
-                library = "diffusers" if key == "_class_name" else "transformers"
-                classes[component] = (library, found)
-                break
-    return classes
+        found[MODEL_INDEX] = PipelineFile(
+            MODEL_INDEX, files[MODEL_INDEX].path, len(data), data, root=files[MODEL_INDEX].root
+        )
+    return found, index, notes
 
 
 def _check_chosen(names: Sequence[str]) -> None:
@@ -125,12 +145,13 @@ def _check_chosen(names: Sequence[str]) -> None:
             )
 
 
-def _check_link(path: Path, root: Path) -> None:
-    """Refuse a file that is a link out of `root`, unless it is one of the hub's cache.
+def _check_link(file: PipelineFile) -> None:
+    """Refuse a file that is a link out of its root, unless it is one of the hub's cache.
 
     The cache's snapshots are links to the blobs of the same model.
     """
-    if not path.is_symlink():
+    path, root = file.path, file.root
+    if root is None or not path.is_symlink():
         return
     root, target = root.resolve(), path.resolve()
     caches = (each for each in (root, *root.parents) if each.name.startswith("models--"))
@@ -139,24 +160,6 @@ def _check_link(path: Path, root: Path) -> None:
         raise ArchiveError(
             f"{path} is a link to {target}, outside of the pipeline: put the file itself there"
         )
-
-
-def _read_object(path: Path) -> dict[str, object]:
-    """Return the JSON object in the file `path`; an empty one where there is no such file."""
-    if not path.is_file():
-        return {}
-    found = parse_json(path.read_bytes(), str(path))
-    if not isinstance(found, dict):
-        raise ArchiveError(
-            f"{path} does not hold a JSON object: it is not a component's configuration"
-        )
-    return found
-
-
-def _refuse_unfinished(folder: Path) -> None:
-    note = read_source_note(folder)
-    if note is not None and note.get("is_complete") is not True:
-        raise ArchiveError(f"the download into {folder} is not finished: run it again to go on")
 
 
 def choose_names(
@@ -192,27 +195,16 @@ def _component_names(component: str, names: Sequence[str], dtype_name: str) -> I
             yield name
 
 
-def _refuse_pickles(folder: Path, replaced: Mapping[str, Path]) -> None:
+def _refuse_only_pickled(files: Mapping[str, PipelineFile], components: Iterable[str]) -> None:
+    """Refuse components whose weights are pickled only; beside safetensors they are left out."""
     found = []
-    for root, prefix in [(folder, ""), *((path, name) for name, path in replaced.items())]:
-        found += [
-            str(root / name)
-            for name in pickled(_walk(root))
-            if prefix or name.partition("/")[0] not in replaced
-        ]
+    for component in components:
+        inside = [name for name in files if name.startswith(f"{component}/")]
+        if not any(name.endswith(WEIGHTS_SUFFIX) for name in inside):
+            found += [str(files[name].path) for name in pickled(inside)]
     if found:
         raise ArchiveError(
             f"pickled weights are refused, they can run code when loaded: {', '.join(found)}; "
-            "save the pipeline with safe_serialization=True, or remove them if the same weights "
-            "are there as safetensors"
+            "look for the same weights as safetensors, or save the pipeline again with "
+            "safe_serialization=True"
         )
-
-
-def _walk(folder: Path) -> Iterator[str]:
-    """Yield the paths of files below `folder`, hidden ones left out."""
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_symlink() and not path.exists():
-            raise ArchiveError(f"{path} is a link to nothing: download it again")
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            yield name.as_posix()

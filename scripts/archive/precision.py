@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from handler.errors import ArchiveError
 from handler.loading.safetensors_map import DTYPE_BITS, Header, TensorInfo, read_header
+from scripts.archive.copying import check_unchanged
 from scripts.console import Progress
 
 if TYPE_CHECKING:
@@ -48,12 +49,24 @@ def _dump(tensors: dict[str, TensorInfo], metadata: dict[str, str]) -> bytes:
 
 
 class ConvertedFile:
-    """The safetensors file `path` as it would be in `dtype` (a safetensors name)."""
+    """The safetensors file `path` as it would be in `dtype` (a safetensors name).
 
-    def __init__(self, path: Path, dtype: str) -> None:
-        self._path = path
+    Or one of `size_bytes` at `offset` of another file. `mtime_ns` is when that was last changed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        dtype: str,
+        *,
+        offset: int = 0,
+        size_bytes: int | None = None,
+        mtime_ns: int | None = None,
+    ) -> None:
+        self._path, self._offset, self._mtime_ns = path, offset, mtime_ns
         with path.open("rb") as file:
-            self._before = read_header(file, path.stat().st_size, str(path))
+            size_bytes = path.stat().st_size if size_bytes is None else size_bytes
+            self._before = read_header(file, size_bytes, str(path), offset)
         self.header = convert_header(self._before, dtype)
         last = max((info.end for info in self.header.tensors.values()), default=0)
         self.size_bytes = self.header.data_offset + last
@@ -69,15 +82,16 @@ class ConvertedFile:
     def chunks(self, progress: Progress) -> Iterator[bytes]:
         """Yield the bytes of the converted file.
 
-        Raises: ArchiveError, where a value does not fit the narrower format.
+        Raises: ArchiveError, where a value does not fit the narrower format, or the file changed.
         """
         head = _dump(self.header.tensors, self.header.metadata)
         yield struct.pack("<Q", len(head)) + head
         with self._path.open("rb") as file:
             for name, after in self.header.tensors.items():
                 before = self._before.tensors[name]
-                file.seek(self._before.data_offset + before.start)
+                file.seek(self._offset + self._before.data_offset + before.start)
                 yield from self._tensor(file, name, before, after.dtype, progress)
+            check_unchanged(self._path, file.fileno(), self._mtime_ns)
 
     def _tensor(
         self, file: Any, name: str, before: TensorInfo, dtype: str, progress: Progress

@@ -1,4 +1,4 @@
-"""Finds out where a pipeline folder came from, and its licence."""
+"""Finds out where a pipeline folder came from."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from pathlib import Path
 from handler.errors import ArchiveError
 from scripts.documents import parse_json
 
-__all__ = ["find_licence", "find_source", "read_source_note", "write_source_note"]
+__all__ = ["find_source", "read_source_note", "write_source_note"]
 
 _NOTE = ".source.json"
-_LICENCE_BYTES = 64 << 10
 
 
 def write_source_note(folder: Path, model_id: str, revision: str, *, is_complete: bool) -> None:
@@ -45,37 +44,3 @@ def find_source(folder: Path) -> dict[str, str]:
         model_id = parts[-3].removeprefix("models--").replace("--", "/")
         return {"model_id": model_id, "revision": parts[-1]}
     return {"kind": "folder"}
-
-
-def find_licence(folder: Path) -> dict[str, str]:
-    """Return what the model card and the licence file in `folder` say of the licence."""
-    found: dict[str, str] = {}
-    card = _read_text(folder, "readme")
-    if card.startswith("---"):
-        for line in card.split("---")[1].splitlines():
-            key, colon, value = line.partition(":")
-            if colon and key in ("license", "license_name", "license_link"):
-                found[key] = value.strip().strip("\"'")
-    text = _read_text(folder, "licen") or _section(card)
-    if text:
-        found["text"] = text
-    return found
-
-
-def _read_text(folder: Path, prefix: str) -> str:
-    for path in sorted(folder.iterdir()):
-        if path.name.lower().startswith(prefix) and path.is_file():
-            return path.read_bytes()[:_LICENCE_BYTES].decode("utf-8", "replace")
-    return ""
-
-
-def _section(card: str) -> str:
-    """Return the part of a model card below its heading "License", up to the next heading."""
-    kept: list[str] = []
-    is_inside = False
-    for line in card.splitlines():
-        if line.startswith("#"):
-            is_inside = line.lstrip("#").strip().lower() in ("license", "licence")
-        elif is_inside:
-            kept.append(line)
-    return "\n".join(kept).strip()

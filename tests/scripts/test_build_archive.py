@@ -103,8 +103,9 @@ def test_a_model_is_fetched_in_the_precision_that_it_is_packed_in(
         (["--set", "height=2001-99-99"], FAILED, "--set height: '2001-99-99' is not YAML: month"),
         (["--smoke-prompt", "a\udcff"], MISUSED, "wanted text in UTF-8"),
         (["--component", "nothing=."], FAILED, "no component nothing"),
-        (["--component", "vae=/nowhere"], FAILED, "the component vae has no files in /nowhere"),
+        (["--component", "vae=/nowhere"], FAILED, "vae=/nowhere: there is no such file"),
         (["--lora", "/nowhere.safetensors"], FAILED, "/nowhere.safetensors: a LoRA is wanted"),
+        (["--config-from", "org/name"], MISUSED, "--config-from is for a checkpoint in one file"),
         (["--lora", "../a=b.safetensors"], MISUSED, "wanted NAME=VALUE"),
         (["--sign", "/nowhere.pem"], FAILED, "/nowhere.pem: no such key"),
         (["--config", "/nowhere.yaml"], MISUSED, "/nowhere.yaml is missing"),
@@ -159,6 +160,23 @@ def test_a_lora_is_called_like_its_file(tmp_path: Path) -> None:
         assert "lora/style_v2.safetensors" in mar.namelist()
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("<thing>", "it is an embedding (a textual inversion), not a LoRA"),
+        ("decoder.conv_in.weight", "it is a VAE alone, not a LoRA"),
+    ],
+)
+def test_what_is_not_a_lora_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, words: str
+) -> None:
+    pipeline, path = save_pipeline(tmp_path / "pipeline"), tmp_path / "a.safetensors"
+    save_file({name: torch.ones(2, 16)}, path)
+    arguments = ["--pipeline", str(pipeline), "--out", str(tmp_path / "out"), "--lora", str(path)]
+    assert main(arguments) == FAILED
+    assert words in capsys.readouterr().err
+
+
 def test_a_name_that_is_no_text_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -191,7 +209,7 @@ def test_overwrites_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[
     before = mar.read_bytes()
     arguments = ["--pipeline", str(tmp_path / "pipeline"), "--name", "tiny"]
     assert main([*arguments, "--out", str(mar.parent), "--set", "height=64"]) == MISUSED
-    assert "pass --force" in capsys.readouterr().err
+    assert "exists; --force replaces it (make archive FORCE=1)" in capsys.readouterr().err
     assert mar.read_bytes() == before
     build(tmp_path, "--set", "height=64", "--force")
     assert mar.read_bytes() != before

@@ -67,6 +67,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             }
         ),
         "org/other": Model({"config.json": b"{}"}),
+        "org/single": Model({"sd.safetensors": b"", "sd-xl.safetensors": b""}),
         "org/lora": Model({"pytorch_lora_weights.safetensors": b""}),
     }
     with serve_hub(models) as running:
@@ -137,6 +138,13 @@ def _refusal(folder: Path) -> str:
         (["org/model", "--revision", "v9"], None, FAILED, "has no revision 'v9'"),
         (["org/pickled"], None, FAILED, "unet has only pickled weights (unet/diffusion_pytorch"),
         (["org/other"], None, FAILED, "is not a diffusers pipeline: it has no model_index.json"),
+        (
+            ["org/single"],
+            None,
+            FAILED,
+            "but files of weights (sd-xl.safetensors, sd.safetensors); fetch one with "
+            "hf download org/single sd-xl.safetensors --local-dir . and pack it with --pipeline",
+        ),
         (
             ["org/lora"],
             None,

@@ -69,9 +69,7 @@ def test_overwrites_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[
     out = tmp_path / "out.zip"
     out.write_bytes(b"mine")
     assert main([str(pipeline), "--out", str(out)]) == MISUSED
-    assert (
-        capsys.readouterr().err == f"zip_weights: error: {out} exists; pass --force to replace it\n"
-    )
+    assert capsys.readouterr().err == f"zip_weights: error: {out} exists; --force replaces it\n"
     assert out.read_bytes() == b"mine"
     assert main([str(pipeline), "--out", str(out), "--force"]) == DONE
     assert zipfile.is_zipfile(out)

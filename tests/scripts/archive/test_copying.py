@@ -109,3 +109,29 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         pytest.raises(OSError, match="no space left"),
     ):
         copy_hashed(FileContent(tmp_path / "source"), Place("member", file.fileno(), 0, 4))
+
+
+def test_a_part_of_a_file(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    data = bytes(index % 251 for index in range(3 << 20))
+    source.write_bytes(data)
+    part = data[1_000_000:2_500_000]
+    with target.open("w+b") as file:
+        content = FileContent(source, offset=1_000_000, size_bytes=len(part))
+        sums = copy_hashed(content, Place("a", file.fileno(), 0, len(part)))
+    assert target.read_bytes() == part
+    assert sums.sha256 == hashlib.sha256(part).hexdigest()
+
+
+def test_a_file_that_was_changed_since_it_was_listed(tmp_path: Path) -> None:
+    """Of the same size: training scripts write their checkpoints over the old ones."""
+    source = tmp_path / "source"
+    source.write_bytes(b"before")
+    mtime_ns = source.stat().st_mtime_ns
+    with (tmp_path / "target").open("w+b") as file:
+        place = Place("a", file.fileno(), 0, 6)
+        copy_hashed(FileContent(source, mtime_ns=mtime_ns), place)
+        source.write_bytes(b"after!")
+        os.utime(source, ns=(mtime_ns + 1, mtime_ns + 1))
+        with pytest.raises(ArchiveError, match="source changed while it was packed"):
+            copy_hashed(FileContent(source, mtime_ns=mtime_ns), place)

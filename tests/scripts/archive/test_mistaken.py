@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from handler.errors import ArchiveError
 from scripts.archive.mistaken import mistaken_pipeline
 from scripts.archive.pipeline_files import list_pipeline
 from scripts.errors import UsageError
-from tests.support.archives import save_in_hub_cache, save_pipeline
-from tests.support.packing import pack, unpack, zip_folder
+from tests.support.archives import save_pipeline
+from tests.support.packing import pack, unpack
 
 LORAS = {
     "kohya": "lora_unet_down_blocks_0_attn1_to_q.lora_down.weight",
@@ -60,16 +59,41 @@ def test_a_file_that_is_a_lora(tmp_path: Path, name: str) -> None:
     assert f"it is a LoRA; pack the pipeline that it belongs to, with --lora '{path}'" in said(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("<thing>", "it is an embedding (a textual inversion); embeddings are not served yet"),
+        ("emb_params", "it is an embedding (a textual inversion); embeddings are not served yet"),
+        ("decoder.conv_in.weight", "it is a VAE alone; {pack}, with --component vae={path}"),
+        ("first_stage_model.decoder.mid.attn_1.k.bias", "it is a VAE alone"),
+        ("text_model.final_layer_norm.bias", "{pack}, with --component text_encoder={path}"),
+        ("encoder.block.0.layer.0.SelfAttention.q.weight", "it is a text encoder alone"),
+        ("model.diffusion_model.out.2.weight", "{pack}, with --component unet={path}, or trans"),
+        ("double_blocks.0.img_attn.proj.weight", "it is a denoiser (UNet or transformer) alone"),
+        ("control_model.zero_convs.0.0.weight", "it is a ControlNet; ControlNets are not served"),
+        ("anything.weight", "it is a file of weights of no known kind; give a folder"),
+    ],
+)
+def test_a_file_with_a_part_of_a_pipeline(tmp_path: Path, name: str, words: str) -> None:
+    path = save_weights(tmp_path / "a.safetensors", name)
+    pack = "pack the pipeline that it belongs to"
+    assert words.format(path=path, pack=pack) in said(path)
+
+
 def test_a_file_with_a_whole_checkpoint(tmp_path: Path) -> None:
-    path = save_weights(tmp_path / "sd.safetensors", "model.diffusion_model.out.2.weight")
-    assert f"from_single_file('{path}').save_pretrained('sd')" in said(path)
+    path = tmp_path / "sd.safetensors"
+    names = ("model.diffusion_model.out.2.weight", "cond_stage_model.logit_scale")
+    save_file({name: torch.ones(2) for name in names}, path)
+    assert "it is a whole checkpoint in one file" in said(path)
+    assert f"--pipeline {path} --config-from FOLDER" in said(path)
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("sd.zip", "it is a zip; unpack it and give the folder: python -m zipfile -e "),
+        ("sd.zip", "it is a zip; make archive PIPELINE="),
         ("sd.ckpt", "it is a file of pickled weights"),
+        ("sd.ckpt", "torch.load(sys.argv[1], weights_only=True)"),
         ("sd.safetensors", "it is a damaged file of weights"),
         ("sd.txt", "it is a file; give a folder"),
     ],
@@ -82,22 +106,9 @@ def test_other_files(tmp_path: Path, name: str, words: str) -> None:
 def test_a_finished_archive(tmp_path: Path) -> None:
     mar = pack(tmp_path)
     assert f"make serve STORE={tmp_path} NAME=tiny serves it" in said(mar)
+    assert f"make archive FROM={mar} packs it again" in said(mar)
     folder = unpack(mar, tmp_path / "sd")
     assert f"make serve STORE={tmp_path} NAME=sd serves it" in said(folder)
-
-
-@pytest.mark.parametrize("place", [".", "snapshots"])
-def test_the_hubs_cache(tmp_path: Path, place: str) -> None:
-    save_in_hub_cache(tmp_path)
-    root = tmp_path / "models--org--name"
-    old = root / "snapshots" / "aaa"
-    old.mkdir()
-    (old / "model_index.json").write_text("{}")
-    expected = f"make archive PIPELINE={root}/snapshots/abc123 NAME=name"
-    assert f"it is the hub's cache of org/name; give the snapshot: {expected}" in said(root / place)
-    shutil.rmtree(root / "snapshots")
-    (root / "snapshots").mkdir()
-    assert "make archive MODEL_ID=org/name fetches it" in said(root / place)
 
 
 def _lora_repository(folder: Path) -> None:
@@ -132,12 +143,3 @@ def test_a_folder_around_the_pipeline(tmp_path: Path) -> None:
 
 def test_a_folder_of_anything_else(tmp_path: Path) -> None:
     assert "it has no model_index.json; give a folder that" in said(tmp_path)
-
-
-def test_following_the_advice_about_a_zip_packs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    zipped = zip_folder(save_pipeline(tmp_path / "p"), tmp_path / "sd.zip")
-    assert f"python -m zipfile -e {zipped} sd && make archive PIPELINE=sd" in said(zipped)
-    shutil.unpack_archive(zipped, tmp_path / "sd")
-    assert list_pipeline(tmp_path / "sd").files

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from handler.errors import ArchiveError
 from scripts.archive.pipeline_files import choose_names, list_pipeline
@@ -36,7 +38,7 @@ def test_weights_by_unusual_names_are_taken_where_there_are_no_others() -> None:
     assert choose_names(names, ["unet", "vae"]) == expected
 
 
-def _refusal(folder: Path, **replaced: Path) -> str:
+def _refusal(folder: Path, **replaced: Path | None) -> str:
     with pytest.raises(ArchiveError) as caught:
         list_pipeline(folder, replaced=replaced)
     return str(caught.value)
@@ -49,16 +51,68 @@ def test_what_is_no_pipeline_is_refused(tmp_path: Path) -> None:
         assert "is not JSON" in _refusal(tmp_path)
 
 
-def test_pickled_weights_are_all_named(tmp_path: Path) -> None:
+def test_components_with_pickled_weights_only_are_all_named(tmp_path: Path) -> None:
     pipeline = save_pipeline(tmp_path / "p")
-    (pipeline / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"")
+    for component, name in (
+        ("unet", "diffusion_pytorch_model"),
+        ("vae", "diffusion_pytorch_model"),
+    ):
+        (pipeline / component / f"{name}.safetensors").unlink()
+        (pipeline / component / f"{name}.bin").write_bytes(b"")
     (pipeline / "sd.ckpt").write_bytes(b"")
-    (pipeline / ".cache").mkdir()
-    (pipeline / ".cache" / "hidden.bin").write_bytes(b"")
     message = _refusal(pipeline)
-    assert str(pipeline / "sd.ckpt") in message
-    assert str(pipeline / "unet/diffusion_pytorch_model.bin") in message
-    assert "hidden" not in message
+    assert "pickled weights are refused" in message
+    for component in ("unet", "vae"):
+        assert str(pipeline / component / "diffusion_pytorch_model.bin") in message
+    assert "sd.ckpt" not in message
+
+
+def _notes(folder: Path, dtype_name: str = "float16", **replaced: Path | None) -> list[str]:
+    return [*list_pipeline(folder, replaced=replaced, dtype_name=dtype_name).notes]
+
+
+def test_what_is_left_out_is_said_in_one_line(tmp_path: Path) -> None:
+    """The commonest layout: every other format lies beside the safetensors."""
+    pipeline = save_pipeline(tmp_path / "p")
+    assert _notes(pipeline) == []
+    for name in (
+        *("unet/diffusion_pytorch_model.bin", "sd.ckpt", "unet/flax_model.msgpack"),
+        *("unet/openvino_model.bin", "vae_decoder/model.onnx", "pipeline.py", ".hidden.bin"),
+    ):
+        (pipeline / name).parent.mkdir(exist_ok=True)
+        (pipeline / name).write_bytes(b"")
+    save_file({"emb_params": torch.ones(2, 16)}, pipeline / "thing.safetensors")
+    assert _notes(pipeline) == [
+        "left out: pickled: sd.ckpt, unet/diffusion_pytorch_model.bin, unet/openvino_model.bin; "
+        "code, which is never packed: pipeline.py; "
+        "embeddings (textual inversions), which are not served yet: thing.safetensors; "
+        "not read by diffusers: unet/flax_model.msgpack, vae_decoder/model.onnx"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dtype_name", "said"),
+    [
+        (
+            "float16",
+            "weights of unet: fp16 taken, full precision left out; "
+            "--dtype float32 (DTYPE=float32) takes full precision",
+        ),
+        ("float32", "weights of unet: full precision taken, fp16 left out"),
+    ],
+)
+def test_which_of_two_variants_was_taken_is_said(
+    tmp_path: Path, dtype_name: str, said: str
+) -> None:
+    pipeline = save_pipeline(tmp_path / "p")
+    full = pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    half = full.with_name("diffusion_pytorch_model.fp16.safetensors")
+    half.write_bytes(full.read_bytes())
+    left = half if dtype_name == "float32" else full
+    assert _notes(pipeline, dtype_name) == [
+        said,
+        f"left out: other variants of the weights: unet/{left.name}",
+    ]
 
 
 def test_missing_components_are_refused(tmp_path: Path) -> None:
@@ -100,7 +154,60 @@ def test_replaced_components_bring_their_class(tmp_path: Path) -> None:
     assert index["vae"] == ["diffusers", "AutoencoderTiny"]
     assert index["unet"] == ["diffusers", "UNet2DConditionModel"]
     (tmp_path / "vae" / "evil.ckpt").write_bytes(b"")
+    assert _notes(pipeline, vae=tmp_path / "vae") == ["left out: pickled: vae/evil.ckpt"]
+    (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     assert "evil.ckpt" in _refusal(pipeline, vae=tmp_path / "vae")
+
+
+def test_the_component_of_a_whole_pipeline_is_taken(tmp_path: Path) -> None:
+    pipeline, other = save_pipeline(tmp_path / "p"), save_in_hub_cache(tmp_path)
+    found = list_pipeline(pipeline, replaced={"vae": other})
+    (config,) = (each for each in found.files if each.name == "vae/config.json")
+    assert config.path == other / "vae" / "config.json"
+    assert found.notes == [f"vae: {other} is a whole pipeline; its vae is taken"]
+    (other / "model_index.json").unlink()
+    index = {"_class_name": "PNDMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    (other / "model_index.json").write_text(json.dumps(index))
+    assert f"{other} is a whole pipeline and has no vae; it has: unet" in _refusal(
+        pipeline, vae=other
+    )
+
+
+def test_a_file_of_weights_keeps_the_components_own_configuration(tmp_path: Path) -> None:
+    pipeline, other = save_pipeline(tmp_path / "p"), save_pipeline(tmp_path / "other")
+    name = "vae/diffusion_pytorch_model.safetensors"
+    for component, path in (
+        ("vae", other / name),
+        ("text_encoder", other / "text_encoder/model.safetensors"),
+    ):
+        files = {
+            each.name: each for each in list_pipeline(pipeline, replaced={component: path}).files
+        }
+        assert files[f"{component}/{path.name}"].path == path
+        assert files[f"{component}/config.json"].path == pipeline / component / "config.json"
+    (tmp_path / "vae.ckpt").write_bytes(b"")
+    assert "is a file of pickled weights" in _refusal(pipeline, vae=tmp_path / "vae.ckpt")
+    (tmp_path / "vae.txt").write_bytes(b"")
+    assert "wanted as a folder or a .safetensors" in _refusal(pipeline, vae=tmp_path / "vae.txt")
+
+
+def test_what_a_pipeline_can_do_without_is_left_out(tmp_path: Path) -> None:
+    """As on many hubs: model_index.json names a safety checker, and its folder is not there."""
+    pipeline = save_pipeline(tmp_path / "p")
+    index = json.loads((pipeline / "model_index.json").read_bytes())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    index["requires_safety_checker"] = True
+    (pipeline / "model_index.json").write_text(json.dumps(index))
+    flags = "--component feature_extractor=none --component safety_checker=none"
+    message = _refusal(pipeline)
+    assert "the components feature_extractor and safety_checker have no files" in message
+    assert f"the pipeline works without: {flags}" in message
+    found = list_pipeline(pipeline, replaced={"safety_checker": None}).index
+    assert found.components.keys() == {"scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+    assert found.entries["requires_safety_checker"] is False
+    with pytest.raises(ArchiveError, match="unet cannot be left out"):
+        list_pipeline(pipeline, replaced={"unet": None})
 
 
 @pytest.mark.parametrize("is_inside", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -83,3 +84,21 @@ def test_infinities_of_the_source_stay(tmp_path: Path) -> None:
 def test_the_same_bytes_every_time(tmp_path: Path) -> None:
     save_file({"b": torch.ones(3), "a": torch.ones(2)}, tmp_path / "file", metadata={"z": "1"})
     assert _bytes(tmp_path / "file", "F16") == _bytes(tmp_path / "file", "F16")
+
+
+def test_a_file_that_was_changed_since_it_was_listed(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "file")
+    mtime_ns = (tmp_path / "file").stat().st_mtime_ns
+    converted = ConvertedFile(tmp_path / "file", "F16", mtime_ns=mtime_ns)
+    assert b"".join(converted.chunks(lambda count: None))
+    os.utime(tmp_path / "file", ns=(mtime_ns + 1, mtime_ns + 1))
+    with pytest.raises(ArchiveError, match="file changed while it was packed"):
+        b"".join(converted.chunks(lambda count: None))
+
+
+def test_a_file_within_another(tmp_path: Path) -> None:
+    save_file({"a": torch.arange(5.0)}, tmp_path / "file")
+    data = (tmp_path / "file").read_bytes()
+    (tmp_path / "zip").write_bytes(b"before" + data + b"behind")
+    converted = ConvertedFile(tmp_path / "zip", "F16", offset=6, size_bytes=len(data))
+    assert b"".join(converted.chunks(lambda count: None)) == _bytes(tmp_path / "file", "F16")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scripts.archive.source import (
-    find_licence,
-    find_source,
-    read_source_note,
-    write_source_note,
-)
+from scripts.archive.licence import find_licence
+from scripts.archive.pipeline_source import read_folder
+from scripts.archive.source import find_source, read_source_note, write_source_note
 from tests.support.archives import save_in_hub_cache
 from tests.support.packing import manifest, pack
 
@@ -38,10 +35,11 @@ def test_a_download_is_known_by_its_note(tmp_path: Path) -> None:
 
 
 def test_licences_are_found_in_the_card_and_in_their_file(tmp_path: Path) -> None:
-    assert find_licence(tmp_path) == {}
+    assert find_licence(read_folder(tmp_path).files) == {}
     (tmp_path / "README.md").write_text(
         "---\nlicense: other\nlicense_name: 'own'\ntags: [a]\n---\n# A\n## Licence\nCard.\n## B\n"
     )
-    assert find_licence(tmp_path) == {"license": "other", "license_name": "own", "text": "Card."}
+    found = find_licence(read_folder(tmp_path).files)
+    assert found == {"license": "other", "license_name": "own", "text": "Card."}
     (tmp_path / "LICENSE.txt").write_text("File.")
-    assert find_licence(tmp_path)["text"] == "File."
+    assert find_licence(read_folder(tmp_path).files)["text"] == "File."

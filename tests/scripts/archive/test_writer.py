@@ -201,3 +201,21 @@ def test_torchserve_links_a_folder_serves_it_and_leaves_it_as_it_was(
     assert done.stdout.startswith(b"\x89PNG")
     assert copies == []
     assert content(folder) == before
+
+
+@pytest.mark.parametrize("name", ["unet/config.json", UNET])
+def test_a_file_that_changes_while_it_is_packed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A file of the same size too, as when training goes on in the folder."""
+    pipeline = save_pipeline(tmp_path / "tiny")
+
+    def touch_then_copy(self: Any, *arguments: Any, **options: Any) -> Any:
+        os.utime(pipeline / name)
+        return nested(self, *arguments, **options)
+
+    nested = ZipWriter.nested
+    monkeypatch.setattr(ZipWriter, "nested", touch_then_copy)
+    out = tmp_path / "out"
+    assert main(["--pipeline", str(pipeline), "--out", str(out)]) == FAILED
+    assert os.listdir(out) == []
