@@ -99,7 +99,7 @@ class InFlightEngine:
         self._is_at_work = False
         self._closed = False
         self._pace = Pace()
-        self._intake = Intake(self.limits, self._adapters, self._pace, clock)
+        self._intake = Intake(self._adapters, self._pace, clock)
         self._wrappers = Wrappers(wrappers)
         self._slots = find_slots(*named.values(), names=modules)
         self._served = {
@@ -184,7 +184,7 @@ class InFlightEngine:
             raise ValueError(f"no pipeline for the task {task!r}; there are {list(self._served)}")
         exact = self.exact if exact is None else exact
         asked = Submission(kwargs, scheduler, deadline_s, exact, adapters, on_step)
-        ticket = self._intake.ticket(served, asked)
+        ticket = self._intake.ticket(served, asked, self.limits)
         self._waiting.append(ticket)
         return ticket
 

@@ -49,12 +49,11 @@ class Submission:
 class Intake:
     """Makes tickets of what is submitted, or says why there will be none."""
 
-    limits: Limits
     adapter_sets: AdapterSets
     pace: Pace
     clock: Callable[[], float]
 
-    def ticket(self, served: Served, asked: Submission) -> Ticket:
+    def ticket(self, served: Served, asked: Submission, limits: Limits) -> Ticket:
         """The ticket of one call of the pipeline in `served`.
 
         Raises:
@@ -71,8 +70,8 @@ class Intake:
             else copy.deepcopy(asked.scheduler)
         )
         cost = estimate_cost(pipeline, kwargs)
-        if not self.limits.hold(cost):
-            raise TooLarge(self.limits.refusal(cost))
+        if not limits.hold(cost):
+            raise TooLarge(limits.refusal(cost))
         self._check_deadline(served, asked, cost)
         return Ticket(
             kwargs=dict(kwargs),
