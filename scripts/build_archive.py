@@ -15,30 +15,84 @@ from scripts.archive.hub import download
 from scripts.archive.precision import PRECISIONS
 from scripts.archive.signing import signature_path
 from scripts.archive.writer import ArchivePlan, write_archive
-from scripts.console import DONE, run_command
+from scripts.command import Command
+from scripts.console import DONE
 from scripts.documents import parse_yaml
+from scripts.embedded import (
+    EMBEDDED_NAME,
+    EMBEDDED_PIPELINE,
+    EMBEDDED_PROMPT,
+    embedded_archive,
+    forget_embedded,
+    is_current,
+    mark_embedded,
+)
 from scripts.errors import UsageError
 
-__all__ = ["main"]
+__all__ = ["PACK", "main", "pack_embedded"]
 
 _EXAMPLES = """\
 examples:
-  python -m scripts.build_archive --pipeline my-pipeline --name stable_diffusion
-  python -m scripts.build_archive --model-id org/name --revision main --name sd --version 2.0
-  python -m scripts.build_archive --pipeline my-pipeline --name sd --dtype float16
-  python -m scripts.build_archive --pipeline my-pipeline --name sd \\
+  %(prog)s                                the embedded toy pipeline, unless it is there
+  %(prog)s --pipeline my-pipeline --name stable_diffusion
+  %(prog)s --model-id org/name --revision main --name sd --version 2.0
+  %(prog)s --pipeline my-pipeline --name sd --dtype float16
+  %(prog)s --pipeline my-pipeline --name sd \\
       --component vae=my-vae --lora style=style.safetensors --set height=512 --set width=512
-  python -m scripts.build_archive --pipeline my-pipeline --name sd --sign private.pem
-  python -m scripts.build_archive --pipeline my-pipeline --name sd --format dir
+  %(prog)s --pipeline my-pipeline --name sd --sign private.pem
+  %(prog)s --pipeline my-pipeline --name sd --format dir
 
 The archive is OUT/NAME.mar, or with --format dir the folder OUT/NAME, which TorchServe links
 instead of copying: one copy of the weights on disk instead of two. The same pipeline,
-configuration and versions give the same bytes. What is in it: scripts.inspect_archive; whether it
-is whole: scripts.verify_archive. LoRAs are active from the start, all of them, at weight 1.
+configuration and versions give the same bytes. What is in it: the command inspect;
+whether it is whole: verify. LoRAs are active from the start, all of them, at weight 1.
 """
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _UNUSUAL = re.compile(r"[^A-Za-z0-9_-]")
+
+
+def pack_embedded(store: Path, *, force: bool = False) -> Path:
+    """Pack the embedded pipeline into `store`, unless it is there as it is now; return the archive.
+
+    Raises: UsageError, where an archive of the user's own has its name and `force` is not given.
+    """
+    out = embedded_archive(store)
+    if not is_current(store, force=force):
+        print(f"Packing the embedded pipeline into {out} ...", flush=True)
+        _run(
+            PACK.parse(
+                [
+                    "--pipeline",
+                    str(EMBEDDED_PIPELINE),
+                    "--name",
+                    EMBEDDED_NAME,
+                    "--smoke-prompt",
+                    EMBEDDED_PROMPT,
+                    "--out",
+                    str(store),
+                    "--force",
+                ]
+            )
+        )
+        mark_embedded(store)
+    return out
+
+
+def _pack_command(arguments: argparse.Namespace) -> int:
+    """Run the command: without arguments that say what, it packs the embedded pipeline."""
+    defaults = vars(PACK.parse([]))
+    given = {name for name, value in defaults.items() if getattr(arguments, name) != value}
+    if given <= {"out", "force"}:
+        pack_embedded(arguments.out, force=arguments.force)
+        return DONE
+    if arguments.pipeline is None and arguments.model_id is None:
+        arguments.pipeline = EMBEDDED_PIPELINE
+        arguments.name = arguments.name or EMBEDDED_NAME
+    if arguments.name is None:
+        source = arguments.pipeline.resolve().name if arguments.pipeline else arguments.model_id
+        arguments.name = source.rpartition("/")[2]
+    return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -69,6 +123,7 @@ def _run(arguments: argparse.Namespace) -> int:
         download(arguments.model_id, revision=arguments.revision, out=folder, is_full=is_full)
         _pack(arguments, folder, out)
         shutil.rmtree(folder)
+    forget_embedded(out)
     return DONE
 
 
@@ -124,18 +179,12 @@ def _settings(values: Sequence[str]) -> dict[str, object]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="build_archive",
-        description="Pack a diffusers pipeline with its handler as a TorchServe archive.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
     source.add_argument("--pipeline", type=Path, metavar="FOLDER", help="a pipeline's folder")
     source.add_argument("--model-id", metavar="ORG/NAME", help="a model on the hub")
     parser.add_argument("--revision", default="main", help="of --model-id (default: main)")
-    parser.add_argument("--name", required=True, help="the model's name in TorchServe")
+    parser.add_argument("--name", help="the model's name in TorchServe (default: the pipeline's)")
     parser.add_argument("--version", default="1.0", help="the model's version (default: 1.0)")
     out = Path("model-store")
     parser.add_argument("--out", type=Path, default=out, metavar="FOLDER", help=f"default: {out}")
@@ -153,12 +202,20 @@ def _parser() -> argparse.ArgumentParser:
         ("--lora", "[NAME=]FILE", "a LoRA to pack and switch on; may be repeated"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
-    return parser
+
+
+PACK = Command(
+    "pack",
+    "pack a diffusers pipeline with its handler as a TorchServe archive",
+    _pack_command,
+    _add_arguments,
+    examples=_EXAMPLES,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    return run_command(_parser(), _run, argv)
+    return PACK.main(argv, "build_archive")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scripts.archive.store import choose_archive
+from scripts.command import add_run_dir
 from scripts.console import run_command
 from scripts.errors import ServerError
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 
-__all__ = ["curl_line", "main"]
+__all__ = ["add_commands", "add_start_arguments", "curl_line", "main", "start"]
 
 EXAMPLE_PROMPT = "A futuristic cityscape"
 
@@ -171,29 +172,27 @@ def _parser() -> argparse.ArgumentParser:
         epilog="make serve, make stop, make status and make logs call this.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--run-dir", type=Path, default=Path(".run"), help="the instance's state (default: .run)"
-    )
+    add_commands(commands.add_parser, starter="start")
+    return parser
 
-    def add(run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            run.__name__, parents=[common], help=text, description=run.__doc__
-        )
+
+def add_commands(
+    add_parser: Callable[..., argparse.ArgumentParser], *, starter: str = "serve"
+) -> None:
+    """Add the commands by the `add_parser` of a parser's subparsers; `starter` names the first."""
+
+    def add(
+        run: Callable[[argparse.Namespace], int], text: str, name: str = ""
+    ) -> argparse.ArgumentParser:
+        sub = add_parser(name or run.__name__, help=text, description=run.__doc__)
+        add_run_dir(sub)
         sub.set_defaults(run=run)
         return sub
 
-    starter = add(start, "serve an archive and wait until a worker is READY")
-    starter.add_argument("--store", type=Path, default=Path("model-store"), help="archives' folder")
-    starter.add_argument("--name", help="which archive, when there are several")
-    starter.add_argument("--port", type=int, default=8080, help="HTTP: this, +1, +2 (8080)")
-    starter.add_argument("--grpc-port", type=int, default=7070, help="gRPC: this, +1 (7070)")
-    starter.add_argument("--address", default=LOOPBACK, help="another needs --auth on (127.0.0.1)")
-    starter.add_argument("--auth", choices=("on", "off"), default="off", help="ask for a key (off)")
-    starter.add_argument("--brief", action="store_true", help="say no more than the address")
-    starter.add_argument(
-        "--timeout-s", type=float, default=READY_TIMEOUT_S, help="for the worker (1800)"
-    )
+    server = add(start, "serve an archive and wait until a worker is READY", starter)
+    server.add_argument("--name", help="which archive, when there are several")
+    server.add_argument("--brief", action="store_true", help="say no more than the address")
+    add_start_arguments(server)
     add(stop, "stop it")
     add(status, "say what is served and whether it is ready").add_argument(
         "--json", action="store_true", help="for machines"
@@ -201,7 +200,18 @@ def _parser() -> argparse.ArgumentParser:
     viewer = add(logs, "show its log")
     viewer.add_argument("--lines", type=int, default=50, help="how many (50)")
     viewer.add_argument("--follow", action="store_true", help="go on until interrupted")
-    return parser
+
+
+def add_start_arguments(starter: argparse.ArgumentParser) -> None:
+    """Let `starter` take what `start` needs beside ``--run-dir``, ``--name`` and ``--brief``."""
+    starter.add_argument("--store", type=Path, default=Path("model-store"), help="archives' folder")
+    starter.add_argument("--port", type=int, default=8080, help="HTTP: this, +1, +2 (8080)")
+    starter.add_argument("--grpc-port", type=int, default=7070, help="gRPC: this, +1 (7070)")
+    starter.add_argument("--address", default=LOOPBACK, help="another needs --auth on (127.0.0.1)")
+    starter.add_argument("--auth", choices=("on", "off"), default="off", help="ask for a key (off)")
+    starter.add_argument(
+        "--timeout-s", type=float, default=READY_TIMEOUT_S, help="for the worker (1800)"
+    )
 
 
 if __name__ == "__main__":
