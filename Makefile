@@ -26,24 +26,19 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$python && break; done)
 PY        := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-SERVE     := $(PY) -m scripts.serve
+CLI       := $(PY) -m diffusers_torchserve
 # For targets that only look: they install nothing.
 IS_INSTALLED = [ -x $(PY) ] || { echo "Nothing is installed yet: make demo" >&2; exit 1; }
 
-# What an archive is called that has no NAME: as its pipeline.
-ARCHIVE_NAME = $(or $(NAME),$(notdir $(patsubst %/,%,$(or $(PIPELINE),$(MODEL_ID)))),$(DEFAULT))
 # The archive to look at, which is the one that `make serve` would take.
 CHOSEN = --store "$(STORE)" $(if $(NAME),--name "$(NAME)")
 
-# The embedded default, rebuilt when anything inside it changes; .embedded marks that it is ours.
-DEFAULT         := stable_diffusion
-DEFAULT_ARCHIVE := $(STORE)/$(DEFAULT).mar
+# The archive of the embedded pipeline; .embedded marks that it is ours.
+DEFAULT_ARCHIVE := $(STORE)/stable_diffusion.mar
 EMBEDDED        := $(STORE)/.embedded
-DEFAULT_SOURCES := $(shell find demo/pipeline -type f 2>/dev/null) config/model-config.yaml \
-	$(shell find handler -name '*.py' 2>/dev/null)
 
-START = $(SERVE) start --run-dir $(RUN_DIR) --store $(STORE) --port $(PORT) \
-	--grpc-port $(GRPC_PORT) --address $(ADDRESS) --auth $(AUTH)
+START = --run-dir "$(RUN_DIR)" --store "$(STORE)" --port $(PORT) --grpc-port $(GRPC_PORT) \
+	--address $(ADDRESS) --auth $(AUTH)
 
 .PHONY: help demo setup archive inspect verify serve stop status logs test test-fast lint format bench clean
 
@@ -53,9 +48,8 @@ help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
 		| while IFS='|' read -r target text; do printf '%-17s %s\n' "$$target" "$$text"; done
 
-demo: $(INSTALLED) $(DEFAULT_ARCHIVE) ## Install, build, start TorchServe, draw demo.png; the server keeps running [PROMPT=]
-	@$(START) --name $(DEFAULT) --brief
-	@$(PY) -m scripts.demo --run-dir $(RUN_DIR) --out $(DEMO_PICTURE) $(if $(PROMPT),--prompt "$(PROMPT)")
+demo: $(INSTALLED) ## Install, build, start TorchServe, draw demo.png; the server keeps running [PROMPT=]
+	@$(CLI) demo $(START) --out "$(DEMO_PICTURE)" $(if $(PROMPT),--prompt "$(PROMPT)")
 
 setup: $(INSTALLED) ## Make .venv with the pinned packages (PIP_ARGS=… are passed to pip)
 
@@ -72,46 +66,32 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@touch $@
 
 archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=folder | MODEL_ID=org/name REVISION=] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key ARGS= FORCE=1]
-ifneq ($(strip $(PIPELINE)$(MODEL_ID)$(NAME)$(filter-out 1.0,$(VERSION))$(CONFIG)$(DTYPE)$(FORMAT)$(SIGN)$(ARGS)),)
-	@$(PY) -m scripts.build_archive --out "$(STORE)" --version "$(VERSION)" --name "$(ARCHIVE_NAME)" \
+	@$(CLI) pack --out "$(STORE)" --version "$(VERSION)" $(if $(NAME),--name "$(NAME)") \
 		$(if $(MODEL_ID),--model-id "$(MODEL_ID)" --revision "$(REVISION)") \
-		$(if $(MODEL_ID),,--pipeline "$(or $(PIPELINE),demo/pipeline)") \
+		$(if $(PIPELINE),--pipeline "$(PIPELINE)") \
 		$(if $(CONFIG),--config "$(CONFIG)") $(if $(DTYPE),--dtype "$(DTYPE)") \
 		$(if $(FORMAT),--format "$(FORMAT)") $(if $(SIGN),--sign "$(SIGN)") \
 		$(if $(FORCE),--force) $(ARGS)
-	@$(if $(filter $(DEFAULT),$(ARCHIVE_NAME)),rm -f $(EMBEDDED))
-else
-	@$(if $(FORCE),rm -f $(DEFAULT_ARCHIVE))
-	@$(MAKE) --no-print-directory $(DEFAULT_ARCHIVE)
-endif
-
-$(DEFAULT_ARCHIVE): $(DEFAULT_SOURCES) | $(INSTALLED)
-	@[ ! -e $@ ] || [ -e $(EMBEDDED) ] || { echo "make: $@ is an archive of your own: serve it" \
-		"with make serve, or replace it by the embedded one with make archive FORCE=1" >&2; exit 1; }
-	@echo "Packing the embedded pipeline into $@ ..."
-	@$(PY) -m scripts.build_archive --pipeline demo/pipeline --name $(DEFAULT) --version 1.0 \
-		--smoke-prompt "a small yellow star on a blue background" --out $(STORE) --force
-	@touch $@ $(EMBEDDED)
 
 inspect: $(INSTALLED) ## Show what an archive holds [NAME=]
-	@$(PY) -m scripts.inspect_archive $(CHOSEN)
+	@$(CLI) inspect $(CHOSEN)
 
 verify: $(INSTALLED) ## Check an archive without serving it [NAME= KEY=public-key SMOKE=1]
-	@$(PY) -m scripts.verify_archive $(if $(KEY),--key "$(KEY)") $(if $(SMOKE),--smoke) $(CHOSEN)
+	@$(CLI) verify $(if $(KEY),--key "$(KEY)") $(if $(SMOKE),--smoke) $(CHOSEN)
 
 serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]
-	@$(START) $(if $(NAME),--name "$(NAME)")
+	@$(CLI) serve $(START) $(if $(NAME),--name "$(NAME)")
 
 stop: ## Stop the server
-	@[ ! -x $(PY) ] || $(SERVE) stop --run-dir $(RUN_DIR)
+	@[ ! -x $(PY) ] || $(CLI) stop --run-dir "$(RUN_DIR)"
 
 status: ## Say what is served and whether it is ready
 	@$(IS_INSTALLED)
-	@$(SERVE) status --run-dir $(RUN_DIR)
+	@$(CLI) status --run-dir "$(RUN_DIR)"
 
 logs: ## Follow the server's log
 	@$(IS_INSTALLED)
-	@$(SERVE) logs --follow --run-dir $(RUN_DIR)
+	@$(CLI) logs --follow --run-dir "$(RUN_DIR)"
 
 test: $(INSTALLED) ## Everything that must pass, on the real TorchServe too
 	@$(PY) -m pytest
@@ -138,5 +118,5 @@ clean: stop ## Stop the server; remove its state, caches and the embedded archiv
 	@[ ! -d "$(RUN_DIR)" ] || rmdir -- "$(RUN_DIR)" 2>/dev/null || true
 	@rm -f -- "$(DEMO_PICTURE)"
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@[ ! -e $(EMBEDDED) ] || rm -f $(EMBEDDED) $(DEFAULT_ARCHIVE)
+	@[ ! -e "$(EMBEDDED)" ] || rm -f "$(EMBEDDED)" "$(DEFAULT_ARCHIVE)"
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

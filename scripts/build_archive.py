@@ -90,7 +90,7 @@ def _pack_command(arguments: argparse.Namespace) -> int:
         arguments.pipeline = EMBEDDED_PIPELINE
         arguments.name = arguments.name or EMBEDDED_NAME
     if arguments.name is None:
-        source = arguments.pipeline.resolve().name if arguments.pipeline else arguments.model_id
+        source = arguments.model_id or os.path.abspath(arguments.pipeline)
         arguments.name = source.rpartition("/")[2]
     return _run(arguments)
 

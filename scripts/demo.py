@@ -18,6 +18,7 @@ from scripts.command import Command, add_run_dir
 from scripts.console import DONE
 from scripts.embedded import EMBEDDED_NAME
 from scripts.errors import ServerError
+from scripts.hints import to_run
 from scripts.serve import add_start_arguments, curl_line, start
 from scripts.torchserve.process import TorchServer
 
@@ -67,7 +68,9 @@ def draw(server: TorchServer, fields: dict[str, object], out: Path) -> None:
     answer = post(server, fields)
     if answer.status != 200:
         reason = answer.body.decode("utf-8", "replace").strip()
-        raise ServerError(f"the server answered {answer.status}: {reason}; make logs says more")
+        raise ServerError(
+            f"the server answered {answer.status}: {reason}; {to_run('logs')} says more"
+        )
     with tempfile.NamedTemporaryFile(dir=out.resolve().parent, delete=False) as part:
         part.write(answer.body)
     os.chmod(part.name, 0o644)
@@ -76,7 +79,8 @@ def draw(server: TorchServer, fields: dict[str, object], out: Path) -> None:
     seconds = sum(float(milliseconds) for _, milliseconds in stages) / 1000
     print(f"\n  {out.resolve()}   ({len(answer.body):,} bytes, {seconds:.1f} s)\n")
     print(f"Your turn:\n\n  {curl_line(server, {'prompt': NEXT_PROMPT}, 'mine.png')}\n")
-    print("The server keeps running: make status, make logs, make stop.")
+    watching = ", ".join(to_run(name) for name in ("status", "logs", "stop"))
+    print(f"The server keeps running: {watching}.")
 
 
 def post(server: TorchServer, fields: dict[str, object]) -> Answer:

@@ -15,6 +15,7 @@ from scripts.archive.store import choose_archive
 from scripts.command import add_run_dir
 from scripts.console import run_command
 from scripts.errors import ServerError
+from scripts.hints import to_run
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 
@@ -48,8 +49,9 @@ def start(arguments: argparse.Namespace) -> int:
     if running is not None:
         if running.options.archive != options.archive.resolve():
             raise ServerError(
-                f"{running.options.archive.name} is being served at {running.url}; `make stop` "
-                "first, or run a second one: RUN_DIR=.run/second PORT=9080 GRPC_PORT=9070"
+                f"{running.options.archive.name} is being served at {running.url}; "
+                f"`{to_run('stop')}` first, or run a second one: "
+                f"{to_run('serve', run_dir='.run/second', port='9080', grpc_port='9070')}"
             )
         server.check(running)
         print("The archive or the settings have changed: restarting.")
@@ -81,7 +83,8 @@ def status(arguments: argparse.Namespace) -> int:
     """Say what is served and how its workers are; 1 when nothing is."""
     server = TorchServer.find(arguments.run_dir)
     if server is None:
-        print("{}" if arguments.json else "No server is running; `make serve` starts one.")
+        none = f"No server is running; `{to_run('serve')}` starts one."
+        print("{}" if arguments.json else none)
         return 1
     workers = server.workers()
     state = {
@@ -144,7 +147,8 @@ def _introduce(server: TorchServer, verb: str, *, brief: bool) -> None:
         return
     prompt = example_prompt(server.options.archive) or EXAMPLE_PROMPT
     example = curl_line(server, {"prompt": prompt}, "picture.png")
-    print(f"Draw a picture:\n\n  {example}\n\nmake status, make logs, make stop")
+    watching = ", ".join(to_run(name) for name in ("status", "logs", "stop"))
+    print(f"Draw a picture:\n\n  {example}\n\n{watching}")
 
 
 @contextmanager

@@ -86,6 +86,13 @@ def test_it_knows_its_version_and_its_commands(command: Path, tmp_path: Path) ->
     assert "the following arguments are required: COMMAND" in answer.stderr
 
 
+def test_it_says_what_to_run_next_in_its_own_words(command: Path, tmp_path: Path) -> None:
+    answer = call(command, tmp_path, "verify")
+    assert answer.returncode == 2
+    assert "`diffusers-torchserve pack` builds the embedded one" in answer.stderr
+    assert "`diffusers-torchserve serve` starts one" in call(command, tmp_path, "status").stdout
+
+
 def test_shells_complete_it(command: Path, tmp_path: Path) -> None:
     answer = call(command, tmp_path, "completion", "bash")
     assert answer.returncode == 0, answer.stderr
