@@ -14,6 +14,7 @@ from handler.loading.contents import pickled
 from scripts.archive.checks import read_config, read_manifest
 from scripts.archive.manifest import CONFIG_NAME, TORCHSERVE_MANIFEST_NAME, component_facts
 from scripts.archive.reader import ArchiveView, open_archive
+from scripts.archive.sbom import sbom
 from scripts.archive.signing import signature_path
 from scripts.archive.store import add_archive, chosen_archive
 from scripts.command import Command
@@ -26,6 +27,7 @@ _EXAMPLES = """\
 examples:
   %(prog)s model-store/sd.mar
   %(prog)s model-store/sd.mar --json
+  %(prog)s model-store/sd.mar --sbom > sd.cdx.json
   %(prog)s upstream.mar          made by torch-model-archiver
   %(prog)s my-pipeline           a pipeline's folder
 
@@ -200,7 +202,11 @@ def _megabytes(size_bytes: int) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    facts = inspect(chosen_archive(arguments))
+    path = chosen_archive(arguments)
+    if arguments.sbom:
+        print(sbom(path))
+        return DONE
+    facts = inspect(path)
     if arguments.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -211,7 +217,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_archive(parser)
-    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the facts as JSON")
+    form.add_argument(
+        "--sbom", action="store_true", help="print a bill of materials: CycloneDX, as JSON"
+    )
 
 
 INSPECT = Command(

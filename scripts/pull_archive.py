@@ -53,23 +53,23 @@ def pull(
 
     Raises: ArchiveError, RegistryError, UsageError.
     """
-    client = RegistryClient(reference, is_insecure=is_insecure)
-    manifest = client.manifest(reference.digest or reference.tag or "latest")
-    print(f"{reference.host}/{reference.name}@{manifest.digest}", file=sys.stderr)
-    while (digest := manifest_of(manifest, str(reference))) is not None:
-        manifest = client.manifest(digest)
-    *descriptors, last = layers_of(manifest, str(reference))
-    recipe = read_recipe(_fetch_small(client, last), str(reference))
     if name is not None and not _NAME.fullmatch(name):
         raise UsageError(f"--name {name!r}: wanted letters, digits and _ . -, at most 100")
-    out = store / (name or recipe.name)
-    out = out if recipe.is_folder else out.with_name(f"{out.name}.mar")
-    if os.path.lexists(out) and not force:
-        raise UsageError(f"{out} exists; pass --force to replace it")
-    store.mkdir(parents=True, exist_ok=True)
-    # Of one name for every attempt, so that the next goes on where this one stopped.
-    stage = store / f".{manifest.digest.removeprefix('sha256:')[:16]}.pull"
-    _assemble(client, recipe, descriptors, stage)
+    with RegistryClient(reference, is_insecure=is_insecure) as client:
+        manifest = client.manifest(reference.digest or reference.tag or "latest")
+        print(f"{reference.host}/{reference.name}@{manifest.digest}", file=sys.stderr)
+        while (digest := manifest_of(manifest, str(reference))) is not None:
+            manifest = client.manifest(digest)
+        *descriptors, last = layers_of(manifest, str(reference))
+        recipe = read_recipe(_fetch_small(client, last), str(reference))
+        out = store / (name or recipe.name)
+        out = out if recipe.is_folder else out.with_name(f"{out.name}.mar")
+        if os.path.lexists(out) and not force:
+            raise UsageError(f"{out} exists; pass --force to replace it")
+        store.mkdir(parents=True, exist_ok=True)
+        # Of one name for every attempt, so that the next goes on where this one stopped.
+        stage = store / f".{manifest.digest.removeprefix('sha256:')[:16]}.pull"
+        _assemble(client, recipe, descriptors, stage)
     marker = TORCHSERVE_MANIFEST_NAME if recipe.is_folder else None
     with atomic_output(out, force=force, marker=marker) as part:
         os.replace(stage / "archive", part)

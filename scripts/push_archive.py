@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from scripts.errors import UsageError
 from scripts.registry.client import RegistryClient, digest_of
 from scripts.registry.parallel import run_all
 from scripts.registry.reference import Reference
-from scripts.registry.transfer import Blob, Uploads, push_blob
+from scripts.registry.transfer import Blob, push_blob
 from scripts.torchserve.options import archive_identity
 
 __all__ = ["PUSH", "main", "push"]
@@ -34,10 +34,10 @@ examples:
   %(prog)s --to localhost:5000/sd:1.0                a registry on this machine: plain HTTP
 
 The archive becomes an OCI image: each weights file is a layer, everything small is another, so an
-archive with another configuration sends kilobytes. What the registry has is not sent again, and an
-upload that stopped goes on where it was. It prints the digest that the command pull takes, with
-which the very same bytes come back. Credentials are those of docker login. docs/shipping.md says
-how Kubernetes mounts such an image.
+archive with another configuration sends kilobytes. What the registry has is not sent again, so
+a push that stopped goes on with the file that it was at. It prints the digest that the command
+pull takes, with which the very same bytes come back. Credentials are those of docker login.
+docs/shipping.md says how Kubernetes mounts such an image.
 """
 
 
@@ -66,16 +66,17 @@ def push(archive: Path, reference: Reference, *, is_insecure: bool = False) -> s
     """
     if reference.digest is not None:
         raise UsageError(f"{reference}: push to a tag; the digest follows from what is pushed")
-    client = RegistryClient(reference, is_insecure=is_insecure)
     layers = read_archive(archive).layers()
     run_all([partial(_hash, layer) for layer in layers])
     documents = build_documents(layers, _annotations(archive))
     small: list[Blob] = [_Bytes(config) for config in documents.configs]
-    missing = [blob for blob in (*layers, *small) if not client.has_blob(blob.digest)]
-    _send(client, missing, archive.with_name(f".{archive.name}.push.json"))
-    for manifest in documents.manifests:
-        client.put_manifest(manifest)
-    client.put_manifest(documents.index, reference.tag or "latest")
+    with RegistryClient(reference, is_insecure=is_insecure) as client:
+        missing = [blob for blob in (*layers, *small) if not client.has_blob(blob.digest)]
+        with progress("pushing", sum(blob.size_bytes for blob in missing)) as report:
+            run_all([partial(push_blob, client, blob, report) for blob in missing])
+        for manifest in documents.manifests:
+            client.put_manifest(manifest)
+        client.put_manifest(documents.index, reference.tag or "latest")
     sent, total = (sum(each.size_bytes for each in blobs) for blobs in (missing, layers))
     print(f"{reference}: sent {sent / 1e6:,.3f} of {total / 1e6:,.1f} MB", file=sys.stderr)
     return documents.index.digest
@@ -84,12 +85,6 @@ def push(archive: Path, reference: Reference, *, is_insecure: bool = False) -> s
 def _hash(layer: TarLayer, stopped: threading.Event) -> str:
     """Have the layer know its digest."""
     return layer.digest
-
-
-def _send(client: RegistryClient, blobs: Sequence[Blob], sessions: Path) -> None:
-    uploads = Uploads(sessions)
-    with progress("pushing", sum(blob.size_bytes for blob in blobs)) as report:
-        run_all([partial(push_blob, client, blob, uploads, report) for blob in blobs])
 
 
 def _annotations(archive: Path) -> dict[str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 from urllib.parse import urljoin
@@ -76,6 +77,12 @@ class RegistryClient:
         )
         self._session.auth = self._auth
 
+    def __enter__(self) -> RegistryClient:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._session.close()
+
     def request(
         self,
         method: str,
@@ -106,7 +113,10 @@ class RegistryClient:
 
     def has_blob(self, digest: str) -> bool:
         """Say whether the repository holds the blob."""
-        with self.request("HEAD", f"blobs/{digest}", wanted=(200, 404)) as reply:
+        with (
+            self._reached(),
+            self.request("HEAD", f"blobs/{digest}", wanted=(200, 404)) as reply,
+        ):
             return reply.status_code == 200
 
     def manifest(self, name: str) -> Manifest:
@@ -115,7 +125,10 @@ class RegistryClient:
         Raises: RegistryError.
         """
         accept = {"Accept": f"{INDEX_TYPE}, {MANIFEST_TYPE}"}
-        with self.request("GET", f"manifests/{name}", wanted=(200,), headers=accept) as reply:
+        with (
+            self._reached(),
+            self.request("GET", f"manifests/{name}", wanted=(200,), headers=accept) as reply,
+        ):
             data = bytearray()
             for chunk in reply.iter_content(64 << 10):
                 data += chunk
@@ -131,7 +144,15 @@ class RegistryClient:
         """Store `manifest` under `name`, a tag, or else under its digest."""
         where = f"manifests/{name or manifest.digest}"
         headers = {"Content-Type": manifest.media_type}
-        self.request("PUT", where, wanted=(201,), headers=headers, body=manifest.data).close()
+        with self._reached():
+            self.request("PUT", where, wanted=(201,), headers=headers, body=manifest.data).close()
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
+        try:
+            yield
+        except requests.RequestException as error:
+            raise RegistryError(f"{self.reference.host} is not reached: {error}") from error
 
     def _refusal(self, method: str, reply: requests.Response) -> RegistryError:
         """Return the error that a reply means, in the registry's words where it has any."""
