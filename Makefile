@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 # These come from the command line alone: some shells export a NAME or a VERSION of their own.
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
-	FORCE SMOKE RUN_DIR STORE VENV DEMO_PICTURE,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
+	FORCE SMOKE SBOM TO FROM RUN_DIR STORE VENV DEMO_PICTURE,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
 
 VENV      ?= .venv
 RUN_DIR   ?= .run
@@ -40,7 +40,7 @@ EMBEDDED        := $(STORE)/.embedded
 START = --run-dir "$(RUN_DIR)" --store "$(STORE)" --port $(PORT) --grpc-port $(GRPC_PORT) \
 	--address $(ADDRESS) --auth $(AUTH)
 
-.PHONY: help demo setup archive inspect verify serve stop status logs test test-fast lint format bench clean
+.PHONY: help demo setup archive inspect verify push pull serve stop status logs test test-fast lint format bench clean
 
 help: ## List the targets
 	@echo "make demo first; then your own curl."
@@ -73,11 +73,17 @@ archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=folder | MODEL_ID=org/name R
 		$(if $(FORMAT),--format "$(FORMAT)") $(if $(SIGN),--sign "$(SIGN)") \
 		$(if $(FORCE),--force) $(ARGS)
 
-inspect: $(INSTALLED) ## Show what an archive holds [NAME=]
-	@$(CLI) inspect $(CHOSEN)
+inspect: $(INSTALLED) ## Show what an archive holds [NAME= SBOM=1]
+	@$(CLI) inspect $(CHOSEN) $(if $(SBOM),--sbom)
 
 verify: $(INSTALLED) ## Check an archive without serving it [NAME= KEY=public-key SMOKE=1]
 	@$(CLI) verify $(if $(KEY),--key "$(KEY)") $(if $(SMOKE),--smoke) $(CHOSEN)
+
+push: $(INSTALLED) ## Store an archive in an OCI registry: TO=registry/name:tag [NAME=]
+	@$(CLI) push $(CHOSEN) --to "$(TO)" $(ARGS)
+
+pull: $(INSTALLED) ## Fetch an archive from one: FROM=registry/name@sha256:… [NAME= FORCE=1]
+	@$(CLI) pull $(CHOSEN) --from "$(FROM)" $(if $(FORCE),--force) $(ARGS)
 
 serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]
 	@$(CLI) serve $(START) $(if $(NAME),--name "$(NAME)")

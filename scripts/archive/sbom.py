@@ -204,6 +204,7 @@ def _files(files: Mapping[str, Any], prefix: str) -> Iterator[Component]:
 
 
 def _licences(licence: Mapping[str, Any]) -> Iterable[Any]:
+    from cyclonedx.contrib.license.exceptions import InvalidSpdxLicenseException
     from cyclonedx.contrib.license.factories import LicenseFactory
     from cyclonedx.model import AttachedText
 
@@ -215,7 +216,7 @@ def _licences(licence: Mapping[str, Any]) -> Iterable[Any]:
     factory = LicenseFactory()
     try:
         found = factory.make_with_id(str(name), text=attached)
-    except ValueError:  # not one of SPDX
+    except InvalidSpdxLicenseException:
         found = factory.make_with_name(str(name or "see the text"), text=attached)
     return [found]
 

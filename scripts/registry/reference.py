@@ -38,8 +38,8 @@ class Reference:
         is_host = _HOST.fullmatch(host) and ("." in host or ":" in host or host == "localhost")
         if not is_host or not _NAME.fullmatch(name) or len(name) > 255:
             raise UsageError(
-                f"{text!r}: wanted registry/name:tag or registry/name@sha256:…, such as "
-                "ghcr.io/me/sd:1.0 (names are in lower case)"
+                f"{text!r} is not the name of an image: wanted registry/name:tag or "
+                "registry/name@sha256:…, such as ghcr.io/me/sd:1.0 (names are in lower case)"
             )
         if colon and not _TAG.fullmatch(tag):
             raise UsageError(f"{text!r}: {tag!r} is not a tag")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from handler.errors import ServingError
 from scripts.archive.writer import ArchivePlan, write_archive
@@ -22,10 +23,13 @@ from scripts.pull_archive import pull
 from scripts.push_archive import main as push_main
 from scripts.push_archive import push
 from scripts.registry import transfer
+from scripts.registry.auth import RegistryAuth
+from scripts.registry.credentials import Credentials
 from scripts.registry.reference import Reference
 from scripts.verify_archive import verify
 from tests.support.packing import content
 from tests.support.registry import PASSWORD, USER, CuttingProxy, htpasswd_auth, serve_registry
+from tests.support.token_server import IDENTITY, serve_tokens
 
 
 @pytest.fixture(scope="module")
@@ -227,6 +231,58 @@ def test_a_registry_that_wants_a_password(
         assert push_main([str(archive), "--to", to]) == DONE
         assert pull_main(["--from", to, "--store", str(tmp_path / "store")]) == DONE
     assert (tmp_path / "store" / "toy.mar").read_bytes() == archive.read_bytes()
+
+
+@pytest.mark.parametrize("entry", ["password", "identity token"])
+def test_a_registry_that_wants_tokens(tmp_path: Path, entry: str) -> None:
+    archive = pack(tmp_path)
+    docker = tmp_path / "docker"
+    docker.mkdir()
+    with (
+        serve_tokens(tmp_path / "tokens") as tokens,
+        serve_registry(tmp_path / "registry", tokens.auth()) as host,
+    ):
+        with pytest.raises(RegistryError, match="gives no token"):
+            push(archive, at(host, "me/toy:1.0"))
+        if entry == "password":
+            auth = {"auth": base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()}
+        else:
+            auth = {"identitytoken": IDENTITY}
+        (docker / "config.json").write_text(json.dumps({"auths": {host: auth}}))
+        push(archive, at(host, "me/toy:1.0"))
+        out = pull(at(host, "me/toy:1.0"), tmp_path / "store")
+    assert out.read_bytes() == archive.read_bytes()
+    scopes = {
+        (scope.split(":")[1], *sorted(scope.split(":")[2].split(","))) for scope in tokens.scopes
+    }
+    assert scopes == {("me/toy", "pull"), ("me/toy", "pull", "push")}
+
+
+def test_a_password_is_not_sent_in_the_clear(tmp_path: Path) -> None:
+    """To a server of tokens elsewhere, which a registry under https names."""
+    session, refused = requests.Session(), requests.Response()
+    refused.url = "https://registry.example/v2/"
+    refused.request = requests.Request("GET", refused.url).prepare()
+    refused.headers["WWW-Authenticate"] = 'Bearer realm="http://tokens.example/t",service="x"'
+    auth = RegistryAuth("https://registry.example", Credentials("ada", "x"), is_insecure=False)
+    with pytest.raises(RegistryError, match="which is not https"):
+        auth.answer(session, refused)
+
+
+def test_other_hosts_are_sent_nothing() -> None:
+    """An upload or a download may lead to an object store, with a signature in the address."""
+    origin = "https://registry.example"
+    auth = RegistryAuth(origin, Credentials("ada", "x"), is_insecure=False)
+    refused = requests.Response()
+    refused.url = f"{origin}/v2/"
+    refused.request = requests.Request("GET", refused.url).prepare()
+    refused.headers["WWW-Authenticate"] = 'Basic realm="x"'
+    with requests.Session() as session:
+        assert auth.answer(session, refused)
+    ours = auth(requests.Request("GET", f"{origin}/v2/blobs").prepare())
+    assert "Authorization" in ours.headers
+    for other in ("https://registry.example.org/", "http://registry.example/", "https://s3/"):
+        assert "Authorization" not in auth(requests.Request("GET", other).prepare()).headers
 
 
 @pytest.mark.parametrize("name", ["me/nothing:1.0", f"me/nothing@sha256:{'0' * 64}"])
