@@ -6,11 +6,11 @@ SHELL := /bin/bash
 
 # These come from the command line alone: some shells export a NAME or a VERSION of their own.
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
-	FORCE SMOKE RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
+	FORCE SMOKE SBOM TO RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
 
 # The recipes put these between double quotes, where the shell would read such letters itself.
 unquotable := " ` \ $$
-$(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG SIGN KEY RUN_DIR STORE,\
+$(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG SIGN KEY TO RUN_DIR STORE,\
 	$(foreach letter,$(unquotable),$(if $(findstring $(letter),$(value $(variable))),\
 	$(error $(variable) may not have any of $(unquotable) in it; rename it or move it))))
 
@@ -33,32 +33,21 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	&& echo $$python && break; done)
 PY        := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-SERVE     := $(PY) -m scripts.serve
+CLI       := $(PY) -m diffusers_torchserve
 # For targets that only look: they install nothing.
 IS_INSTALLED = [ -x $(PY) ] || { echo "Nothing is installed yet: make demo" >&2; exit 1; }
 
-# What an archive is called that has no NAME: as its pipeline, or as the archive it is made from.
-ARCHIVE_NAME = $(or $(NAME),$(notdir $(patsubst %/,%,$(or $(FROM:.mar=),$(PIPELINE),$(MODEL_ID)))),$(DEFAULT))
-# scripts.build_archive knows better what the pipeline in a file, a zip or a hub cache is called.
-GIVEN_NAME = $(or $(NAME),$(if $(PIPELINE)$(MODEL_ID)$(FROM),,$(DEFAULT)))
 # The archive to look at, which is the one that `make serve` would take.
 CHOSEN = --store "$(STORE)" $(if $(NAME),--name "$(NAME)")
 
-# The embedded default, rebuilt when anything inside it changes; .embedded marks that it is ours.
-DEFAULT         := stable_diffusion
-DEFAULT_ARCHIVE := $(STORE)/$(DEFAULT).mar
+# The archive of the embedded pipeline; .embedded marks that it is ours.
+DEFAULT_ARCHIVE := $(STORE)/stable_diffusion.mar
 EMBEDDED        := $(STORE)/.embedded
-# As a target of make's, where a space would be the end of a name.
-empty           :=
-space           := $(empty) $(empty)
-DEFAULT_TARGET  := $(subst $(space),\$(space),$(DEFAULT_ARCHIVE))
-DEFAULT_SOURCES := $(shell find demo/pipeline -type f 2>/dev/null) config/model-config.yaml \
-	$(shell find handler -name '*.py' 2>/dev/null)
 
-START = $(SERVE) start --run-dir "$(RUN_DIR)" --store "$(STORE)" --port $(PORT) \
-	--grpc-port $(GRPC_PORT) --address $(ADDRESS) --auth $(AUTH)
+START = --run-dir "$(RUN_DIR)" --store "$(STORE)" --port $(PORT) --grpc-port $(GRPC_PORT) \
+	--address $(ADDRESS) --auth $(AUTH)
 
-.PHONY: help demo setup archive inspect verify serve stop status logs test test-fast lint format bench clean
+.PHONY: help demo setup archive inspect verify push pull serve stop status logs test test-fast lint format bench clean
 
 help: ## List the targets
 	@echo "make demo first; then your own curl."
@@ -66,9 +55,8 @@ help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) \
 		| while IFS='|' read -r target text; do printf '%-17s %s\n' "$$target" "$$text"; done
 
-demo: $(INSTALLED) $(DEFAULT_TARGET) ## Install, build, start TorchServe, draw demo.png; the server keeps running [PROMPT=]
-	@$(START) --name $(DEFAULT) --brief
-	@$(PY) -m scripts.demo --run-dir "$(RUN_DIR)" --out "$(DEMO_PICTURE)" $(if $(PROMPT),--prompt "$(PROMPT)")
+demo: $(INSTALLED) ## Install, build, start TorchServe, draw demo.png; the server keeps running [PROMPT=]
+	@$(CLI) demo $(START) --out "$(DEMO_PICTURE)" $(if $(PROMPT),--prompt "$(PROMPT)")
 
 setup: $(INSTALLED) ## Make .venv with the pinned packages (PIP_ARGS=… are passed to pip)
 
@@ -84,50 +72,29 @@ $(INSTALLED): constraints.txt pyproject.toml
 		-c constraints.txt -r $(VENV)/requirements.txt
 	@touch $@
 
-archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=path | MODEL_ID=org/name REVISION= | FROM=archive] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key ARGS= FORCE=1]
-ifneq ($(strip $(PIPELINE)$(MODEL_ID)$(FROM)$(NAME)$(filter-out 1.0,$(VERSION))$(CONFIG)$(DTYPE)$(FORMAT)$(SIGN)$(ARGS)),)
-	@$(PY) -m scripts.build_archive --out "$(STORE)" $(if $(GIVEN_NAME),--name "$(GIVEN_NAME)") \
-		$(if $(filter command,$(origin VERSION)),--version "$(VERSION)") \
-		$(if $(FROM),--from "$(FROM)") $(if $(MODEL_ID),--model-id "$(MODEL_ID)") \
-		$(if $(filter-out main,$(REVISION)),--revision "$(REVISION)") \
-		$(if $(PIPELINE),--pipeline "$(PIPELINE)") \
-		$(if $(PIPELINE)$(MODEL_ID)$(FROM),,--pipeline demo/pipeline) \
-		$(if $(CONFIG),--config "$(CONFIG)") $(if $(DTYPE),--dtype "$(DTYPE)") \
-		$(if $(FORMAT),--format "$(FORMAT)") $(if $(SIGN),--sign "$(SIGN)") \
-		$(if $(FORCE),--force) $(ARGS)
-	@$(if $(filter $(DEFAULT),$(ARCHIVE_NAME)),rm -f "$(EMBEDDED)")
-else
-	@$(if $(FORCE),rm -f "$(DEFAULT_ARCHIVE)")
-	@$(MAKE) --no-print-directory "$(DEFAULT_ARCHIVE)"
-endif
-
-$(DEFAULT_TARGET): $(DEFAULT_SOURCES) | $(INSTALLED)
-	@[ ! -e "$@" ] || [ -e "$(EMBEDDED)" ] || { echo "make: $@ is an archive of your own: serve it" \
-		"with make serve, or replace it by the embedded one with make archive FORCE=1" >&2; exit 1; }
-	@echo "Packing the embedded pipeline into $@ ..."
-	@$(PY) -m scripts.build_archive --pipeline demo/pipeline --name $(DEFAULT) --version 1.0 \
-		--smoke-prompt "a small yellow star on a blue background" --out "$(STORE)" --force
-	@touch "$@" "$(EMBEDDED)"
-
-inspect: $(INSTALLED) ## Show what an archive holds [NAME=]
-	@$(PY) -m scripts.inspect_archive $(CHOSEN)
 
 verify: $(INSTALLED) ## Check an archive without serving it [NAME= KEY=public-key SMOKE=1]
-	@$(PY) -m scripts.verify_archive $(if $(KEY),--key "$(KEY)") $(if $(SMOKE),--smoke) $(CHOSEN)
+	@$(CLI) verify $(if $(KEY),--key "$(KEY)") $(if $(SMOKE),--smoke) $(CHOSEN)
+
+push: $(INSTALLED) ## Store an archive in an OCI registry: TO=registry/name:tag [NAME=]
+	@$(CLI) push $(CHOSEN) --to "$(TO)" $(ARGS)
+
+pull: $(INSTALLED) ## Fetch an archive from one: FROM=registry/name@sha256:… [NAME= FORCE=1]
+	@$(CLI) pull $(CHOSEN) --from "$(FROM)" $(if $(FORCE),--force) $(ARGS)
 
 serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]
-	@$(START) $(if $(NAME),--name "$(NAME)")
+	@$(CLI) serve $(START) $(if $(NAME),--name "$(NAME)")
 
 stop: ## Stop the server once its requests are finished; those that take longer get 503 [DRAIN_S=30]
-	@[ ! -x $(PY) ] || $(SERVE) stop --run-dir "$(RUN_DIR)" --drain-s $(DRAIN_S)
+	@[ ! -x $(PY) ] || $(CLI) stop --run-dir "$(RUN_DIR)" --drain-s $(DRAIN_S)
 
 status: ## Say what is served and whether it is ready
 	@$(IS_INSTALLED)
-	@$(SERVE) status --run-dir "$(RUN_DIR)"
+	@$(CLI) status --run-dir "$(RUN_DIR)"
 
 logs: ## Follow the server's log
 	@$(IS_INSTALLED)
-	@$(SERVE) logs --follow --run-dir "$(RUN_DIR)"
+	@$(CLI) logs --follow --run-dir "$(RUN_DIR)"
 
 test: $(INSTALLED) ## Everything that must pass, on the real TorchServe too
 	@$(PY) -m pytest

@@ -17,33 +17,84 @@ from scripts.archive.precision import PRECISIONS
 from scripts.archive.repacking import read_identity
 from scripts.archive.signing import signature_path
 from scripts.archive.writer import ArchivePlan, write_archive
-from scripts.console import DONE, run_command
+from scripts.command import Command
+from scripts.console import DONE
 from scripts.documents import parse_yaml
+from scripts.embedded import (
+    EMBEDDED_NAME,
+    EMBEDDED_PIPELINE,
+    EMBEDDED_PROMPT,
+    embedded_archive,
+    forget_embedded,
+    is_current,
+    mark_embedded,
+)
 from scripts.errors import UsageError
 
-__all__ = ["main"]
+__all__ = ["PACK", "main", "pack_embedded"]
 
 _EXAMPLES = """\
 examples:
-  python -m scripts.build_archive --pipeline my-pipeline --name stable_diffusion
-  python -m scripts.build_archive --model-id org/name --revision main --name sd --version 2.0
-  python -m scripts.build_archive --pipeline my-pipeline --name sd --dtype float16
-  python -m scripts.build_archive --pipeline my-pipeline --name sd \\
+  %(prog)s                                the embedded toy pipeline, unless it is there
+  %(prog)s --pipeline my-pipeline --name stable_diffusion
+  %(prog)s --model-id org/name --revision main --name sd --version 2.0
+  %(prog)s --pipeline my-pipeline --name sd --dtype float16
+  %(prog)s --pipeline my-pipeline --name sd \\
       --component vae=my-vae --lora style=style.safetensors --set height=512 --set width=512
-  python -m scripts.build_archive --pipeline checkpoint.safetensors --config-from my-pipeline
-  python -m scripts.build_archive --from model-store/sd.mar --config other.yaml --name sd-other
-  python -m scripts.build_archive --pipeline my-pipeline --name sd --sign private.pem
-  python -m scripts.build_archive --pipeline my-pipeline --name sd --format dir
+  %(prog)s --pipeline checkpoint.safetensors --config-from my-pipeline
+  %(prog)s --from model-store/sd.mar --config other.yaml --name sd-other
+  %(prog)s --pipeline my-pipeline --name sd --sign private.pem
+  %(prog)s --pipeline my-pipeline --name sd --format dir
 
 The archive is OUT/NAME.mar, or with --format dir the folder OUT/NAME, which TorchServe links
 instead of copying: one copy of the weights on disk instead of two. The same pipeline,
-configuration and versions give the same bytes. What is in it: scripts.inspect_archive; whether it
-is whole: scripts.verify_archive. LoRAs are active from the start, all of them, at weight 1.
+configuration and versions give the same bytes. What is in it: the command inspect;
+whether it is whole: verify. LoRAs are active from the start, all of them, at weight 1.
 """
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _NONE = "none"
 _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _UNUSUAL = re.compile(r"[^A-Za-z0-9_-]")
+
+
+def pack_embedded(store: Path, *, force: bool = False) -> Path:
+    """Pack the embedded pipeline into `store`, unless it is there as it is now; return the archive.
+
+    Raises: UsageError, where an archive of the user's own has its name and `force` is not given.
+    """
+    out = embedded_archive(store)
+    if not is_current(store, force=force):
+        print(f"Packing the embedded pipeline into {out} ...", flush=True)
+        _run(
+            PACK.parse(
+                [
+                    "--pipeline",
+                    str(EMBEDDED_PIPELINE),
+                    "--name",
+                    EMBEDDED_NAME,
+                    "--smoke-prompt",
+                    EMBEDDED_PROMPT,
+                    "--out",
+                    str(store),
+                    "--force",
+                ]
+            )
+        )
+        mark_embedded(store)
+    return out
+
+
+def _pack_command(arguments: argparse.Namespace) -> int:
+    """Run the command: without arguments that say what, it packs the embedded pipeline."""
+    defaults = vars(PACK.parse([]))
+    given = {name for name, value in defaults.items() if getattr(arguments, name) != value}
+    if given <= {"out", "force"}:
+        pack_embedded(arguments.out, force=arguments.force)
+        return DONE
+    if not (arguments.pipeline or arguments.model_id or arguments.packed):
+        arguments.pipeline = EMBEDDED_PIPELINE
+        arguments.name = arguments.name or EMBEDDED_NAME
+    return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -72,18 +123,18 @@ def _run(arguments: argparse.Namespace) -> int:
         config_from=arguments.config_from,
         is_repacked=packed is not None,
     )
-    if arguments.model_id is None:
-        _pack(plan, out, force=arguments.force)
-        return DONE
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    download(
-        arguments.model_id,
-        revision=arguments.revision,
-        out=plan.pipeline,
-        is_full=_wants_full(arguments),
-    )
+    if arguments.model_id is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        download(
+            arguments.model_id,
+            revision=arguments.revision,
+            out=plan.pipeline,
+            is_full=_wants_full(arguments),
+        )
     _pack(plan, out, force=arguments.force)
-    shutil.rmtree(plan.pipeline)
+    if arguments.model_id is not None:
+        shutil.rmtree(plan.pipeline)
+    forget_embedded(out)
     return DONE
 
 
@@ -176,14 +227,8 @@ def _settings(values: Sequence[str]) -> dict[str, object]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="build_archive",
-        description="Pack a diffusers pipeline with its handler as a TorchServe archive.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    source = parser.add_mutually_exclusive_group(required=True)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--pipeline",
         type=Path,
@@ -225,12 +270,20 @@ def _parser() -> argparse.ArgumentParser:
         ("--lora", "[NAME=]FILE", "a LoRA to pack and switch on; NAME=none leaves one out"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
-    return parser
+
+
+PACK = Command(
+    "pack",
+    "pack a diffusers pipeline with its handler as a TorchServe archive",
+    _pack_command,
+    _add_arguments,
+    examples=_EXAMPLES,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    return run_command(_parser(), _run, argv)
+    return PACK.main(argv, "build_archive")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The first picture: what `make demo` asks of the running server, with curl, as people do."""
+"""The first picture: packs, serves and draws, with curl, as people do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from scripts.console import DONE, run_command
+from scripts.build_archive import pack_embedded
+from scripts.command import Command, add_run_dir
+from scripts.console import DONE
+from scripts.embedded import EMBEDDED_NAME
 from scripts.errors import ServerError
+from scripts.hints import to_run
+from scripts.serve import add_start_arguments, start
 from scripts.torchserve.curl import curl_line, post
 from scripts.torchserve.process import TorchServer
 
-__all__ = ["main"]
+__all__ = ["DEMO", "main"]
 
 # What the embedded pipeline can draw: one shape in one colour on a background of another.
 FIRST_PROMPT = "a large red heart on a cyan background"
@@ -24,14 +29,17 @@ NEXT_PROMPT = "a small yellow star at the top left on a blue background"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Draw one picture; return 0 done, 1 failed, 2 misused."""
-    return run_command(_parser(), _run, argv)
+    return DEMO.main(argv, "demo")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     _check_target(arguments.out)
+    pack_embedded(arguments.store)
+    arguments.name, arguments.brief = EMBEDDED_NAME, True
+    start(arguments)
     server = TorchServer.find(arguments.run_dir)
     if server is None:
-        raise ServerError("no server is running; `make demo` starts one and draws")
+        raise ServerError(f"the server has ended; its log: {arguments.run_dir / 'logs'}")
     draw(server, {"prompt": arguments.prompt, "seed": arguments.seed}, arguments.out)
     return DONE
 
@@ -49,7 +57,9 @@ def draw(server: TorchServer, fields: dict[str, object], out: Path) -> None:
     answer = post(server, fields)
     if answer.status != 200:
         reason = answer.body.decode("utf-8", "replace").strip()
-        raise ServerError(f"the server answered {answer.status}: {reason}; make logs says more")
+        raise ServerError(
+            f"the server answered {answer.status}: {reason}; {to_run('logs')} says more"
+        )
     with tempfile.NamedTemporaryFile(dir=out.resolve().parent, delete=False) as part:
         part.write(answer.body)
     os.chmod(part.name, 0o644)
@@ -58,18 +68,24 @@ def draw(server: TorchServer, fields: dict[str, object], out: Path) -> None:
     seconds = sum(float(milliseconds) for _, milliseconds in stages) / 1000
     print(f"\n  {out.resolve()}   ({len(answer.body):,} bytes, {seconds:.1f} s)\n")
     print(f"Your turn:\n\n  {curl_line(server, {'prompt': NEXT_PROMPT}, 'mine.png')}\n")
-    print("The server keeps running: make status, make logs, make stop.")
+    watching = ", ".join(to_run(name) for name in ("status", "logs", "stop"))
+    print(f"The server keeps running: {watching}.")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="demo", description="Draw a picture on the running server."
-    )
-    parser.add_argument("--run-dir", type=Path, default=Path(".run"), help="the server's state")
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_run_dir(parser)
+    add_start_arguments(parser)
     parser.add_argument("--prompt", default=FIRST_PROMPT, help="what to draw")
     parser.add_argument("--seed", type=int, default=1, help="the same seed, the same picture (1)")
     parser.add_argument("--out", type=Path, default=Path("demo.png"), help="default: demo.png")
-    return parser
+
+
+DEMO = Command(
+    "demo",
+    "pack the embedded toy pipeline, serve it and draw demo.png; the server keeps running",
+    _run,
+    _add_arguments,
+)
 
 
 if __name__ == "__main__":

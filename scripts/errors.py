@@ -3,6 +3,7 @@
 handler.errors.ServingError  1
 ├── ArchiveError             1  an archive or a pipeline cannot be used (of handler.errors)
 ├── ConfigError              1  a configuration is wrong (of handler.errors)
+├── RegistryError            1  a registry refuses, is not reached, or answers wrongly
 ├── ServerError              1  TorchServe cannot be started, asked or stopped
 └── UsageError               2  the command was called wrongly
 """
@@ -11,7 +12,18 @@ from __future__ import annotations
 
 from handler.errors import ServingError
 
-__all__ = ["ServerError", "UsageError"]
+__all__ = ["RegistryError", "ServerError", "UsageError"]
+
+
+class RegistryError(ServingError):
+    """A registry refuses, is not reached, or answers what it should not.
+
+    `status` is that of its reply, 0 where it is not about one.
+    """
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class ServerError(ServingError):

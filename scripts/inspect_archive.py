@@ -14,21 +14,24 @@ from handler.loading.contents import pickled
 from scripts.archive.checks import read_config, read_manifest
 from scripts.archive.manifest import CONFIG_NAME, TORCHSERVE_MANIFEST_NAME, component_facts
 from scripts.archive.reader import ArchiveView, open_archive
+from scripts.archive.sbom import sbom
 from scripts.archive.signing import signature_path
 from scripts.archive.store import add_archive, chosen_archive
-from scripts.console import DONE, printable, run_command
+from scripts.command import Command
+from scripts.console import DONE, printable
 from scripts.documents import parse_json
 
-__all__ = ["inspect", "main"]
+__all__ = ["INSPECT", "inspect", "main"]
 
 _EXAMPLES = """\
 examples:
-  python -m scripts.inspect_archive model-store/sd.mar
-  python -m scripts.inspect_archive model-store/sd.mar --json
-  python -m scripts.inspect_archive upstream.mar          made by torch-model-archiver
-  python -m scripts.inspect_archive my-pipeline           a pipeline's folder
+  %(prog)s model-store/sd.mar
+  %(prog)s model-store/sd.mar --json
+  %(prog)s model-store/sd.mar --sbom > sd.cdx.json
+  %(prog)s upstream.mar          made by torch-model-archiver
+  %(prog)s my-pipeline           a pipeline's folder
 
-Nothing is loaded and no hash is compared: that is scripts.verify_archive.
+Nothing is loaded and no hash is compared: that is the command verify.
 """
 _DEFAULTS = ("num_inference_steps", "guidance_scale", "height", "width", "scheduler")
 _LIMITS = (
@@ -202,7 +205,11 @@ def _megabytes(size_bytes: int) -> str:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    facts = inspect(chosen_archive(arguments))
+    path = chosen_archive(arguments)
+    if arguments.sbom:
+        print(sbom(path))
+        return DONE
+    facts = inspect(path)
     if arguments.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -211,17 +218,27 @@ def _run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_archive(parser)
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print the facts as JSON")
+    form.add_argument(
+        "--sbom", action="store_true", help="print a bill of materials: CycloneDX, as JSON"
+    )
+
+
+INSPECT = Command(
+    "inspect",
+    "show what an archive holds, how large, from where, with which defaults",
+    _run,
+    _add_arguments,
+    examples=_EXAMPLES,
+)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="inspect_archive",
-        description="Show what model an archive holds, how large, from where, with which defaults.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_archive(parser)
-    parser.add_argument("--json", action="store_true", help="print the facts as JSON")
-    return run_command(parser, _run, argv)
+    return INSPECT.main(argv, "inspect_archive")
 
 
 if __name__ == "__main__":

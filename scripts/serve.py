@@ -11,15 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from scripts.archive.store import choose_archive
+from scripts.command import add_run_dir
 from scripts.console import run_command
 from scripts.errors import ServerError
+from scripts.hints import to_run
 from scripts.torchserve.curl import curl_line
 from scripts.torchserve.draining import DRAIN_S, drain
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 from scripts.torchserve.state import StateDir
 
-__all__ = ["main"]
+__all__ = ["add_commands", "add_start_arguments", "main", "start"]
 
 MAX_DRAIN_S = 86400.0
 EXAMPLE_PROMPT = "A futuristic cityscape"
@@ -52,8 +54,9 @@ def start(arguments: argparse.Namespace) -> int:
     if running is not None:
         if running.options.archive != options.archive.resolve():
             raise ServerError(
-                f"{running.options.archive.name} is being served at {running.url}; `make stop` "
-                "first, or run a second one: RUN_DIR=.run/second PORT=9080 GRPC_PORT=9070"
+                f"{running.options.archive.name} is being served at {running.url}; "
+                f"`{to_run('stop')}` first, or run a second one: "
+                f"{to_run('serve', run_dir='.run/second', port='9080', grpc_port='9070')}"
             )
         server.check(running)
         print("The archive or the settings have changed: restarting.")
@@ -90,7 +93,8 @@ def status(arguments: argparse.Namespace) -> int:
     """Say what is served, whether it draws, and if not why; 1 when it does not."""
     server = TorchServer.find(arguments.run_dir)
     if server is None:
-        print("{}" if arguments.json else "No server is running; `make serve` starts one.")
+        none = f"No server is running; `{to_run('serve')}` starts one."
+        print("{}" if arguments.json else none)
         return 1
     model, problem = server.model(), server.problem()
     workers = [] if model is None else model.workers
@@ -143,7 +147,8 @@ def _introduce(server: TorchServer, verb: str, *, brief: bool) -> None:
         return
     prompt = example_prompt(server.options.archive) or EXAMPLE_PROMPT
     example = curl_line(server, {"prompt": prompt}, "picture.png")
-    print(f"Draw a picture:\n\n  {example}\n\nmake status, make logs, make stop")
+    watching = ", ".join(to_run(name) for name in ("status", "logs", "stop"))
+    print(f"Draw a picture:\n\n  {example}\n\n{watching}")
 
 
 def _drain(server: TorchServer, drain_s: float) -> None:
@@ -197,29 +202,27 @@ def _parser() -> argparse.ArgumentParser:
         epilog="make serve, make stop, make status and make logs call this.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument(
-        "--run-dir", type=Path, default=Path(".run"), help="the instance's state (default: .run)"
-    )
+    add_commands(commands.add_parser, starter="start")
+    return parser
 
-    def add(run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(
-            run.__name__, parents=[common], help=text, description=run.__doc__
-        )
+
+def add_commands(
+    add_parser: Callable[..., argparse.ArgumentParser], *, starter: str = "serve"
+) -> None:
+    """Add the commands by the `add_parser` of a parser's subparsers; `starter` names the first."""
+
+    def add(
+        run: Callable[[argparse.Namespace], int], text: str, name: str = ""
+    ) -> argparse.ArgumentParser:
+        sub = add_parser(name or run.__name__, help=text, description=run.__doc__)
+        add_run_dir(sub)
         sub.set_defaults(run=run)
         return sub
 
-    starter = add(start, "serve an archive and wait until a worker is READY")
-    starter.add_argument("--store", type=Path, default=Path("model-store"), help="archives' folder")
-    starter.add_argument("--name", help="which archive, when there are several")
-    starter.add_argument("--port", type=int, default=8080, help="HTTP: this, +1, +2 (8080)")
-    starter.add_argument("--grpc-port", type=int, default=7070, help="gRPC: this, +1 (7070)")
-    starter.add_argument("--address", default=LOOPBACK, help="another needs --auth on (127.0.0.1)")
-    starter.add_argument("--auth", choices=("on", "off"), default="off", help="ask for a key (off)")
-    starter.add_argument("--brief", action="store_true", help="say no more than the address")
-    starter.add_argument(
-        "--timeout-s", type=float, default=READY_TIMEOUT_S, help="for the worker (1800)"
-    )
+    server = add(start, "serve an archive and wait until a worker is READY", starter)
+    server.add_argument("--name", help="which archive, when there are several")
+    server.add_argument("--brief", action="store_true", help="say no more than the address")
+    add_start_arguments(server)
     add(stop, "finish what is in flight, then stop it").add_argument(
         "--drain-s",
         type=seconds,
@@ -232,7 +235,18 @@ def _parser() -> argparse.ArgumentParser:
     viewer = add(logs, "show its log")
     viewer.add_argument("--lines", type=int, default=50, help="how many (50)")
     viewer.add_argument("--follow", action="store_true", help="go on until interrupted")
-    return parser
+
+
+def add_start_arguments(starter: argparse.ArgumentParser) -> None:
+    """Let `starter` take what `start` needs beside ``--run-dir``, ``--name`` and ``--brief``."""
+    starter.add_argument("--store", type=Path, default=Path("model-store"), help="archives' folder")
+    starter.add_argument("--port", type=int, default=8080, help="HTTP: this, +1, +2 (8080)")
+    starter.add_argument("--grpc-port", type=int, default=7070, help="gRPC: this, +1 (7070)")
+    starter.add_argument("--address", default=LOOPBACK, help="another needs --auth on (127.0.0.1)")
+    starter.add_argument("--auth", choices=("on", "off"), default="off", help="ask for a key (off)")
+    starter.add_argument(
+        "--timeout-s", type=float, default=READY_TIMEOUT_S, help="for the worker (1800)"
+    )
 
 
 if __name__ == "__main__":

@@ -20,21 +20,22 @@ from scripts.archive.checks import check_archive, check_models, read_config, rea
 from scripts.archive.reader import ArchiveView, open_archive
 from scripts.archive.signing import check_signature, signature_path
 from scripts.archive.store import add_archive, chosen_archive
-from scripts.console import DONE, FAILED, printable, progress, run_command
+from scripts.command import Command
+from scripts.console import DONE, FAILED, printable, progress
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from handler.api.traits import PipelineTraits
 
-__all__ = ["draw_smoke_picture", "main", "verify"]
+__all__ = ["VERIFY", "draw_smoke_picture", "main", "verify"]
 
 _EXAMPLES = """\
 examples:
-  python -m scripts.verify_archive model-store/sd.mar
-  python -m scripts.verify_archive model-store/sd.mar --key public.pem      the signature too
-  python -m scripts.verify_archive model-store/sd.mar --smoke               draws a small picture
-  python -m scripts.verify_archive model-store/sd.mar --json
+  %(prog)s model-store/sd.mar
+  %(prog)s model-store/sd.mar --key public.pem      the signature too
+  %(prog)s model-store/sd.mar --smoke               draws a small picture
+  %(prog)s model-store/sd.mar --json
 
 Checked: the zip's structure, every SHA-256, no pickles, code, links or paths that climb out; the
 components of model_index.json with weights whose names and shapes fit their configurations; the
@@ -162,21 +163,27 @@ def _run(arguments: argparse.Namespace) -> int:
     return FAILED if problems else DONE
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="verify_archive",
-        description="Check an archive without serving it; name every problem.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_archive(parser)
     parser.add_argument(
         "--key", type=Path, metavar="FILE", help="public key (PEM) of its signature"
     )
     parser.add_argument("--smoke", action="store_true", help="load it and draw one small picture")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
-    return run_command(parser, _run, argv)
+
+
+VERIFY = Command(
+    "verify",
+    "check an archive without serving it; name every problem",
+    _run,
+    _add_arguments,
+    examples=_EXAMPLES,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    return VERIFY.main(argv, "verify_archive")
 
 
 if __name__ == "__main__":

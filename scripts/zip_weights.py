@@ -10,19 +10,20 @@ from scripts.archive.copying import Copier
 from scripts.archive.members import make_member, write_member
 from scripts.archive.pipeline_files import list_pipeline
 from scripts.archive.zip_writer import ZipWriter
-from scripts.console import DONE, atomic_output, progress, run_command
+from scripts.command import Command
+from scripts.console import DONE, atomic_output, progress
 
-__all__ = ["main", "zip_pipeline"]
+__all__ = ["ZIP", "main", "zip_pipeline"]
 
 _EXAMPLES = """\
 examples:
-  python -m scripts.zip_weights my-pipeline                  writes my-pipeline.zip
-  python -m scripts.zip_weights my-pipeline --out model.zip
-  python -m scripts.zip_weights my-pipeline --out model.zip --force
+  %(prog)s my-pipeline                  writes my-pipeline.zip
+  %(prog)s my-pipeline --out model.zip
+  %(prog)s my-pipeline --out model.zip --force
 
-FOLDER is what DiffusionPipeline.save_pretrained or scripts.download_weights wrote. Weights do not
+FOLDER is what DiffusionPipeline.save_pretrained or the command download wrote. Weights do not
 compress, so they are stored; only the pipeline's own files go in, and pickled weights never do.
-The same folder gives the same bytes. To go all the way to a .mar use scripts.build_archive, which
+The same folder gives the same bytes. To go all the way to a .mar use the command pack, which
 needs no zip of yours.
 """
 
@@ -51,18 +52,24 @@ def _run(arguments: argparse.Namespace) -> int:
     return DONE
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line."""
-    parser = argparse.ArgumentParser(
-        prog="zip_weights",
-        description="Zip a diffusers pipeline folder: stored, aligned, reproducible.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="the pipeline's folder")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: FOLDER.zip")
     parser.add_argument("--force", action="store_true", help="replace FILE if it is there")
-    return run_command(parser, _run, argv)
+
+
+ZIP = Command(
+    "zip",
+    "zip a pipeline folder alone: stored, aligned, reproducible",
+    _run,
+    _add_arguments,
+    examples=_EXAMPLES,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line."""
+    return ZIP.main(argv, "zip_weights")
 
 
 if __name__ == "__main__":

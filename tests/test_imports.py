@@ -45,6 +45,7 @@ TOP_MAY_IMPORT = {
     "scripts": {"handler"},
     "demo": {"handler"},
     "benchmarks": {"handler", "scripts", "demo"},
+    "diffusers_torchserve": {"scripts"},
 }
 
 

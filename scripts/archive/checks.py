@@ -121,6 +121,8 @@ def _check_manifest(
         return
     assert view.outer is not None
     unlisted = {MANIFEST_NAME, MODEL_ZIP}
+    if MODEL_ZIP not in view.outer.sizes:  # unpacked in model/, as in an image
+        unlisted |= {f"model/{name}" for name in view.model.sizes}
     yield from _compare(view.outer, manifest.get("members"), unlisted, "", report)
     yield from _compare(view.model, manifest.get("model_members"), set(), "model.zip/", report)
 

@@ -22,6 +22,7 @@ from handler.loading.model_index import ModelIndex
 from handler.loading.safetensors_map import Header, parse_header
 from handler.zips.reader import CHUNK_BYTES, ZipReader
 from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
+from scripts.hints import to_run
 
 __all__ = ["ArchiveView", "FolderReader", "Reader", "open_archive"]
 
@@ -171,7 +172,7 @@ class ArchiveView:
 def open_archive(path: Path) -> Iterator[ArchiveView]:
     """Open an archive of any form. Raises: ArchiveError."""
     if not path.exists():
-        raise ArchiveError(f"{path}: no such archive; `make archive` packs one")
+        raise ArchiveError(f"{path}: no such archive; `{to_run('pack')}` packs one")
     with ExitStack() as stack:
         yield _open_folder(path, stack) if path.is_dir() else _open_file(path, stack)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
 from scripts.errors import UsageError
+from scripts.hints import option, to_run
 
 __all__ = ["add_archive", "choose_archive", "chosen_archive"]
 
@@ -28,9 +29,11 @@ def choose_archive(store: Path, name: str | None) -> Path:
             f"{store} has no archive called {name}; it has: {', '.join(names) or 'none'}"
         )
     if not found:
-        raise UsageError(f"{store} has no archive; `make archive` builds the embedded one")
+        raise UsageError(f"{store} has no archive; `{to_run('pack')}` builds the embedded one")
     if not name and len(names) > 1:
-        raise UsageError(f"{store} has several archives; choose one with NAME=: {', '.join(names)}")
+        raise UsageError(
+            f"{store} has several archives; choose one with {option('name')}: {', '.join(names)}"
+        )
     chosen = [path for each, path in found if each == (name or names[0])]
     if len(chosen) > 1:
         raise UsageError(f"{chosen[0]} and {chosen[1]} have one name: remove the older one")
@@ -61,5 +64,5 @@ def chosen_archive(arguments: argparse.Namespace) -> Path:
     if arguments.name:
         raise UsageError(f"{path} and --name {arguments.name}: give one of them")
     if not path.exists():
-        raise UsageError(f"{path}: no such archive; `make archive` packs one")
+        raise UsageError(f"{path}: no such archive; `{to_run('pack')}` packs one")
     return path

@@ -58,8 +58,10 @@ def test_the_manifest_tells_what_it_is(tmp_path: Path) -> None:
 
 
 def test_the_tools_version_is_the_projects() -> None:
-    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert scripts.__version__ == project["version"]
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    source = REPOSITORY / project["tool"]["hatch"]["version"]["path"]
+    assert source == Path(scripts.__file__).resolve()
 
 
 def test_halves_of_surrogate_pairs_stay_as_json_has_them() -> None:
