@@ -158,6 +158,7 @@ def test_an_idle_server_stops_at_once_and_an_old_drain_is_forgotten(
 ) -> None:
     server = TorchServer(Options(archive, tmp_path / "run", Ports.free()))
     server.drain_file.parent.mkdir(parents=True)
+    (server.state_dir / "config.properties").write_text("# This instance:\n")
     Drain(time.monotonic() + 3600, "of-one-that-was-killed").write(server.drain_file)
     with server.running(120):
         assert post_json(server.predictions_url, {"prompt": "a"}).status == 200
