@@ -135,7 +135,10 @@ class QueueFull(RequestError):
 
 
 class Draining(RequestError):
-    """The server is about to stop: it takes nothing new, or had no more time for the request."""
+    """The server is about to stop, and takes nothing new or had no time to finish the request.
+
+    `retry_after_s` goes into the header Retry-After.
+    """
 
     status, phrase, code = 503, "Service Unavailable", "draining"
 
