@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def test_the_error_shown_is_the_error_sent(document: str, server: TorchServer) -
 @pytest.mark.parametrize("line", MAKE_LINES)
 def test_make_lines_name_targets_and_variables_that_exist(line: str) -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
-    words = line.split("#")[0].split()[1:]
+    words = shlex.split(line, comments=True)[1:]
     targets = [word for word in words if "=" not in word]
     assert targets
     for target in targets:

@@ -94,7 +94,7 @@ def test_refuses_classes_that_are_no_components(
 
 
 def test_a_tokenizer_without_words_is_refused(tmp_path: Path) -> None:
-    """transformers makes an empty one of it, for which all prompts are equal."""
+    """Transformers makes an empty one of it, for which all prompts are equal."""
     pipeline = save_pipeline(tmp_path / "pipeline")
     (pipeline / "tokenizer" / "tokenizer.json").unlink()
     zip_pipeline(pipeline, tmp_path / "m" / "model.zip")

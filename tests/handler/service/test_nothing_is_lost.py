@@ -54,7 +54,7 @@ def test_a_hundred_requests_leave_no_reference(make: Make, quiet: None) -> None:
 
 @pytest.fixture
 def quiet() -> Iterator[None]:
-    """pytest keeps what is logged, and with it the frames of every traceback."""
+    """Pytest keeps what is logged, and with it the frames of every traceback."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)
