@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,17 +12,15 @@ import torch
 
 from handler.errors import ArchiveError
 from handler.loading.model_dir import Extent, OpenedPipeline
-from handler.loading.model_index import ModelIndex
+from handler.loading.pipeline_class import component_class
 from handler.loading.safetensors_map import map_tensors
 from handler.loading.variants import select_weights
 
 __all__ = [
     "NotMappableError",
     "build_model",
-    "check_pipeline_class",
     "check_vocabulary",
     "load_components",
-    "resolve_class",
 ]
 
 logger = logging.getLogger(__name__)
@@ -39,8 +36,8 @@ def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any
     Raises: ArchiveError.
     """
     components = {}
-    for name, (library, class_name) in opened.index.components.items():
-        cls = resolve_class(name, library, class_name)
+    for name in opened.index.components:
+        cls = component_class(name, opened.index)
         check_vocabulary(name, cls, (each.name for each in (opened.folder / name).glob("*")))
         if not issubclass(cls, torch.nn.Module):
             continue
@@ -54,62 +51,6 @@ def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any
             )
         components[name] = _load_component(opened, name, cls, extents, dtype)
     return components
-
-
-def resolve_class(name: str, library: str, class_name: str) -> type:
-    """Return the class that model_index.json names for the component `name`.
-
-    Raises: ArchiveError, where the installed libraries have none, or one that is no component.
-    """
-    import diffusers
-    import transformers
-    from diffusers import pipelines
-
-    known = {"diffusers": diffusers, "transformers": transformers}
-    module = known.get(library) or getattr(pipelines, library, None)
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
-        raise ArchiveError(
-            f"{name}: {library}.{class_name} does not exist in the installed version; "
-            "requirements.txt in the archive names the one it was made with"
-        )
-    bases = (
-        diffusers.ModelMixin,
-        diffusers.SchedulerMixin,
-        transformers.PreTrainedModel,
-        transformers.PreTrainedTokenizerBase,
-        transformers.FeatureExtractionMixin,
-        transformers.ImageProcessingMixin,
-        transformers.ProcessorMixin,
-    )
-    if not issubclass(found, bases):
-        raise ArchiveError(f"{name}: {library}.{class_name} is not a model, scheduler or tokenizer")
-    return found
-
-
-def check_pipeline_class(index: ModelIndex) -> None:
-    """Check that diffusers has the pipeline of `index`, with all the components that it wants.
-
-    Raises: ArchiveError.
-    """
-    import diffusers
-
-    name = index.class_name
-    found = getattr(diffusers, name, None)
-    if (
-        not isinstance(found, type)
-        or not issubclass(found, diffusers.DiffusionPipeline)
-        or found is diffusers.DiffusionPipeline
-    ):
-        raise ArchiveError(f"diffusers {diffusers.__version__} has no pipeline {name}")
-    cls: Any = found
-    wanted = {
-        each.name
-        for each in inspect.signature(cls).parameters.values()
-        if each.default is each.empty and each.kind is not each.VAR_KEYWORD
-    }
-    if missing := sorted(wanted - index.entries.keys() - {*cls._optional_components}):
-        raise ArchiveError(f"{name} needs components that the pipeline lacks: {', '.join(missing)}")
 
 
 def check_vocabulary(name: str, cls: type, files: Iterable[str]) -> None:

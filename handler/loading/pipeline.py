@@ -1,7 +1,7 @@
 """Loads an opened pipeline onto its device.
 
-Weights are mapped where they are, and handed to ``DiffusionPipeline.from_pretrained`` as finished
-components. A component that cannot be mapped is loaded by diffusers itself, from a copy.
+Weights are mapped where they are, and handed to the pipeline class's own ``from_pretrained`` as
+finished components. A component that cannot be mapped is loaded by diffusers itself, from a copy.
 """
 
 from __future__ import annotations
@@ -122,13 +122,14 @@ def _offline() -> Iterator[None]:
 
 
 def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
-    from diffusers import DiffusionPipeline
+    from handler.loading.components import load_components
+    from handler.loading.pipeline_class import absent_components, pipeline_class
 
-    from handler.loading.components import check_pipeline_class, load_components
-
-    check_pipeline_class(opened.index)
-    components = load_components(opened, dtype)
-    return DiffusionPipeline.from_pretrained(
+    cls = pipeline_class(opened.index)
+    components: dict[str, Any] = dict.fromkeys(absent_components(cls, opened.index))
+    components.update(load_components(opened, dtype))
+    # The class itself, for DiffusionPipeline does not know which components are optional.
+    return cls.from_pretrained(
         os.fspath(opened.folder),
         dtype=dtype,
         local_files_only=True,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError, ServingError
 from handler.loading.contents import MODEL_INDEX, MODEL_ZIP, check_names
+from handler.loading.model_index import ModelIndex
 from handler.loading.safetensors_map import Header
 from handler.messages import first_lines
 from handler.zips.reader import ZipReader
@@ -201,18 +202,18 @@ def check_models(view: ArchiveView) -> Iterator[str]:
     The models are built around tensors that have a shape and no memory: nothing is loaded.
     """
     from handler.library_logs import quiet_libraries
-    from handler.loading.components import check_pipeline_class
+    from handler.loading.pipeline_class import pipeline_class
 
     try:
         index, headers = view.index, view.headers
     except ServingError:
         return  # reported by check_archive
-    yield from _problems(lambda: check_pipeline_class(index))
+    yield from _problems(lambda: pipeline_class(index))
     with tempfile.TemporaryDirectory(prefix="verify-") as folder, quiet_libraries():
-        for name, (library, class_name) in index.components.items():
+        for name in index.components:
             inside = {path: head for path, head in headers.items() if path.startswith(f"{name}/")}
             try:
-                _build(view.model, Path(folder), name, library, class_name, inside)
+                _build(view.model, index, Path(folder), name, inside)
             except ServingError as error:
                 yield str(error)
             except Exception as error:
@@ -222,10 +223,9 @@ def check_models(view: ArchiveView) -> Iterator[str]:
 
 def _build(
     model: Reader,
+    index: ModelIndex,
     folder: Path,
     name: str,
-    library: str,
-    class_name: str,
     headers: Mapping[str, Header],
 ) -> None:
     import torch
@@ -234,11 +234,11 @@ def _build(
         NotMappableError,
         build_model,
         check_vocabulary,
-        resolve_class,
     )
+    from handler.loading.pipeline_class import component_class
     from handler.loading.variants import select_weights
 
-    cls = resolve_class(name, library, class_name)
+    cls = component_class(name, index)
     prefix = f"{name}/"
     inside = (path.removeprefix(prefix) for path in model.sizes if path.startswith(prefix))
     check_vocabulary(name, cls, inside)
