@@ -71,14 +71,14 @@ $(INSTALLED): constraints.txt pyproject.toml
 		-c constraints.txt -r $(VENV)/requirements.txt
 	@touch $@
 
-archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=folder | MODEL_ID=org/name REVISION=] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key ARGS= FORCE=1]
+archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=folder | MODEL_ID=org/name REVISION=] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key SMOKE=1 ARGS= FORCE=1]
 ifneq ($(strip $(PIPELINE)$(MODEL_ID)$(NAME)$(filter-out 1.0,$(VERSION))$(CONFIG)$(DTYPE)$(FORMAT)$(SIGN)$(ARGS)),)
 	@$(PY) -m scripts.build_archive --out "$(STORE)" --version "$(VERSION)" --name "$(ARCHIVE_NAME)" \
 		$(if $(MODEL_ID),--model-id "$(MODEL_ID)" --revision "$(REVISION)") \
 		$(if $(MODEL_ID),,--pipeline "$(or $(PIPELINE),demo/pipeline)") \
 		$(if $(CONFIG),--config "$(CONFIG)") $(if $(DTYPE),--dtype "$(DTYPE)") \
 		$(if $(FORMAT),--format "$(FORMAT)") $(if $(SIGN),--sign "$(SIGN)") \
-		$(if $(FORCE),--force) $(ARGS)
+		$(if $(SMOKE),--smoke) $(if $(FORCE),--force) $(ARGS)
 	@$(if $(filter $(DEFAULT),$(ARCHIVE_NAME)),rm -f $(EMBEDDED))
 else
 	@$(if $(FORCE),rm -f $(DEFAULT_ARCHIVE))

@@ -35,6 +35,10 @@ The archive is OUT/NAME.mar, or with --format dir the folder OUT/NAME, which Tor
 instead of copying: one copy of the weights on disk instead of two. The same pipeline,
 configuration and versions give the same bytes. What is in it: scripts.inspect_archive; whether it
 is whole: scripts.verify_archive. LoRAs are active from the start, all of them, at weight 1.
+
+The model's own size, steps and guidance become the defaults of requests, unless --config or --set
+say otherwise. What could not be served is refused before it is packed: pipelines that give no
+pictures or want one, models whose weights do not fit, LoRAs of other models.
 """
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -54,6 +58,8 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     if any("\ud800" <= letter <= "\udfff" for letter in arguments.smoke_prompt or ""):
         raise UsageError(f"--smoke-prompt {arguments.smoke_prompt!a}: wanted text in UTF-8")
+    if arguments.smoke and arguments.no_check:
+        raise UsageError("--smoke and --no-check: give one of them")
     is_folder = arguments.format == "dir"
     out: Path = arguments.out / (arguments.name if is_folder else f"{arguments.name}.mar")
     if os.path.lexists(out) and not arguments.force:
@@ -87,6 +93,8 @@ def _pack(arguments: argparse.Namespace, pipeline: Path, out: Path) -> None:
         smoke_prompt=arguments.smoke_prompt,
         sign_key=arguments.sign,
         is_folder=arguments.format == "dir",
+        is_checked=not arguments.no_check,
+        is_smoke=arguments.smoke,
     )
     begun_s = time.monotonic()
     size_bytes = write_archive(plan, out, force=arguments.force)
@@ -146,6 +154,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=("mar", "dir"), default="mar", help="default: mar")
     parser.add_argument("--dtype", choices=PRECISIONS, help="convert the weights on the way")
     parser.add_argument("--sign", type=Path, metavar="KEY", help="private key (PEM) to sign with")
+    parser.add_argument("--smoke", action="store_true", help="draw a picture before it is done")
+    parser.add_argument(
+        "--no-check", action="store_true", help="pack what is found not to be servable, too"
+    )
     parser.add_argument("--smoke-prompt", metavar="TEXT", help="what it can draw, for examples")
     for flag, metavar, text in (
         ("--set", "KEY=VALUE", "a setting of the handler: section; may be repeated"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from handler.errors import ArchiveError
+from handler.loading.leftovers import scaling_problem
 from handler.loading.model_dir import Extent, OpenedPipeline
 from handler.loading.pipeline_class import component_class
 from handler.loading.safetensors_map import map_tensors
@@ -18,6 +19,7 @@ from handler.loading.variants import select_weights
 
 __all__ = [
     "NotMappableError",
+    "build_empty",
     "build_model",
     "check_vocabulary",
     "load_components",
@@ -88,7 +90,9 @@ def _load_component(
         state: dict[str, torch.Tensor] = {}
         for path in paths:
             state.update(map_tensors(extents[path], path))
-        return build_model(cls, folder, state, dtype)
+        model, unexpected = build_model(cls, folder, state, dtype)
+        _report_leftovers(name, unexpected)
+        return model
     except NotMappableError as reason:
         logger.warning("slow start: %s is copied, not mapped: %s", name, reason)
     opened.copy_weights(name)
@@ -101,28 +105,41 @@ def _load_component(
         output_loading_info=True,
     )
     _refuse_gaps(name, info)
+    _report_leftovers(name, [*info["unexpected_keys"]])
     return model
 
 
 def build_model(
     cls: type, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
-) -> torch.nn.Module:
+) -> tuple[torch.nn.Module, list[str]]:
     """Build the model `cls` of the configuration in `folder` around the tensors of `state`.
 
-    Tensors that have the wanted dtype are not copied. Raises: NotMappableError; RuntimeError or
-    ValueError, where shapes do not fit the configuration.
+    Tensors that have the wanted dtype are not copied. Returns also the names in `state` that the
+    model has no use for. Raises: NotMappableError; ArchiveError, RuntimeError or ValueError, where
+    names or shapes do not fit the configuration.
     """
     import diffusers
     import transformers
 
-    model: torch.nn.Module
     if issubclass(cls, diffusers.ModelMixin):
-        model = _diffusers_model(cls, folder, state, dtype)
-    elif issubclass(cls, transformers.PreTrainedModel):
-        model = _transformers_model(cls, folder, state, dtype)
-    else:
-        raise NotMappableError(f"{cls.__name__} is neither a diffusers nor a transformers model")
-    return model
+        return _diffusers_model(cls, folder, state, dtype)
+    if issubclass(cls, transformers.PreTrainedModel):
+        return _transformers_model(cls, folder, state, dtype)
+    raise NotMappableError(f"{cls.__name__} is neither a diffusers nor a transformers model")
+
+
+def build_empty(cls: type, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """Build the model `cls` of the configuration in `folder`, without any weights."""
+    import diffusers
+
+    model: torch.nn.Module
+    kind: Any = cls
+    with _building(dtype):
+        if issubclass(cls, diffusers.ModelMixin):
+            model = kind.from_config(kind.load_config(folder))
+        else:
+            model = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+    return model.eval()
 
 
 @contextmanager
@@ -141,7 +158,7 @@ def _building(dtype: torch.dtype) -> Iterator[None]:
 
 def _diffusers_model(
     cls: Any, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
-) -> Any:
+) -> tuple[torch.nn.Module, list[str]]:
     config = cls.load_config(folder)
     if config.get("quantization_config"):
         raise NotMappableError("it is quantized")
@@ -154,11 +171,8 @@ def _diffusers_model(
         key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape
     }
     _refuse_gaps(folder.name, {"missing_keys": missing, "mismatched_keys": wrong})
-    if unexpected := sorted(state.keys() - expected.keys()):
-        logger.warning(
-            "%s: %d weights are not used, such as %s", folder.name, len(unexpected), unexpected[0]
-        )
-        state = {key: state[key] for key in expected}
+    unexpected = sorted(state.keys() - expected.keys())
+    state = {key: state[key] for key in expected}
     keep = cls._keep_in_fp32_modules or []
     for key, tensor in state.items():
         if tensor.is_floating_point():
@@ -166,12 +180,12 @@ def _diffusers_model(
             state[key] = tensor.to(torch.float32 if is_kept else dtype)
     model.load_state_dict(state, strict=True, assign=True)
     model.register_to_config(_name_or_path=str(folder))
-    return model.eval()
+    return model.eval(), unexpected
 
 
 def _transformers_model(
     cls: Any, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
-) -> Any:
+) -> tuple[torch.nn.Module, list[str]]:
     config = cls.config_class.from_pretrained(folder, local_files_only=True)
     if getattr(config, "quantization_config", None):
         raise NotMappableError("it is quantized")
@@ -183,7 +197,7 @@ def _transformers_model(
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model.eval()
+    return model.eval(), sorted(info["unexpected_keys"])
 
 
 def _refuse_gaps(name: str, info: Mapping[str, Any]) -> None:
@@ -192,4 +206,14 @@ def _refuse_gaps(name: str, info: Mapping[str, Any]) -> None:
     if odd := sorted({*info["missing_keys"], *wrong}):
         raise ArchiveError(
             f"{name}: {len(odd)} weights are missing or of the wrong shape, such as {odd[0]}"
+        )
+
+
+def _report_leftovers(name: str, unexpected: Sequence[str]) -> None:
+    """Refuse weights whose scales would be lost; warn of others that have no use."""
+    if problem := scaling_problem(name, unexpected):
+        raise ArchiveError(problem)
+    if unexpected:
+        logger.warning(
+            "%s: %d weights are not used, such as %s", name, len(unexpected), unexpected[0]
         )

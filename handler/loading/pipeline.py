@@ -32,6 +32,7 @@ __all__ = [
     "choose_dtype",
     "load_opened",
     "load_pipeline",
+    "offline",
 ]
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def load_opened(
     dtype = choose_dtype(config.dtype, device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    with _offline(), quiet_libraries():
+    with offline(), quiet_libraries():
         try:
             pipeline = _from_pretrained(opened, dtype)
             _load_loras(pipeline, loras)
@@ -110,7 +111,7 @@ def load_opened(
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
+def offline() -> Iterator[None]:
     """Keep the hub's client from the network, even where it was imported before."""
     from huggingface_hub import constants
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import yaml
 
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError
 from handler.loading.contents import LORA_FOLDER, MODEL_ZIP
 from handler.loading.model_index import ModelIndex
 from scripts.archive.copying import Copier
+from scripts.archive.fitted_settings import describe_defaults, fit_settings, with_settings
 from scripts.archive.folder_writer import FolderWriter
 from scripts.archive.manifest import (
     CONFIG_NAME,
@@ -25,7 +25,9 @@ from scripts.archive.manifest import (
     torchserve_manifest,
 )
 from scripts.archive.members import Member, make_member, most_zip_bytes, write_member
+from scripts.archive.packing_checks import Examined, check_written, examine
 from scripts.archive.pipeline_files import PipelineFile, list_pipeline
+from scripts.archive.precision import is_quantized
 from scripts.archive.signing import sign, signature_path
 from scripts.archive.source import find_licence, find_source
 from scripts.archive.zip_writer import Container, ZipWriter
@@ -56,7 +58,9 @@ class ArchivePlan:
     """What to pack, and under which name.
 
     `settings` override keys of the configuration's ``handler:`` section; `dtype` None leaves the
-    weights as they are; `smoke_prompt` is what scripts.verify_archive --smoke draws.
+    weights as they are; `smoke_prompt` is what scripts.verify_archive --smoke draws. Where it
+    `is_checked`, what cannot be served is refused, and the model's own defaults are configured;
+    with `is_smoke` a picture is drawn before the archive takes its name.
     """
 
     pipeline: Path
@@ -70,6 +74,8 @@ class ArchivePlan:
     smoke_prompt: str | None = None
     sign_key: Path | None = None
     is_folder: bool = False
+    is_checked: bool = True
+    is_smoke: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +86,14 @@ class _Contents:
     loras: Sequence[Member]
     model: Sequence[Member]
     index: ModelIndex
+    config: HandlerConfig
+    unconverted: Sequence[str]
 
 
 def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
     """Write the archive `out`; return the bytes of its weights and other model files.
 
-    Raises: ArchiveError, ConfigError, UsageError.
+    Says on stderr by which defaults it draws. Raises: ArchiveError, ConfigError, UsageError.
     """
     contents = _contents(plan)
     total = sum(each.size_bytes for each in (*contents.loras, *contents.model))
@@ -102,11 +110,18 @@ def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
                 writer = ZipWriter(file, copier)
                 _write(writer, plan, contents, report)
                 writer.close()
+        if plan.is_checked:
+            check_written(part, is_smoke=plan.is_smoke)
         if plan.sign_key is None:
             signature_path(out).unlink(missing_ok=True)
         else:
             sign(part, plan.sign_key, signature_path(part))
             os.replace(signature_path(part), signature_path(out))
+    if contents.unconverted:
+        names = ", ".join(contents.unconverted)
+        print(f"not converted, for it is quantized: {names}", file=sys.stderr)
+    if plan.is_checked:
+        print(describe_defaults(contents.config), file=sys.stderr)
     return total
 
 
@@ -118,11 +133,30 @@ def _contents(plan: ArchivePlan) -> _Contents:
         PipelineFile(f"{LORA_FOLDER}/{name}.safetensors", path, _size(path))
         for name, path in sorted(plan.loras.items())
     ]
+    packed_loras = [make_member(file) for file in loras]
+    model = [make_member(file, plan.dtype) for file in pipeline.files]
+    examined = None
+    if plan.is_checked:
+        examined = examine(pipeline.index, pipeline.files, model, packed_loras)
+    data, config = _config(plan, examined)
     return _Contents(
-        leading=_leading_members(plan),
-        loras=[make_member(file) for file in loras],
-        model=[make_member(file, plan.dtype) for file in pipeline.files],
+        leading=_leading_members(plan, data),
+        loras=packed_loras,
+        model=model,
         index=pipeline.index,
+        config=config,
+        unconverted=() if plan.dtype is None else _unconverted(model),
+    )
+
+
+def _unconverted(model: Sequence[Member]) -> list[str]:
+    """Name the components whose weights are quantized, which no conversion of precision changes."""
+    return sorted(
+        {
+            each.name.partition("/")[0]
+            for each in model
+            if each.header is not None and is_quantized(each.header)
+        }
     )
 
 
@@ -145,7 +179,7 @@ def _write(target: Container, plan: ArchivePlan, contents: _Contents, report: Pr
         headers={each.name: each.header for each in contents.model if each.header is not None},
         source=find_source(plan.pipeline),
         licence=find_licence(plan.pipeline),
-        extras=_extras(plan),
+        extras=_extras(plan, contents.unconverted),
         members=target.finish(),
         model_members=inner.finish(),
     )
@@ -153,9 +187,9 @@ def _write(target: Container, plan: ArchivePlan, contents: _Contents, report: Pr
     target.add(MANIFEST_NAME, [data], len(data))
 
 
-def _extras(plan: ArchivePlan) -> dict[str, object]:
+def _extras(plan: ArchivePlan, unconverted: Collection[str]) -> dict[str, object]:
     extras: dict[str, object] = {}
-    if plan.dtype is not None:
+    if plan.dtype is not None and not unconverted:
         extras["converted_to"] = plan.dtype
     if plan.components:
         extras["replaced_components"] = {
@@ -170,7 +204,7 @@ def _extras(plan: ArchivePlan) -> dict[str, object]:
     return extras
 
 
-def _leading_members(plan: ArchivePlan) -> dict[str, bytes]:
+def _leading_members(plan: ArchivePlan, config: bytes) -> dict[str, bytes]:
     """Return the small members that stand before the weights, by name."""
     package = REPOSITORY / "handler"
     entry = package / ENTRY_NAME
@@ -179,7 +213,7 @@ def _leading_members(plan: ArchivePlan) -> dict[str, bytes]:
     members = {
         TORCHSERVE_MANIFEST_NAME: torchserve_manifest(plan.name, plan.version),
         ENTRY_NAME: entry.read_bytes(),
-        CONFIG_NAME: _config(plan),
+        CONFIG_NAME: config,
         "requirements.txt": _requirements(),
     }
     for path in sorted(package.rglob("*.py")):
@@ -187,10 +221,10 @@ def _leading_members(plan: ArchivePlan) -> dict[str, bytes]:
     return members
 
 
-def _config(plan: ArchivePlan) -> bytes:
-    """Return the configuration, checked as the worker will check it.
+def _config(plan: ArchivePlan, examined: Examined | None) -> tuple[bytes, HandlerConfig]:
+    """Return the configuration file, and what it says, checked as the worker will check it.
 
-    Its own bytes, comments and all, unless `plan.settings` change it.
+    Its own bytes, comments and all, but for what `plan.settings` and the model's defaults change.
     """
     path = plan.config or REPOSITORY / "config" / CONFIG_NAME
     if not path.is_file():
@@ -200,15 +234,18 @@ def _config(plan: ArchivePlan) -> bytes:
     if not isinstance(config, dict):
         raise ConfigError(f"{path} does not hold keys and values")
     section = config.get("handler") or {}
-    if plan.settings and isinstance(section, dict):
-        section = {**section, **plan.settings}
-        config["handler"] = section
-        data = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
+    if isinstance(section, dict):
+        defaults = {} if examined is None else examined.defaults
+        is_chosen = plan.config is not None
+        changes = fit_settings(section, plan.settings, defaults, is_chosen=is_chosen)
+        data, section = with_settings(data, changes), {**section, **changes}
     try:
-        HandlerConfig.from_mapping(section)
+        handler = HandlerConfig.from_mapping(section)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return data
+    if examined is not None:
+        examined.check_settings(handler)
+    return data, handler
 
 
 def _requirements() -> bytes:

@@ -108,3 +108,9 @@ def with_old_feature_extractor(folder: Path) -> Path:
         feature_extractor_type="CLIPFeatureExtractor",
     )
     return edit_index(folder, feature_extractor=["transformers", "CLIPFeatureExtractor"])
+
+
+def lora_of_unet(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A LoRA of one layer of the tiny Stable Diffusion's UNet; `changes` by the keys' ends."""
+    ends = {"lora_A.weight": torch.ones(2, 4, 3, 3), "lora_B.weight": torch.ones(8, 2, 1, 1)}
+    return {f"unet.conv_in.{end}": tensor for end, tensor in {**ends, **changes}.items()}
