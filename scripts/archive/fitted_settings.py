@@ -125,7 +125,7 @@ def describe_defaults(config: HandlerConfig) -> str:
     """Say what a request gets that asks for nothing, and the limits that differ from the usual."""
     usual = HandlerConfig()
     moved = [
-        f"{key.name} {getattr(config, key.name):g}"
+        f"{key.name} {getattr(config, key.name)}"
         for key in keys()
         if key.name in _LIMITS and getattr(config, key.name) != getattr(usual, key.name)
     ]

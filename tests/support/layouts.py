@@ -114,3 +114,33 @@ def lora_of_unet(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
     """A LoRA of one layer of the tiny Stable Diffusion's UNet; `changes` by the keys' ends."""
     ends = {"lora_A.weight": torch.ones(2, 4, 3, 3), "lora_B.weight": torch.ones(8, 2, 1, 1)}
     return {f"unet.conv_in.{end}": tensor for end, tensor in {**ends, **changes}.items()}
+
+
+def scaled_fp8(folder: Path) -> Path:
+    """Save Stable Diffusion with its UNet in scaled fp8, as some front ends share checkpoints."""
+    save_pipeline(folder)
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(folder / UNET).items():
+        if not name.endswith(".weight") or tensor.ndim < 2:
+            weights[name] = tensor
+            continue
+        scale = tensor.abs().max() / 448
+        weights[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        weights[name.removesuffix("weight") + "scale_weight"] = scale.reshape(1)
+    weights["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    save_file(weights, folder / UNET, metadata={"format": "pt"})
+    return folder
+
+
+def plain_fp8(folder: Path) -> Path:
+    """Save Stable Diffusion with its UNet in fp8 without scales: the same weights, rounded."""
+    save_pipeline(folder)
+    weights = {name: t.to(torch.float8_e4m3fn) for name, t in load_file(folder / UNET).items()}
+    save_file(weights, folder / UNET, metadata={"format": "pt"})
+    return folder
+
+
+def quantized_by(folder: Path, method: str) -> Path:
+    """Save Stable Diffusion with a UNet that says it is quantized by `method`."""
+    save_pipeline(folder)
+    return edit_json(folder, "unet/config.json", quantization_config={"quant_method": method})
