@@ -48,11 +48,7 @@ def absent_components(cls: Any, index: ModelIndex) -> tuple[str, ...]:
 
     diffusers wants each of them passed as None, unless the class calls it optional.
     """
-    return tuple(
-        each.name
-        for each in _parameters(cls)
-        if isinstance(index.entries.get(each.name), list) and each.name not in index.components
-    )
+    return tuple(each.name for each in _parameters(cls) if _is_null(index.entries.get(each.name)))
 
 
 def component_class(name: str, index: ModelIndex) -> type:
@@ -74,7 +70,7 @@ def component_class(name: str, index: ModelIndex) -> type:
         installed = transformers if library == "transformers" else diffusers
         raise ArchiveError(
             f"{name}: {installed.__name__} {installed.__version__} has no {class_name} in "
-            f"{library}{_written_by(index)}; save the pipeline again with the installed version"
+            f"{library}{_written_by(index)}"
         )
     if _is_stand_in(found):
         raise ArchiveError(f"{name}: {class_name} needs {_backends(found)}, which is not installed")
@@ -91,6 +87,10 @@ def component_class(name: str, index: ModelIndex) -> type:
     if not issubclass(found, bases):
         raise ArchiveError(f"{name}: {library}.{class_name} is not a model, scheduler or tokenizer")
     return found
+
+
+def _is_null(entry: object) -> bool:
+    return isinstance(entry, list) and bool(entry) and entry[0] is None
 
 
 def _parameters(cls: Any) -> list[inspect.Parameter]:
@@ -110,6 +110,10 @@ def _backends(found: type) -> str:
 
 
 def _written_by(index: ModelIndex) -> str:
-    """Say which diffusers wrote `index`, where it tells."""
+    """Say which diffusers wrote `index`, where it tells that it was another one."""
+    import diffusers
+
     version = index.entries.get("_diffusers_version")
-    return f" (the pipeline was saved by diffusers {version})" if isinstance(version, str) else ""
+    if not isinstance(version, str) or version == diffusers.__version__:
+        return ""
+    return f"; the pipeline was saved by diffusers {version}: save it again with the installed one"

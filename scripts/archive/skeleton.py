@@ -209,8 +209,9 @@ def _is_installed(package: str) -> bool:
 def _shapes(headers: Mapping[str, Header], paths: list[str]) -> dict[str, torch.Tensor]:
     import torch
 
+    nothing = torch.empty((), dtype=torch.float32)
     return {
-        name: torch.empty(1, dtype=torch.float32).expand(info.shape)
+        name: nothing.expand(info.shape)
         for path in paths
         for name, info in headers[path].tensors.items()
     }

@@ -83,8 +83,7 @@ def test_a_class_that_is_gone_names_who_saved_it_and_the_way_out(tmp_path: Path)
     )
     assert refusal(model_dir) == (
         f"unet: transformers {transformers.__version__} has no ViTFeatureExtractor in transformers"
-        " (the pipeline was saved by diffusers 0.19.0);"
-        " save the pipeline again with the installed version"
+        "; the pipeline was saved by diffusers 0.19.0: save it again with the installed one"
     )
 
 
