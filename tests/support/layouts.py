@@ -144,3 +144,11 @@ def quantized_by(folder: Path, method: str) -> Path:
     """Save Stable Diffusion with a UNet that says it is quantized by `method`."""
     save_pipeline(folder)
     return edit_json(folder, "unet/config.json", quantization_config={"quant_method": method})
+
+
+def pixart_of_a_known_size() -> diffusers.DiffusionPipeline:
+    """A tiny PixArt-Sigma of a sample size that its call has a table of sizes for."""
+    pipeline = build("pixart_sigma")
+    config = {**pipeline.transformer.config, "sample_size": 32}
+    pipeline.transformer = diffusers.PixArtTransformer2DModel.from_config(config).eval()
+    return pipeline
