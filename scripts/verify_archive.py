@@ -25,9 +25,10 @@ examples:
   %(prog)s model-store/sd.mar --smoke               draws a small picture
   %(prog)s model-store/sd.mar --json
 
-Checked: the zip's structure, every SHA-256, no pickles, code, links or paths that climb out; the
-components of model_index.json with weights whose names and shapes fit their configurations; the
-versions of diffusers, transformers and torch; the configuration. --smoke draws what the worker
+Checked: the zip's structure, every SHA-256, no pickles, code, links or paths that climb out; that
+the pipeline draws pictures from text; its components and LoRAs, whose weights must fit by names and
+shapes, none missing and none left over; the versions of diffusers, transformers and torch; the
+configuration, by itself and with the pipeline. --smoke draws what the worker
 would draw for a small request, but with speed: safe where the archive says max. Exit code 0: all of
 it holds; 1: it does not, and every problem is named; 2: called wrongly.
 """

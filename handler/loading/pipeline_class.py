@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import re
 from typing import Any
 
 from handler.errors import ArchiveError
@@ -11,6 +12,10 @@ from handler.library_logs import quiet_libraries
 from handler.loading.model_index import ModelIndex
 
 __all__ = ["absent_components", "component_class", "pipeline_class"]
+
+
+# What no pipeline draws without; of text encoders and their tokenizers, some draw with fewer.
+_NEEDED = re.compile("(prior_)?(unet|transformer|vae|movq|vqgan|prior|decoder|scheduler)")
 
 
 def pipeline_class(index: ModelIndex) -> Any:
@@ -38,7 +43,11 @@ def pipeline_class(index: ModelIndex) -> Any:
         for each in _parameters(cls)
         if each.default is each.empty and each.kind is not each.VAR_KEYWORD
     }
-    if missing := sorted(wanted - index.entries.keys() - {*cls._optional_components}):
+    without = {
+        name for name in wanted if _NEEDED.fullmatch(name) and _is_null(index.entries.get(name))
+    }
+    absent = (wanted - index.entries.keys()) | without
+    if missing := sorted(absent - {*cls._optional_components}):
         raise ArchiveError(f"{name} needs components that the pipeline lacks: {', '.join(missing)}")
     return cls
 

@@ -132,7 +132,8 @@ def _check_channels(pipeline: Any) -> Iterator[str]:
         if not isinstance(channels, int) or not hasattr(pipeline, "vae_scale_factor"):
             continue
         packed = latents * _PACKED_SIDE**2
-        allowed = {latents, packed} if hasattr(pipeline, "_pack_latents") else {latents}
+        is_packed = any("pack_latents" in each or "patchify" in each for each in dir(pipeline))
+        allowed = {latents, packed} if is_packed else {latents}
         if channels not in allowed:
             yield (
                 f"{name} and vae do not fit together: {name} draws {channels} channels, and the "

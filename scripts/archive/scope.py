@@ -61,6 +61,11 @@ _NEEDS_A_PICTURE = {
     "VisualClozeGenerationPipeline": "it draws by examples",
     "VisualClozePipeline": "it draws by examples",
 }
+# Classes whose call has a default for something else that it cannot do without.
+_NEEDS_MORE = {
+    "StableDiffusionGLIGENPipeline": "phrases with their boxes",
+    "StableDiffusionGLIGENTextImagePipeline": "phrases with their boxes",
+}
 # What only those calls have that start from a picture, and only those constructors that are
 # controlled by one.
 _CALL_OF_PICTURES = {
@@ -97,8 +102,9 @@ def scope_problem(cls: Any, index: ModelIndex) -> str | None:
         )
     if reason := _picture_reason(cls, wanted):
         return f"{name} needs a picture ({reason}): {_NOT_YET}"
-    if wanted:
-        return f"{name} needs {', '.join(wanted)}, which a request cannot give"
+    if wanted or name in _NEEDS_MORE:
+        what = _NEEDS_MORE.get(name) or ", ".join(wanted)
+        return f"{name} needs {what}, which a request cannot give"
     return _without_text_encoder(cls, index)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.archives import save_pipeline
 from tests.support.pipelines import build
-from tests.support.tiny_models import SIDE_PX
+from tests.support.tiny_models import SIDE_PX, vision_encoder
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -37,21 +37,6 @@ def edit_weights(folder: Path, name: str, **changes: torch.Tensor | None) -> Pat
     kept = {key: tensor for key, tensor in weights.items() if tensor is not None}
     save_file(kept, folder / name, metadata={"format": "pt"})
     return folder
-
-
-def vision_encoder() -> transformers.CLIPVisionModelWithProjection:
-    """A tiny image encoder, as IP-Adapters bring along."""
-    return transformers.CLIPVisionModelWithProjection(
-        transformers.CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            projection_dim=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=SIDE_PX,
-            patch_size=SIDE_PX // 2,
-        )
-    )
 
 
 def image_processor() -> transformers.CLIPImageProcessorPil:
@@ -144,3 +129,11 @@ def quantized_by(folder: Path, method: str) -> Path:
     """Save Stable Diffusion with a UNet that says it is quantized by `method`."""
     save_pipeline(folder)
     return edit_json(folder, "unet/config.json", quantization_config={"quant_method": method})
+
+
+def pixart_of_a_known_size() -> diffusers.DiffusionPipeline:
+    """A tiny PixArt-Sigma of a sample size that its call has a table of sizes for."""
+    pipeline = build("pixart_sigma")
+    config = {**pipeline.transformer.config, "sample_size": 32}
+    pipeline.transformer = diffusers.PixArtTransformer2DModel.from_config(config).eval()
+    return pipeline

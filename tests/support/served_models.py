@@ -34,10 +34,20 @@ from scripts.archive.scope import scope_problem
 from scripts.archive.writer import ArchivePlan, write_archive
 from scripts.repository import REPOSITORY
 from scripts.verify_archive import verify
+from tests.support.layouts import pixart_of_a_known_size
 from tests.support.pipelines import FAMILIES, build, shared
 from tests.support.tiny_models import SIDE_PX
 
-__all__ = ["DOCUMENT", "Outcome", "Row", "main", "render", "try_pipeline"]
+__all__ = [
+    "DOCUMENT",
+    "Outcome",
+    "Row",
+    "judge_all",
+    "main",
+    "render",
+    "tiny_builders",
+    "try_pipeline",
+]
 
 DOCUMENT = REPOSITORY / "docs" / "models.md"
 
@@ -102,14 +112,17 @@ def _classes() -> Iterator[Any]:
             yield cls
 
 
-def _builders() -> dict[str, Callable[[], Any]]:
+def tiny_builders() -> dict[str, Callable[[], Any]]:
     """Makers of tiny pipelines, by class."""
-    return {type(shared(family)).__name__: partial(build, family) for family in FAMILIES}
+    found: dict[str, Callable[[], Any]] = {
+        type(shared(family)).__name__: partial(build, family) for family in FAMILIES
+    }
+    return {**found, "PixArtSigmaPipeline": pixart_of_a_known_size}
 
 
 def judge_all(only: str = "", builders: Mapping[str, Callable[[], Any]] | None = None) -> list[Row]:
     """Judge every class whose name matches `only`; try those that are not refused."""
-    makers = _builders() if builders is None else builders
+    makers = tiny_builders() if builders is None else builders
     rows = []
     for cls in _classes():
         if re.search(only, cls.__name__):

@@ -87,6 +87,12 @@ def test_a_class_that_is_gone_names_who_saved_it_and_the_way_out(tmp_path: Path)
     )
 
 
+@pytest.mark.parametrize("name", ["vae", "unet", "scheduler"])
+def test_what_no_pipeline_draws_without_may_not_be_null(tmp_path: Path, name: str) -> None:
+    message = refusal(with_index(tmp_path, **{name: [None, None]}))
+    assert message.endswith(f"needs components that the pipeline lacks: {name}")
+
+
 def test_what_needs_a_package_that_is_missing_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnx" else name)
     data = {**INDEX, "_class_name": "OnnxStableDiffusionPipeline"}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 
@@ -17,6 +17,7 @@ from handler.pipelines.arguments import pipeline_arguments
 from handler.pipelines.describe import describe
 from handler.service.reading import read_requests
 from tests.support.frontend import QUICK
+from tests.support.layouts import pixart_of_a_known_size
 from tests.support.pipelines import FAMILIES, build, shared
 
 
@@ -36,19 +37,9 @@ def test_nothing_is_given_that_was_neither_sent_nor_configured(family: str) -> N
     assert None not in given.values()
 
 
-def without_none_as_default(family: str) -> Any:
-    """A pipeline whose negative prompt may not be None, of a size for which it has a table."""
-    pipeline = build(family)
-    if family == "pixart_sigma":
-        config = {**pipeline.transformer.config, "sample_size": 32}
-        pipeline.transformer = diffusers.PixArtTransformer2DModel.from_config(config).eval()
-    return pipeline
-
-
-@pytest.mark.parametrize("family", ["pixart_sigma", "sana"])
-def test_a_plain_request_is_drawn_where_none_is_not_the_default(family: str) -> None:
-    pipeline = without_none_as_default(family)
-    loaded = LoadedPipeline(pipeline, torch.device("cpu"), torch.float32)
+@pytest.mark.parametrize("make", [pixart_of_a_known_size, lambda: build("sana")])
+def test_a_plain_request_is_drawn_where_none_is_not_the_default(make: Callable[[], Any]) -> None:
+    loaded = LoadedPipeline(make(), torch.device("cpu"), torch.float32)
     config = HandlerConfig.from_mapping({**QUICK, "num_inference_steps": 1, "speed": "off"})
     with closing(assemble(loaded, config, model_name="tiny", warm_up=False)) as service:
         (result,) = service.draw(service.read([{"body": {"prompt": "a cat"}}]))

@@ -68,6 +68,7 @@ def test_pictures_from_text_are_served(name: str) -> None:
         ("StableDiffusionUpscalePipeline", "needs a picture (it enlarges a picture)"),
         ("QwenImageEditPipeline", "needs a picture (it edits a picture)"),
         ("PaintByExamplePipeline", "needs a picture"),
+        ("StableDiffusionGLIGENPipeline", "needs phrases with their boxes"),
         ("DiTPipeline", "needs class_labels, which a request cannot give"),
         ("VersatileDiffusionPipeline", "cannot be called itself"),
     ],
