@@ -22,8 +22,6 @@ GRPC_PORT ?= 7070
 ADDRESS   ?= 127.0.0.1
 AUTH      ?= off
 DRAIN_S   ?= 30
-VERSION   ?= 1.0
-REVISION  ?= main
 PIP_ARGS  ?=
 DEMO_PICTURE ?= demo.png
 
@@ -72,6 +70,17 @@ $(INSTALLED): constraints.txt pyproject.toml
 		-c constraints.txt -r $(VENV)/requirements.txt
 	@touch $@
 
+archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=path | MODEL_ID=org/name REVISION= | FROM=archive] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key SMOKE=1 ARGS= FORCE=1]
+	@$(CLI) pack --out "$(STORE)" $(if $(NAME),--name "$(NAME)") \
+		$(if $(VERSION),--version "$(VERSION)") $(if $(FROM),--from "$(FROM)") \
+		$(if $(MODEL_ID),--model-id "$(MODEL_ID)") $(if $(REVISION),--revision "$(REVISION)") \
+		$(if $(PIPELINE),--pipeline "$(PIPELINE)") \
+		$(if $(CONFIG),--config "$(CONFIG)") $(if $(DTYPE),--dtype "$(DTYPE)") \
+		$(if $(FORMAT),--format "$(FORMAT)") $(if $(SIGN),--sign "$(SIGN)") \
+		$(if $(SMOKE),--smoke) $(if $(FORCE),--force) $(ARGS)
+
+inspect: $(INSTALLED) ## Show what an archive holds [NAME= SBOM=1]
+	@$(CLI) inspect $(CHOSEN) $(if $(SBOM),--sbom)
 
 archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=path | MODEL_ID=org/name REVISION= | FROM=archive] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key SMOKE=1 ARGS= FORCE=1]
 	@$(CLI) pack --out "$(STORE)" $(if $(NAME),--name "$(NAME)") \

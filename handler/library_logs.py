@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import CRITICAL
 from types import ModuleType
 
 __all__ = ["hub_bars_on_terminals", "quiet_for_good", "quiet_libraries"]
@@ -24,11 +25,17 @@ def quiet_for_good() -> None:
 
 
 @contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Let the libraries log errors only, and draw no progress bars, within the context."""
+def quiet_libraries(*, are_errors_logged: bool = True) -> Iterator[None]:
+    """Let the libraries log errors only, and draw no progress bars, within the context.
+
+    Not even errors where those are raised too, unless `are_errors_logged`.
+    """
     libraries = _libraries()
     before = [(each.get_verbosity(), each.is_progress_bar_enabled()) for each in libraries]
     quiet_for_good()
+    if not are_errors_logged:
+        for library in libraries:
+            library.set_verbosity(CRITICAL)
     try:
         yield
     finally:

@@ -50,6 +50,10 @@ The archive is OUT/NAME.mar, or with --format dir the folder OUT/NAME, which Tor
 instead of copying: one copy of the weights on disk instead of two. The same pipeline,
 configuration and versions give the same bytes. What is in it: the command inspect;
 whether it is whole: verify. LoRAs are active from the start, all of them, at weight 1.
+
+The model's own size, steps and guidance become the defaults of requests, unless --config or --set
+say otherwise; --from keeps the archive's. What could not be served is refused before it is packed:
+pipelines that give no pictures or want one, models whose weights do not fit, LoRAs of other models.
 """
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _NONE = "none"
@@ -57,13 +61,14 @@ _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _UNUSUAL = re.compile(r"[^A-Za-z0-9_-]")
 
 
-def pack_embedded(store: Path, *, force: bool = False) -> Path:
+def pack_embedded(store: Path, *, force: bool = False, is_smoke: bool = False) -> Path:
     """Pack the embedded pipeline into `store`, unless it is there as it is now; return the archive.
 
+    With `is_smoke` it is packed anyway, and draws a picture before it is done.
     Raises: UsageError, where an archive of the user's own has its name and `force` is not given.
     """
     out = embedded_archive(store)
-    if not is_current(store, force=force):
+    if not is_current(store, force=force) or is_smoke:
         print(f"Packing the embedded pipeline into {out} ...", flush=True)
         _run(
             PACK.parse(
@@ -77,6 +82,7 @@ def pack_embedded(store: Path, *, force: bool = False) -> Path:
                     "--out",
                     str(store),
                     "--force",
+                    *(["--smoke"] if is_smoke else []),
                 ]
             )
         )
@@ -88,8 +94,8 @@ def _pack_command(arguments: argparse.Namespace) -> int:
     """Run the command: without arguments that say what, it packs the embedded pipeline."""
     defaults = vars(PACK.parse([]))
     given = {name for name, value in defaults.items() if getattr(arguments, name) != value}
-    if given <= {"out", "force"}:
-        pack_embedded(arguments.out, force=arguments.force)
+    if given <= {"out", "force", "smoke"}:
+        pack_embedded(arguments.out, force=arguments.force, is_smoke=arguments.smoke)
         return DONE
     if not (arguments.pipeline or arguments.model_id or arguments.packed):
         arguments.pipeline = EMBEDDED_PIPELINE
@@ -100,6 +106,8 @@ def _pack_command(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     name, version = _identity(arguments)
     _check_names(name, version, arguments.smoke_prompt or "")
+    if arguments.smoke and arguments.no_check:
+        raise UsageError("--smoke and --no-check: give one of them")
     packed: Path | None = arguments.packed
     is_folder = arguments.format == "dir"
     if arguments.format is None and packed is not None:
@@ -122,6 +130,8 @@ def _run(arguments: argparse.Namespace) -> int:
         revision="main" if arguments.model_id else arguments.revision,
         config_from=arguments.config_from,
         is_repacked=packed is not None,
+        is_checked=not arguments.no_check,
+        is_smoke=arguments.smoke,
     )
     if arguments.model_id is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -263,6 +273,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("mar", "dir"), help="default: mar, or the archive's")
     parser.add_argument("--dtype", choices=PRECISIONS, help="convert the weights on the way")
     parser.add_argument("--sign", type=Path, metavar="KEY", help="private key (PEM) to sign with")
+    parser.add_argument("--smoke", action="store_true", help="draw a picture before it is done")
+    parser.add_argument(
+        "--no-check", action="store_true", help="pack what is found not to be servable, too"
+    )
     parser.add_argument("--smoke-prompt", metavar="TEXT", help="what it can draw, for examples")
     for flag, metavar, text in (
         ("--set", "KEY=VALUE", "a setting of the handler: section; may be repeated"),

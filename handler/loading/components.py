@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,18 @@ from typing import Any
 import torch
 
 from handler.errors import ArchiveError
+from handler.loading.leftovers import scaling_problem
 from handler.loading.model_dir import Extent, OpenedPipeline
-from handler.loading.model_index import ModelIndex
+from handler.loading.pipeline_class import component_class
 from handler.loading.safetensors_map import map_tensors
 from handler.loading.variants import select_weights
 
 __all__ = [
     "NotMappableError",
+    "build_empty",
     "build_model",
-    "check_pipeline_class",
     "check_vocabulary",
     "load_components",
-    "resolve_class",
 ]
 
 logger = logging.getLogger(__name__)
@@ -39,8 +38,8 @@ def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any
     Raises: ArchiveError.
     """
     components = {}
-    for name, (library, class_name) in opened.index.components.items():
-        cls = resolve_class(name, library, class_name)
+    for name in opened.index.components:
+        cls = component_class(name, opened.index)
         check_vocabulary(name, cls, (each.name for each in (opened.folder / name).glob("*")))
         if not issubclass(cls, torch.nn.Module):
             continue
@@ -54,62 +53,6 @@ def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any
             )
         components[name] = _load_component(opened, name, cls, extents, dtype)
     return components
-
-
-def resolve_class(name: str, library: str, class_name: str) -> type:
-    """Return the class that model_index.json names for the component `name`.
-
-    Raises: ArchiveError, where the installed libraries have none, or one that is no component.
-    """
-    import diffusers
-    import transformers
-    from diffusers import pipelines
-
-    known = {"diffusers": diffusers, "transformers": transformers}
-    module = known.get(library) or getattr(pipelines, library, None)
-    found = getattr(module, class_name, None)
-    if not isinstance(found, type):
-        raise ArchiveError(
-            f"{name}: {library}.{class_name} does not exist in the installed version; "
-            "requirements.txt in the archive names the one it was made with"
-        )
-    bases = (
-        diffusers.ModelMixin,
-        diffusers.SchedulerMixin,
-        transformers.PreTrainedModel,
-        transformers.PreTrainedTokenizerBase,
-        transformers.FeatureExtractionMixin,
-        transformers.ImageProcessingMixin,
-        transformers.ProcessorMixin,
-    )
-    if not issubclass(found, bases):
-        raise ArchiveError(f"{name}: {library}.{class_name} is not a model, scheduler or tokenizer")
-    return found
-
-
-def check_pipeline_class(index: ModelIndex) -> None:
-    """Check that diffusers has the pipeline of `index`, with all the components that it wants.
-
-    Raises: ArchiveError.
-    """
-    import diffusers
-
-    name = index.class_name
-    found = getattr(diffusers, name, None)
-    if (
-        not isinstance(found, type)
-        or not issubclass(found, diffusers.DiffusionPipeline)
-        or found is diffusers.DiffusionPipeline
-    ):
-        raise ArchiveError(f"diffusers {diffusers.__version__} has no pipeline {name}")
-    cls: Any = found
-    wanted = {
-        each.name
-        for each in inspect.signature(cls).parameters.values()
-        if each.default is each.empty and each.kind is not each.VAR_KEYWORD
-    }
-    if missing := sorted(wanted - index.entries.keys() - {*cls._optional_components}):
-        raise ArchiveError(f"{name} needs components that the pipeline lacks: {', '.join(missing)}")
 
 
 def check_vocabulary(name: str, cls: type, files: Iterable[str]) -> None:
@@ -147,7 +90,9 @@ def _load_component(
         state: dict[str, torch.Tensor] = {}
         for path in paths:
             state.update(map_tensors(extents[path], path))
-        return build_model(cls, folder, state, dtype)
+        model, unexpected = build_model(cls, folder, state, dtype)
+        _report_leftovers(name, unexpected)
+        return model
     except NotMappableError as reason:
         logger.warning("slow start: %s is copied, not mapped: %s", name, reason)
     opened.copy_weights(name)
@@ -160,28 +105,41 @@ def _load_component(
         output_loading_info=True,
     )
     _refuse_gaps(name, info)
+    _report_leftovers(name, [*info["unexpected_keys"]])
     return model
 
 
 def build_model(
     cls: type, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
-) -> torch.nn.Module:
+) -> tuple[torch.nn.Module, list[str]]:
     """Build the model `cls` of the configuration in `folder` around the tensors of `state`.
 
-    Tensors that have the wanted dtype are not copied. Raises: NotMappableError; RuntimeError or
-    ValueError, where shapes do not fit the configuration.
+    Tensors that have the wanted dtype are not copied. Returns also the names in `state` that the
+    model has no use for. Raises: NotMappableError; ArchiveError, RuntimeError or ValueError, where
+    names or shapes do not fit the configuration.
     """
     import diffusers
     import transformers
 
-    model: torch.nn.Module
     if issubclass(cls, diffusers.ModelMixin):
-        model = _diffusers_model(cls, folder, state, dtype)
-    elif issubclass(cls, transformers.PreTrainedModel):
-        model = _transformers_model(cls, folder, state, dtype)
-    else:
-        raise NotMappableError(f"{cls.__name__} is neither a diffusers nor a transformers model")
-    return model
+        return _diffusers_model(cls, folder, state, dtype)
+    if issubclass(cls, transformers.PreTrainedModel):
+        return _transformers_model(cls, folder, state, dtype)
+    raise NotMappableError(f"{cls.__name__} is neither a diffusers nor a transformers model")
+
+
+def build_empty(cls: type, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
+    """Build the model `cls` of the configuration in `folder`, without any weights."""
+    import diffusers
+
+    model: torch.nn.Module
+    kind: Any = cls
+    with _building(dtype):
+        if issubclass(cls, diffusers.ModelMixin):
+            model = kind.from_config(kind.load_config(folder))
+        else:
+            model = kind(kind.config_class.from_pretrained(folder, local_files_only=True))
+    return model.eval()
 
 
 @contextmanager
@@ -200,7 +158,7 @@ def _building(dtype: torch.dtype) -> Iterator[None]:
 
 def _diffusers_model(
     cls: Any, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
-) -> Any:
+) -> tuple[torch.nn.Module, list[str]]:
     config = cls.load_config(folder)
     if config.get("quantization_config"):
         raise NotMappableError("it is quantized")
@@ -213,11 +171,8 @@ def _diffusers_model(
         key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape
     }
     _refuse_gaps(folder.name, {"missing_keys": missing, "mismatched_keys": wrong})
-    if unexpected := sorted(state.keys() - expected.keys()):
-        logger.warning(
-            "%s: %d weights are not used, such as %s", folder.name, len(unexpected), unexpected[0]
-        )
-        state = {key: state[key] for key in expected}
+    unexpected = sorted(state.keys() - expected.keys())
+    state = {key: state[key] for key in expected}
     keep = cls._keep_in_fp32_modules or []
     for key, tensor in state.items():
         if tensor.is_floating_point():
@@ -225,12 +180,12 @@ def _diffusers_model(
             state[key] = tensor.to(torch.float32 if is_kept else dtype)
     model.load_state_dict(state, strict=True, assign=True)
     model.register_to_config(_name_or_path=str(folder))
-    return model.eval()
+    return model.eval(), unexpected
 
 
 def _transformers_model(
     cls: Any, folder: Path, state: dict[str, torch.Tensor], dtype: torch.dtype
-) -> Any:
+) -> tuple[torch.nn.Module, list[str]]:
     config = cls.config_class.from_pretrained(folder, local_files_only=True)
     if getattr(config, "quantization_config", None):
         raise NotMappableError("it is quantized")
@@ -242,7 +197,7 @@ def _transformers_model(
         from transformers import GenerationConfig
 
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    return model.eval()
+    return model.eval(), sorted(info["unexpected_keys"])
 
 
 def _refuse_gaps(name: str, info: Mapping[str, Any]) -> None:
@@ -251,4 +206,14 @@ def _refuse_gaps(name: str, info: Mapping[str, Any]) -> None:
     if odd := sorted({*info["missing_keys"], *wrong}):
         raise ArchiveError(
             f"{name}: {len(odd)} weights are missing or of the wrong shape, such as {odd[0]}"
+        )
+
+
+def _report_leftovers(name: str, unexpected: Sequence[str]) -> None:
+    """Refuse weights whose scales would be lost; warn of others that have no use."""
+    if problem := scaling_problem(name, unexpected):
+        raise ArchiveError(problem)
+    if unexpected:
+        logger.warning(
+            "%s: %d weights are not used, such as %s", name, len(unexpected), unexpected[0]
         )

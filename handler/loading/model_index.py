@@ -62,7 +62,7 @@ class ModelIndex:
                 f"_class_name is {show(class_name)}: the name of a diffusers pipeline is wanted"
             )
         for name, value in entries.items():
-            if name.startswith("_") or not isinstance(value, list):
+            if name.startswith("_") or not isinstance(value, list) or _is_option(value):
                 continue
             if not _is_known_class(value) or not _CLASS_NAME.fullmatch(name):
                 problems.append(
@@ -90,6 +90,11 @@ def _check_size(size_bytes: int, label: str) -> None:
         raise ArchiveError(
             f"{label}: {MODEL_INDEX} has {size_bytes} bytes; it may have {MAX_MODEL_INDEX_BYTES}"
         )
+
+
+def _is_option(value: list[object]) -> bool:
+    """Say whether `value` is an option of the pipeline: several numbers, which name no class."""
+    return len(value) > 2 and all(isinstance(part, int | float) for part in value)
 
 
 def _is_known_class(value: list[object]) -> bool:

@@ -1,7 +1,7 @@
 """Loads an opened pipeline onto its device.
 
-Weights are mapped where they are, and handed to ``DiffusionPipeline.from_pretrained`` as finished
-components. A component that cannot be mapped is loaded by diffusers itself, from a copy.
+Weights are mapped where they are, and handed to the pipeline class's own ``from_pretrained`` as
+finished components. A component that cannot be mapped is loaded by diffusers itself, from a copy.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ __all__ = [
     "choose_dtype",
     "load_opened",
     "load_pipeline",
+    "offline",
 ]
 
 logger = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ def load_opened(
     dtype = choose_dtype(config.dtype, device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    with _offline(), quiet_libraries():
+    with offline(), quiet_libraries():
         try:
             pipeline = _from_pretrained(opened, dtype)
             _load_loras(pipeline, loras)
@@ -110,7 +111,7 @@ def load_opened(
 
 
 @contextmanager
-def _offline() -> Iterator[None]:
+def offline() -> Iterator[None]:
     """Keep the hub's client from the network, even where it was imported before."""
     from huggingface_hub import constants
 
@@ -122,13 +123,14 @@ def _offline() -> Iterator[None]:
 
 
 def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
-    from diffusers import DiffusionPipeline
+    from handler.loading.components import load_components
+    from handler.loading.pipeline_class import absent_components, pipeline_class
 
-    from handler.loading.components import check_pipeline_class, load_components
-
-    check_pipeline_class(opened.index)
-    components = load_components(opened, dtype)
-    return DiffusionPipeline.from_pretrained(
+    cls = pipeline_class(opened.index)
+    components: dict[str, Any] = dict.fromkeys(absent_components(cls, opened.index))
+    components.update(load_components(opened, dtype))
+    # The class itself, for DiffusionPipeline does not know which components are optional.
+    return cls.from_pretrained(
         os.fspath(opened.folder),
         dtype=dtype,
         local_files_only=True,

@@ -15,6 +15,7 @@ __all__ = ["pipeline_arguments"]
 def pipeline_arguments(request: GenerationRequest, parameters: frozenset[str]) -> dict[str, Any]:
     """The keyword arguments of the pipeline's ``__call__``, those it has of `parameters`.
 
+    What was neither sent nor configured is left out: the pipeline's own default is not always None.
     Every picture has a generator of its own, on the CPU: the same seed gives the same noise on any
     device, and in company as alone.
     """
@@ -22,7 +23,7 @@ def pipeline_arguments(request: GenerationRequest, parameters: frozenset[str]) -
     arguments: dict[str, Any] = {
         argument: value
         for name, value in request.values().items()
-        if (argument := PICTURE_FIELDS[name].argument) is not None
+        if value is not None and (argument := PICTURE_FIELDS[name].argument) is not None
     }
     arguments["generator"] = generators if request.num_images > 1 else generators[0]
     arguments["output_type"] = "pil"

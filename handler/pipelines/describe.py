@@ -10,7 +10,7 @@ from handler.api.traits import PipelineTraits
 from handler.library_logs import quiet_libraries
 from handler.pipelines.schedulers import compatible_schedulers, least_steps
 
-__all__ = ["describe"]
+__all__ = ["describe", "latent_scale"]
 
 
 def describe(pipeline: Any) -> PipelineTraits:
@@ -29,9 +29,13 @@ def _size_multiple_px(pipeline: Any) -> int:
     The latents' scale, times the patch that the transformer cuts them into; and never less than
     the pipeline's own check wants (Stable Diffusion's is 8 whatever its VAE).
     """
+    return math.lcm(latent_scale(pipeline) * _patch_size(pipeline), _checked_multiple_px(pipeline))
+
+
+def latent_scale(pipeline: Any) -> int:
+    """Return how many pixels of height a row of the latents stands for."""
     scale = getattr(pipeline, "vae_scale_factor", None)
-    scale = scale or getattr(pipeline, "movq_scale_factor", None) or 8
-    return math.lcm(int(scale) * _patch_size(pipeline), _checked_multiple_px(pipeline))
+    return int(scale or getattr(pipeline, "movq_scale_factor", None) or 8)
 
 
 def _patch_size(pipeline: Any) -> int:

@@ -21,7 +21,7 @@ def result_of(ticket: Ticket, request: GenerationRequest, pipeline: Any) -> Resu
     denoised_s = ticket.denoised_s or ticket.ended_s
     return Result(
         request=request,
-        images=tuple(ticket.result().images),
+        images=_pictures(ticket.result()),
         timings=Timings(
             queue_s=ticket.admitted_s - ticket.submitted_s,
             denoise_s=denoised_s - ticket.admitted_s,
@@ -29,6 +29,11 @@ def result_of(ticket: Ticket, request: GenerationRequest, pipeline: Any) -> Resu
         ),
         warnings=prompt_warnings(pipeline, request),
     )
+
+
+def _pictures(output: Any) -> tuple[Any, ...]:
+    """Return the pictures of a call's output, which a few pipelines have under `image`."""
+    return tuple(output.images if hasattr(output, "images") else output.image)
 
 
 def as_request_error(error: BaseException, num_steps_done: int) -> RequestError:

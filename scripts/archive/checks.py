@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from pathlib import PurePosixPath
+from typing import Any
 
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError, ServingError
-from handler.loading.contents import MODEL_INDEX, MODEL_ZIP, check_names
-from handler.loading.safetensors_map import Header
-from handler.messages import first_lines
+from handler.loading.contents import (
+    LORA_FOLDER,
+    MODEL_INDEX,
+    MODEL_ZIP,
+    WEIGHTS_SUFFIX,
+    check_names,
+)
+from handler.loading.safetensors_map import Header, parse_header
 from handler.zips.reader import ZipReader
 from scripts.archive.manifest import (
     CONFIG_NAME,
@@ -28,9 +33,6 @@ from scripts.archive.manifest import (
 from scripts.archive.reader import ArchiveView, Reader
 from scripts.console import Progress
 from scripts.documents import parse_json, parse_yaml
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["check_archive", "check_models", "read_config", "read_manifest"]
 
@@ -47,13 +49,16 @@ def read_manifest(view: ArchiveView) -> dict[str, Any] | None:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def check_archive(view: ArchiveView, report: Progress) -> Iterator[str]:
-    """Yield every problem of an archive that shows without loading its models."""
+def check_archive(view: ArchiveView, report: Progress, *, is_hashed: bool = True) -> Iterator[str]:
+    """Yield every problem of an archive that shows without loading its models.
+
+    Without `is_hashed` the bytes of its members are not read.
+    """
     manifest = read_manifest(view)
     if view.outer is not None:
         yield from _check_unzipping(view.outer)
         yield from _check_torchserve(view.outer)
-        yield from _check_manifest(view, manifest, report)
+        yield from _check_manifest(view, manifest, report if is_hashed else None)
     yield from _problems(lambda: read_config(view))
     yield from _problems(lambda: check_names(view.model.sizes, "the pipeline"))
     yield from _check_components(view)
@@ -110,11 +115,12 @@ def read_config(view: ArchiveView) -> HandlerConfig:
 
 
 def _check_manifest(
-    view: ArchiveView, manifest: dict[str, Any] | None, report: Progress
+    view: ArchiveView, manifest: dict[str, Any] | None, report: Progress | None
 ) -> Iterator[str]:
     if manifest is None:
         yield f"{MANIFEST_NAME} is missing: not packed by scripts.build_archive, nothing to compare"
-        yield from _read_through(view.model, report)
+        if report is not None:
+            yield from _read_through(view.model, report)
         return
     if manifest.get("format") != FORMAT:
         yield f"{MANIFEST_NAME} has the format {manifest.get('format')!r}; known is {FORMAT}"
@@ -137,9 +143,12 @@ def _read_through(reader: Reader, report: Progress) -> Iterator[str]:
 
 
 def _compare(
-    reader: Reader, listed: object, unlisted: set[str], prefix: str, report: Progress
+    reader: Reader, listed: object, unlisted: set[str], prefix: str, report: Progress | None
 ) -> Iterator[str]:
-    """Compare names, sizes and SHA-256 of all files with what the manifest lists."""
+    """Compare names, sizes and SHA-256 of all files with what the manifest lists.
+
+    No SHA-256 where there is nobody to `report` to.
+    """
     if not isinstance(listed, dict):
         yield f"{MANIFEST_NAME} lists no members"
         return
@@ -152,6 +161,8 @@ def _compare(
         expected = listed[name]
         if not isinstance(expected, dict) or reader.sizes[name] != expected.get("size_bytes"):
             yield f"{prefix}{name} has {reader.sizes[name]} bytes, unlike in the manifest"
+            continue
+        if report is None:
             continue
         digest = hashlib.sha256()
         try:
@@ -198,71 +209,36 @@ def _minor(version: str) -> int:
 
 
 def check_models(view: ArchiveView) -> Iterator[str]:
-    """Yield the components whose weights do not fit their configurations, by names and shapes.
+    """Yield what is wrong with the pipeline's models, by configurations, names and shapes.
 
     The models are built around tensors that have a shape and no memory: nothing is loaded.
     """
-    from handler.library_logs import quiet_libraries
-    from handler.loading.components import check_pipeline_class
+    from scripts.archive.model_checks import check_pipeline, check_settings
+    from scripts.archive.skeleton import build_skeleton
 
     try:
         index, headers = view.index, view.headers
     except ServingError:
         return  # reported by check_archive
-    yield from _problems(lambda: check_pipeline_class(index))
-    with tempfile.TemporaryDirectory(prefix="verify-") as folder, quiet_libraries():
-        for name, (library, class_name) in index.components.items():
-            inside = {path: head for path, head in headers.items() if path.startswith(f"{name}/")}
-            try:
-                _build(view.model, Path(folder), name, library, class_name, inside)
-            except ServingError as error:
-                yield str(error)
-            except Exception as error:
-                # What a library raises about a wrong configuration is of any kind.
-                yield f"{name}: its weights do not fit its configuration: {first_lines(error)}"
-
-
-def _build(
-    model: Reader,
-    folder: Path,
-    name: str,
-    library: str,
-    class_name: str,
-    headers: Mapping[str, Header],
-) -> None:
-    import torch
-
-    from handler.loading.components import (
-        NotMappableError,
-        build_model,
-        check_vocabulary,
-        resolve_class,
-    )
-    from handler.loading.variants import select_weights
-
-    cls = resolve_class(name, library, class_name)
-    prefix = f"{name}/"
-    inside = (path.removeprefix(prefix) for path in model.sizes if path.startswith(prefix))
-    check_vocabulary(name, cls, inside)
-    if not issubclass(cls, torch.nn.Module):
-        return
-    for path in model.sizes:
-        if path.startswith(prefix) and path.endswith(".json"):
-            target = folder / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(model.read(path))
-    paths, _ = select_weights(name, headers, "float16")
+    skeleton = build_skeleton(index, view.model, headers)
+    loras: dict[str, Header] = {}
+    yield from _problems(lambda: loras.update(_lora_headers(view)))
+    yield from check_pipeline(index, view.model.sizes, skeleton, loras)
     try:
-        build_model(cls, folder / name, _shapes(headers, paths), torch.float32)
-    except NotMappableError:
-        return  # the worker then loads it by diffusers' own way, which this cannot foresee
+        config = read_config(view)
+    except ConfigError:
+        return  # reported by check_archive
+    if not skeleton.problems:
+        yield from check_settings(skeleton, config)
 
 
-def _shapes(headers: Mapping[str, Header], paths: list[str]) -> dict[str, torch.Tensor]:
-    import torch
-
+def _lora_headers(view: ArchiveView) -> dict[str, Header]:
+    """Return the headers of the LoRAs beside the pipeline, by name. Raises: ArchiveError."""
+    outer = view.outer
+    if outer is None:
+        return {}
     return {
-        name: torch.empty(1, dtype=torch.float32).expand(info.shape)
-        for path in paths
-        for name, info in headers[path].tensors.items()
+        PurePosixPath(name).stem: parse_header(partial(outer.head, name), size_bytes, name)
+        for name, size_bytes in outer.sizes.items()
+        if name.startswith(f"{LORA_FOLDER}/") and name.endswith(WEIGHTS_SUFFIX)
     }

@@ -93,12 +93,12 @@ def convert_component(
     `own` are the files of the component that it replaces, whose configuration it keeps. Returns the
     folder. Raises: ArchiveError.
     """
-    from handler.loading.components import resolve_class
+    from handler.loading.pipeline_class import component_class
 
     header = read_checkpoint(path)
     _refuse_scaled(header, path)
-    library, class_name = index.components[component]
-    cls: Any = resolve_class(component, library, class_name)
+    _, class_name = index.components[component]
+    cls: Any = component_class(component, index)
     if not hasattr(cls, "from_single_file"):
         raise ArchiveError(
             f"{path}: its names are not those of the pipeline's {component} ({class_name}), and "

@@ -20,11 +20,17 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-__all__ = ["PRECISIONS", "ConvertedFile", "convert_header"]
+__all__ = ["PRECISIONS", "ConvertedFile", "convert_header", "is_quantized"]
 
 PRECISIONS = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 _FLOATS = {"F64", "F32", "BF16", "F16"}
+_QUANTIZED = {"F8_E4M3", "F8_E5M2", "I8", "U8"}
 _CHUNK_VALUES = 1 << 20
+
+
+def is_quantized(header: Header) -> bool:
+    """Say whether weights are of eight bits or fewer, which only their own library reads."""
+    return any(info.dtype in _QUANTIZED for info in header.tensors.values())
 
 
 def convert_header(header: Header, dtype: str) -> Header:

@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from handler.config import HandlerConfig
-from handler.errors import ArchiveError, ConfigError
+from handler.errors import ArchiveError
 from handler.loading.contents import LORA_FOLDER, MODEL_ZIP, WEIGHTS_SUFFIX
 from handler.loading.model_index import ModelIndex
 from scripts.archive.checkpoint import Kind, kind_of, read_checkpoint
 from scripts.archive.copying import Copier
+from scripts.archive.fitted_settings import describe_defaults
 from scripts.archive.folder_writer import FolderWriter
 from scripts.archive.licence import find_licence
 from scripts.archive.manifest import (
@@ -29,15 +28,17 @@ from scripts.archive.manifest import (
 )
 from scripts.archive.members import Member, make_member, most_zip_bytes, write_member
 from scripts.archive.opening import Given, Opened, open_pipeline
+from scripts.archive.packed_config import pack_config
+from scripts.archive.packing_checks import check_written, examine
 from scripts.archive.pipeline_files import select_files
 from scripts.archive.pipeline_source import PipelineFile, file_at
+from scripts.archive.precision import is_quantized
 from scripts.archive.repacking import Kept
 from scripts.archive.signing import sign, signature_path
 from scripts.archive.source import find_source
 from scripts.archive.zip_writer import Container, WrittenMember, ZipWriter
 from scripts.console import Progress, atomic_output, progress
 from scripts.disk import check_space
-from scripts.documents import parse_yaml
 from scripts.errors import UsageError
 from scripts.repository import REPOSITORY
 
@@ -66,7 +67,9 @@ class ArchivePlan:
     `config_from`; where `is_repacked`, an archive whose configuration, LoRAs and options are kept.
     `settings` override keys of the configuration's ``handler:`` section; `dtype` None leaves the
     weights as they are; a component or LoRA that is None is left out; `smoke_prompt` is what
-    scripts.verify_archive --smoke draws.
+    scripts.verify_archive --smoke draws. Where it `is_checked`, what cannot be served is refused,
+    and the model's own defaults are configured; with `is_smoke` a picture is drawn before the
+    archive takes its name.
     """
 
     pipeline: Path
@@ -83,6 +86,8 @@ class ArchivePlan:
     revision: str = "main"
     config_from: str | None = None
     is_repacked: bool = False
+    is_checked: bool = True
+    is_smoke: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +98,11 @@ class _Contents:
     loras: Sequence[Member]
     model: Sequence[Member]
     index: ModelIndex
+    config: HandlerConfig
     origin: Mapping[str, str]
     licence: Mapping[str, str]
     extras: Mapping[str, object]
+    unconverted: Sequence[str]
 
     @property
     def size_bytes(self) -> int:
@@ -106,7 +113,8 @@ class _Contents:
 def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
     """Write the archive `out`; return the bytes of its weights and other model files.
 
-    Says on stderr what was left out. Raises: ArchiveError, ConfigError, UsageError.
+    Says on stderr what was left out, what was not converted, and by which defaults it draws.
+    Raises: ArchiveError, ConfigError, UsageError.
     """
     given = Given(
         plan.pipeline,
@@ -137,33 +145,73 @@ def _write_contents(plan: ArchivePlan, contents: _Contents, out: Path, force: bo
                 writer = ZipWriter(file, copier)
                 _write(writer, plan, contents, report)
                 writer.close()
+        if plan.is_checked:
+            check_written(part, is_smoke=plan.is_smoke)
         if plan.sign_key is None:
             signature_path(out).unlink(missing_ok=True)
         else:
             sign(part, plan.sign_key, signature_path(part))
             os.replace(signature_path(part), signature_path(out))
+    if contents.unconverted:
+        names = ", ".join(contents.unconverted)
+        print(f"not converted, for it is quantized: {names}", file=sys.stderr)
+    if plan.is_checked:
+        print(describe_defaults(contents.config), file=sys.stderr)
 
 
 def _contents(plan: ArchivePlan, opened: Opened) -> _Contents:
     pipeline = select_files(
         opened.source, replaced=opened.components, dtype_name=opened.dtype or "float16"
     )
-    loras = dict(opened.kept.loras) if opened.kept is not None else {}
+    for note in pipeline.notes:
+        print(note, file=sys.stderr)
+    loras = _loras(plan, opened.kept)
+    packed_loras = [make_member(file) for _, file in sorted(loras.items())]
+    model = [make_member(file, opened.dtype) for file in pipeline.files]
+    examined = None
+    if plan.is_checked:
+        examined = examine(pipeline.index, pipeline.files, model, packed_loras)
+    data, config = pack_config(plan.config, _kept_config(plan, opened), plan.settings, examined)
+    unconverted = () if opened.dtype is None else _unconverted(model)
+    return _Contents(
+        leading=_leading_members(plan, data),
+        loras=packed_loras,
+        model=model,
+        index=pipeline.index,
+        config=config,
+        origin=opened.source.origin,
+        licence=find_licence(opened.source.files),
+        extras=_extras(plan, opened.kept, sorted(loras), is_converted=not unconverted),
+        unconverted=unconverted,
+    )
+
+
+def _kept_config(plan: ArchivePlan, opened: Opened) -> tuple[Path, bytes] | None:
+    """Return the configuration of the archive that is packed again, and where it is."""
+    if opened.kept is None or opened.kept.config is None:
+        return None
+    return plan.pipeline / CONFIG_NAME, opened.kept.config
+
+
+def _loras(plan: ArchivePlan, kept: Kept | None) -> dict[str, PipelineFile]:
+    """Return the LoRAs that are kept, and the plan's instead of those or beside them."""
+    loras = dict(kept.loras) if kept is not None else {}
     for name, path in plan.loras.items():
         if path is not None:
             loras[name] = _lora(name, path)
         elif loras.pop(name, None) is None:
             raise UsageError(f"--lora {name}=none: {plan.pipeline} has no LoRA of that name")
-    for note in pipeline.notes:
-        print(note, file=sys.stderr)
-    return _Contents(
-        leading=_leading_members(plan, opened.kept),
-        loras=[make_member(file) for _, file in sorted(loras.items())],
-        model=[make_member(file, opened.dtype) for file in pipeline.files],
-        index=pipeline.index,
-        origin=opened.source.origin,
-        licence=find_licence(opened.source.files),
-        extras=_extras(plan, opened.kept, sorted(loras)),
+    return loras
+
+
+def _unconverted(model: Sequence[Member]) -> list[str]:
+    """Name the components whose weights are quantized, which no conversion of precision changes."""
+    return sorted(
+        {
+            each.name.partition("/")[0]
+            for each in model
+            if each.header is not None and is_quantized(each.header)
+        }
     )
 
 
@@ -210,14 +258,18 @@ def _check_copied(source: Path, wanted: Sequence[Member], written: Sequence[Writ
             )
 
 
-def _extras(plan: ArchivePlan, kept: Kept | None, loras: Sequence[str]) -> dict[str, object]:
+def _extras(
+    plan: ArchivePlan, kept: Kept | None, loras: Sequence[str], *, is_converted: bool
+) -> dict[str, object]:
     """Return the manifest's entries about options: the plan's, else those that are kept."""
     extras = dict(kept.extras) if kept is not None else {}
     if plan.config is not None:
         extras.pop("settings", None)  # they were settings of another configuration
+    if not is_converted:
+        extras.pop("converted_to", None)
     replaced = {name: _origin(path) for name, path in plan.components.items()}
     for key, found in (
-        ("converted_to", plan.dtype),
+        ("converted_to", plan.dtype if is_converted else None),
         ("replaced_components", _merged(extras.get("replaced_components"), replaced)),
         ("loras", list(loras)),
         ("settings", _merged(extras.get("settings"), plan.settings)),
@@ -242,7 +294,7 @@ def _origin(path: Path | None) -> dict[str, str]:
     return {"kind": "file", "file": path.name} if path.is_file() else find_source(path)
 
 
-def _leading_members(plan: ArchivePlan, kept: Kept | None) -> dict[str, bytes]:
+def _leading_members(plan: ArchivePlan, config: bytes) -> dict[str, bytes]:
     """Return the small members that stand before the weights, by name."""
     package = REPOSITORY / "handler"
     entry = package / ENTRY_NAME
@@ -251,39 +303,12 @@ def _leading_members(plan: ArchivePlan, kept: Kept | None) -> dict[str, bytes]:
     members = {
         TORCHSERVE_MANIFEST_NAME: torchserve_manifest(plan.name, plan.version),
         ENTRY_NAME: entry.read_bytes(),
-        CONFIG_NAME: _config(plan, kept),
+        CONFIG_NAME: config,
         "requirements.txt": _requirements(),
     }
     for path in sorted(package.rglob("*.py")):
         members[path.relative_to(REPOSITORY).as_posix()] = path.read_bytes()
     return members
-
-
-def _config(plan: ArchivePlan, kept: Kept | None) -> bytes:
-    """Return the configuration, checked as the worker will check it.
-
-    Its own bytes, comments and all, unless `plan.settings` change it.
-    """
-    path = plan.config or REPOSITORY / "config" / CONFIG_NAME
-    if plan.config is None and kept is not None and kept.config is not None:
-        path, data = plan.pipeline / CONFIG_NAME, kept.config
-    elif path.is_file():
-        data = path.read_bytes()
-    else:
-        raise UsageError(f"{path} is missing: the model's configuration")
-    config = parse_yaml(data, str(path)) or {}
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} does not hold keys and values")
-    section = config.get("handler") or {}
-    if plan.settings and isinstance(section, dict):
-        section = {**section, **plan.settings}
-        config["handler"] = section
-        data = yaml.safe_dump(config, sort_keys=False, allow_unicode=True).encode()
-    try:
-        HandlerConfig.from_mapping(section)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return data
 
 
 def _requirements() -> bytes:

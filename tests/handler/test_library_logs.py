@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -61,3 +62,11 @@ def test_the_hub_draws_bars_on_terminals_only(
     with hub_bars_on_terminals():
         assert are_progress_bars_disabled() != is_terminal
     assert not are_progress_bars_disabled()
+
+
+def test_not_even_errors_are_logged_where_they_are_raised_too() -> None:
+    names = ("diffusers.x", "transformers.x")
+    with quiet_libraries(are_errors_logged=False):
+        assert not any(logging.getLogger(name).isEnabledFor(logging.ERROR) for name in names)
+    assert all(logging.getLogger(name).isEnabledFor(logging.ERROR) for name in names)
+    assert state() == LOUD

@@ -16,6 +16,7 @@ from scripts.repository import REPOSITORY
 from tests.support.archives import save_pipeline
 from tests.support.hub import REVISION, serve_hub
 from tests.support.hub import Model as HubModel
+from tests.support.layouts import lora_of_unet
 from tests.support.packing import UNET, build, manifest
 
 
@@ -155,7 +156,7 @@ def test_what_is_no_pipeline_is_said_in_one_line(
 def test_a_lora_is_called_like_its_file(tmp_path: Path) -> None:
     path = tmp_path / "run=3" / "style.v2.safetensors"
     path.parent.mkdir()
-    save_file({"unet.lora.weight": torch.ones(2)}, path)
+    save_file(lora_of_unet(), path)
     with zipfile.ZipFile(build(tmp_path, "--lora", str(path))) as mar:
         assert "lora/style_v2.safetensors" in mar.namelist()
 

@@ -39,7 +39,7 @@ def test_the_page_of_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[st
         "signature:    none",
     ):
         assert line in page.splitlines()
-    assert "height 64, width 768" in page
+    assert "height 64, width 32" in page
     assert "max_images 4" in page
     assert "F16" in page
     assert "F32" not in page

@@ -29,7 +29,7 @@ def test_what_we_pack_is_whole_and_draws(tmp_path: Path, is_folder: bool) -> Non
     assert verify(mar, is_smoke=True) == []
 
 
-@pytest.mark.parametrize("family", ["flux", "stable_diffusion_3", "sana", "kandinsky_2_2"])
+@pytest.mark.parametrize("family", ["flux", "stable_diffusion_3", "sana", "kandinsky_2_2_combined"])
 def test_other_families_are_whole(tmp_path: Path, family: str) -> None:
     assert verify(pack(tmp_path, save_pipeline(tmp_path / "pipeline", family))) == []
 

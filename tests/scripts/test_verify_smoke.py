@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from handler.diffusers_handler import DiffusersHandler
 from scripts.archive.reader import open_archive
-from scripts.verify_archive import draw_smoke_picture, verify
+from scripts.archive.smoke import draw_smoke_picture
+from scripts.verify_archive import verify
 from tests.support.archives import save_pipeline
 from tests.support.frontend import Frontend
 from tests.support.packing import pack

@@ -23,9 +23,13 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 def pack(tmp_path: Path, pipeline: Path | None = None, **options: Any) -> Path:
-    """Pack `pipeline`, else a tiny Stable Diffusion, as tiny.mar or as a folder of that name."""
+    """Pack `pipeline`, else a tiny Stable Diffusion, as tiny.mar or as a folder of that name.
+
+    Unchecked, with the project's own defaults, unless `options` say otherwise.
+    """
     pipeline = pipeline or save_pipeline(tmp_path / "pipeline")
     out = tmp_path / "tiny.mar"
+    options = {"is_checked": False, **options}
     write_archive(ArchivePlan(pipeline, "tiny", **options), out, force=True)
     return out
 

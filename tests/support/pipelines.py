@@ -29,6 +29,7 @@ from tests.support.tiny_models import (
     make_every_parameter_count,
     unet,
     vae,
+    vision_encoder,
 )
 
 
@@ -154,17 +155,6 @@ def _kandinsky_2_2() -> DiffusionPipeline:
 
 def _kandinsky_2_2_combined() -> DiffusionPipeline:
     """Two pipelines in one: it calls the prior's ``__call__``, then the decoder's."""
-    image_encoder = transformers.CLIPVisionModelWithProjection(
-        transformers.CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=32,
-            projection_dim=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            image_size=SIDE_PX,
-            patch_size=SIDE_PX // 2,
-        )
-    )
     prior = diffusers.PriorTransformer(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -175,7 +165,7 @@ def _kandinsky_2_2_combined() -> DiffusionPipeline:
     return diffusers.KandinskyV22CombinedPipeline(
         **_kandinsky_2_2().components,
         prior_prior=prior,
-        prior_image_encoder=image_encoder,
+        prior_image_encoder=vision_encoder(),
         prior_text_encoder=clip(projected=True, act="gelu"),
         prior_tokenizer=clip_tokenizer(),
         prior_scheduler=diffusers.UnCLIPScheduler(

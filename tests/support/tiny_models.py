@@ -118,6 +118,19 @@ def qwen3() -> transformers.Qwen3Model:
     return transformers.Qwen3Model(config)
 
 
+def vision_encoder() -> transformers.CLIPVisionModelWithProjection:
+    config = transformers.CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        projection_dim=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=SIDE_PX,
+        patch_size=SIDE_PX // 2,
+    )
+    return transformers.CLIPVisionModelWithProjection(config)
+
+
 # Autoencoders and the UNet family.
 
 

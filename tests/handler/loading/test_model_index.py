@@ -80,6 +80,13 @@ def test_accepts_classes_of_known_libraries(value: list[str]) -> None:
     assert parse(vae=value).components["vae"] == tuple(value)
 
 
+def test_a_list_of_numbers_is_an_option() -> None:
+    """Krea 2 says which layers of its text encoder it reads."""
+    index = parse(text_encoder_select_layers=[2, 5, 8])
+    assert "text_encoder_select_layers" not in index.components
+    assert index.entries["text_encoder_select_layers"] == [2, 5, 8]
+
+
 def test_names_every_wrong_class() -> None:
     with pytest.raises(ArchiveError) as caught:
         parse(vae=["os", "a"], other=["sys", "b"], _class_name=["p", "C"])

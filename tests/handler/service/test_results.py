@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any, cast
+
 import pytest
 
 from handler.errors import EngineFault, InvalidRequest, OutOfMemory, RequestError
-from handler.service.results import as_request_error
+from handler.service.results import as_request_error, result_of
+
+
+class Drawing:
+    """A ticket that is done; its call's output has one picture, in the field `name`."""
+
+    submitted_s = admitted_s = ended_s = 0.0
+    denoised_s = None
+
+    def __init__(self, name: str) -> None:
+        self._output = SimpleNamespace(**{name: ["a picture"]})
+
+    def result(self) -> Any:
+        return self._output
+
+
+@pytest.mark.parametrize("name", ["images", "image"])
+def test_pictures_are_taken_from_either_field(name: str) -> None:
+    request = cast(Any, SimpleNamespace(prompt="", negative_prompt=None))
+    found = result_of(cast(Any, Drawing(name)), request, SimpleNamespace(components={}))
+    assert found.images == ("a picture",)
 
 
 def test_an_error_with_a_status_keeps_it() -> None:

@@ -156,7 +156,7 @@ def edit_index(pipeline: Path, **changes: object) -> None:
         (lambda p: shutil.rmtree(p / "scheduler"), "the component scheduler of model_index.json"),
         (lambda p: (p / "unet/config.json").write_text("{}"), "unet: "),
         (lambda p: (p / "unet/config.json").write_text('{"layers_per_block": "x"}'), "unet: "),
-        (lambda p: (p / "vae/config.json").write_text("{"), "vae: "),
+        (lambda p: (p / "vae/config.json").write_text("{"), "vae/config.json is not JSON"),
         (lambda p: (p / UNET).write_bytes(b"short"), f"{UNET}: too short"),
         (lambda p: (p / "tokenizer/tokenizer.json").unlink(), "tokenizer: has no vocabulary"),
         (lambda p: edit_index(p, _class_name="NoSuch"), "has no pipeline NoSuch"),

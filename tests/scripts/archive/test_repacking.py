@@ -9,18 +9,18 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import save_file
 
 from scripts.build_archive import main
 from scripts.console import DONE, FAILED, MISUSED
 from tests.support.archives import save_pipeline
+from tests.support.layouts import lora_of_unet
 from tests.support.packing import UNET, content, manifest, unpack, zip_folder
 
 
 def lora(path: Path) -> Path:
-    """Save something that counts as a LoRA when packing."""
-    save_file({"unet.lora.weight": torch.ones(2)}, path)
+    """Save a LoRA of the pipeline's UNet."""
+    save_file(lora_of_unet(), path)
     return path
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import load, load_file, save_file
 
 from handler.config import HandlerConfig
 from handler.loading.pipeline import load_pipeline
+from scripts.archive.fitted_settings import with_settings
 from scripts.archive.zip_writer import ZipWriter
 from scripts.build_archive import main
 from scripts.console import FAILED
@@ -25,6 +26,7 @@ from scripts.repository import REPOSITORY
 from scripts.torchserve.options import Options, Ports
 from scripts.torchserve.process import TorchServer
 from tests.support.archives import save_pipeline
+from tests.support.layouts import edit_json, edit_weights
 from tests.support.packing import UNET, build, content, manifest, unpack
 
 
@@ -42,7 +44,8 @@ def test_holds_handler_configuration_requirements_and_pipeline(tmp_path: Path) -
         for name in sources:
             assert archive.read(name) == (REPOSITORY / name).read_bytes()
         shipped = (REPOSITORY / "config/model-config.yaml").read_bytes()
-        assert archive.read("model-config.yaml") == shipped
+        own_size = {"height": 32, "width": 32, "min_size_px": 32}
+        assert archive.read("model-config.yaml") == with_settings(shipped, own_size)
         assert b"diffusers==" in archive.read("requirements.txt")
         assert b"+" not in archive.read("requirements.txt")
 
@@ -158,7 +161,7 @@ def test_an_interrupted_pack_leaves_nothing(
 
 
 def test_packing_takes_little_memory(tmp_path: Path) -> None:
-    """Weights of 400 MB, converted too; nothing of torch is imported."""
+    """Weights of 400 MB, converted too; nothing of torch is imported, but for the checks."""
     pipeline = save_pipeline(tmp_path / "pipeline")
     entry = {"weight": {"dtype": "F32", "shape": [100_000_000], "data_offsets": [0, 400_000_000]}}
     header = json.dumps(entry).encode()
@@ -172,7 +175,7 @@ def test_packing_takes_little_memory(tmp_path: Path) -> None:
         "print(status.split('VmHWM:')[1].split()[0]); sys.exit(code)"
     )
     common = ["--pipeline", str(pipeline), "--name", "tiny", "--out", str(tmp_path / "out")]
-    for extra in ([], ["--dtype", "float16", "--force"]):
+    for extra in (["--no-check"], ["--no-check", "--dtype", "float16", "--force"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *common, *extra],
             check=True,
@@ -181,6 +184,35 @@ def test_packing_takes_little_memory(tmp_path: Path) -> None:
             cwd=REPOSITORY,
         )
         assert int(done.stdout) * 1024 < 200_000_000
+
+
+def test_checking_takes_no_memory_for_weights(tmp_path: Path) -> None:
+    """A text encoder with a vocabulary of 200 MB, beside what the libraries take by themselves."""
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    edit_json(pipeline, "text_encoder/config.json", vocab_size=3_000_000)
+    path = pipeline / "text_encoder/model.safetensors"
+    name = next(key for key in load_file(path) if key.endswith("token_embedding.weight"))
+    edit_weights(pipeline, "text_encoder/model.safetensors", **{name: torch.zeros(3_000_000, 16)})
+    code = (
+        "import pathlib, sys; from scripts.build_archive import main\n"
+        "def peak():\n"
+        "    status = pathlib.Path('/proc/self/status').read_text()\n"
+        "    return int(status.split('VmHWM:')[1].split()[0])\n"
+        "assert main([*sys.argv[1:3], '--name', 'small', *sys.argv[5:]]) == 0; before = peak()\n"
+        "assert main([*sys.argv[3:5], '--name', 'big', *sys.argv[5:]]) == 0\n"
+        "print(peak() - before)"
+    )
+    small = save_pipeline(tmp_path / "small")
+    arguments = ["--pipeline", str(small), "--pipeline", str(pipeline), "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    assert path.stat().st_size > 190_000_000
+    assert int(done.stdout) * 1024 < 60_000_000
 
 
 @pytest.mark.server

@@ -1,0 +1,198 @@
+"""Which pipeline classes of diffusers are served: tried tiny, from packing to a drawn picture.
+
+    python -m tests.support.served_models                    # the table, on stdout
+    python -m tests.support.served_models --only Flux
+    python -m tests.support.served_models --write            # into docs/models.md
+
+Every class is judged by what it is; those that there is a tiny pipeline of are packed, verified,
+loaded and drawn with, as a plain request would be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import io
+import re
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from handler.errors import ServingError
+from handler.library_logs import quiet_for_good
+from handler.loading.model_index import ModelIndex
+from scripts.archive.scope import scope_problem
+from scripts.archive.writer import ArchivePlan, write_archive
+from scripts.repository import REPOSITORY
+from scripts.verify_archive import verify
+from tests.support.layouts import pixart_of_a_known_size
+from tests.support.pipelines import FAMILIES, build, shared
+from tests.support.tiny_models import SIDE_PX
+
+__all__ = [
+    "DOCUMENT",
+    "Outcome",
+    "Row",
+    "judge_all",
+    "main",
+    "render",
+    "tiny_builders",
+    "try_pipeline",
+]
+
+DOCUMENT = REPOSITORY / "docs" / "models.md"
+
+
+class Outcome(Enum):
+    """What becomes of a pipeline class."""
+
+    SERVED = "served"
+    UNTRIED = "should be served, not tried"
+    REFUSED = "refused when packing"
+    FAILS = "fails"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A pipeline class, what becomes of it, and why it is no better."""
+
+    name: str
+    outcome: Outcome
+    why: str = ""
+
+
+def try_pipeline(name: str, make: Callable[[], Any]) -> Row:
+    """Pack, verify, load and draw with the pipeline that `make` builds."""
+    with tempfile.TemporaryDirectory(prefix="served-") as place:
+        folder = Path(place)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                make().save_pretrained(folder / "pipeline")
+                plan = ArchivePlan(folder / "pipeline", "tiny", settings=_SMALL)
+                write_archive(plan, folder / "tiny.mar")
+                problems = verify(folder / "tiny.mar", is_smoke=True)
+        except ServingError as error:
+            return Row(name, Outcome.REFUSED, str(error).removeprefix("not packed: "))
+        except Exception as error:
+            return Row(name, Outcome.FAILS, f"{type(error).__name__}: {error}")
+    return Row(name, Outcome.FAILS, problems[0]) if problems else Row(name, Outcome.SERVED)
+
+
+# What tiny pipelines are built for.
+_SMALL = {"height": SIDE_PX, "width": SIDE_PX, "min_size_px": 8, "num_threads": 1}
+
+
+def judge_class(cls: Any) -> Row:
+    """Judge a class by what it is, its components all being there."""
+    components = inspect.signature(cls.__init__).parameters.keys() - {"self"}
+    index = ModelIndex(cls.__name__, dict.fromkeys(components, ("diffusers", "")), {})
+    problem = scope_problem(cls, index)
+    if problem is None:
+        return Row(cls.__name__, Outcome.UNTRIED)
+    return Row(cls.__name__, Outcome.REFUSED, problem.removeprefix(f"{cls.__name__} "))
+
+
+def _classes() -> Iterator[Any]:
+    """Yield the pipeline classes that diffusers exports and that can be imported here."""
+    for name in sorted(dir(diffusers)):
+        if not name.endswith("Pipeline"):
+            continue
+        cls = getattr(diffusers, name)
+        is_pipeline = isinstance(cls, type) and issubclass(cls, diffusers.DiffusionPipeline)
+        if is_pipeline and cls is not diffusers.DiffusionPipeline:
+            yield cls
+
+
+def tiny_builders() -> dict[str, Callable[[], Any]]:
+    """Makers of tiny pipelines, by class."""
+    found: dict[str, Callable[[], Any]] = {
+        type(shared(family)).__name__: partial(build, family) for family in FAMILIES
+    }
+    return {**found, "PixArtSigmaPipeline": pixart_of_a_known_size}
+
+
+def judge_all(only: str = "", builders: Mapping[str, Callable[[], Any]] | None = None) -> list[Row]:
+    """Judge every class whose name matches `only`; try those that are not refused."""
+    makers = tiny_builders() if builders is None else builders
+    rows = []
+    for cls in _classes():
+        if re.search(only, cls.__name__):
+            row = judge_class(cls)
+            if row.outcome is Outcome.UNTRIED and cls.__name__ in makers:
+                row = try_pipeline(cls.__name__, makers[cls.__name__])
+            rows.append(row)
+    return rows
+
+
+def render(rows: list[Row]) -> str:
+    """The document: what is served, and why the rest is not."""
+    served = [row for row in rows if row.outcome is Outcome.SERVED]
+    untried = [row for row in rows if row.outcome is Outcome.UNTRIED]
+    others = [row for row in rows if row not in served and row not in untried]
+    lines = [
+        "# Models",
+        "",
+        "Any diffusers pipeline that draws pictures from text is packed and served, whoever",
+        "trained it. What a class needs or gives is found out when it is packed; a class that is",
+        "not served is refused then, and the message says what it is.",
+        "",
+        "A request that asks for nothing else gets the model's own size, steps and guidance:",
+        "packing reads them from the model, prints them and writes them into the archive's",
+        "model-config.yaml. `--set` and `CONFIG` beat them; limits are moved to allow them.",
+        "",
+        "This page is written by `python -m tests.support.served_models --write`, for diffusers",
+        f"{diffusers.__version__}. Served means: built tiny, packed, verified, loaded and drawn",
+        "with by a plain request.",
+        "",
+        f"## Served ({len(served)})",
+        "",
+        ", ".join(f"`{row.name}`" for row in served) + ".",
+        "",
+        f"## Should be served, not tried ({len(untried)})",
+        "",
+        "They draw pictures from text; the tests have no tiny pipeline of them.",
+        "",
+        ", ".join(f"`{row.name}`" for row in untried) + ".",
+        "",
+        f"## Not served ({len(others)})",
+        "",
+        "| class | why |",
+        "| --- | --- |",
+        *(f"| `{row.name}` | {_cell(row)} |" for row in others),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _cell(row: Row) -> str:
+    why = " ".join(row.why.split()).replace("|", "\\|")
+    return why if row.outcome is Outcome.REFUSED else f"{row.outcome.value}: {why}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 1: a class that is not refused does not draw."""
+    parser = argparse.ArgumentParser(prog="python -m tests.support.served_models")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="classes whose name matches")
+    parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
+    options = parser.parse_args(argv)
+    warnings.simplefilter("ignore")
+    quiet_for_good()
+    rows = judge_all(options.only)
+    if options.write:
+        DOCUMENT.write_text(render(rows))
+    else:
+        print(render(rows))
+    return 1 if any(row.outcome is Outcome.FAILS for row in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
