@@ -82,19 +82,6 @@ archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=path | MODEL_ID=org/name REV
 inspect: $(INSTALLED) ## Show what an archive holds [NAME= SBOM=1]
 	@$(CLI) inspect $(CHOSEN) $(if $(SBOM),--sbom)
 
-archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=path | MODEL_ID=org/name REVISION= | FROM=archive] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key SMOKE=1 ARGS= FORCE=1]
-	@$(CLI) pack --out "$(STORE)" $(if $(NAME),--name "$(NAME)") \
-		$(if $(filter command,$(origin VERSION)),--version "$(VERSION)") \
-		$(if $(FROM),--from "$(FROM)") $(if $(MODEL_ID),--model-id "$(MODEL_ID)") \
-		$(if $(filter-out main,$(REVISION)),--revision "$(REVISION)") \
-		$(if $(PIPELINE),--pipeline "$(PIPELINE)") \
-		$(if $(CONFIG),--config "$(CONFIG)") $(if $(DTYPE),--dtype "$(DTYPE)") \
-		$(if $(FORMAT),--format "$(FORMAT)") $(if $(SIGN),--sign "$(SIGN)") \
-		$(if $(SMOKE),--smoke) $(if $(FORCE),--force) $(ARGS)
-
-inspect: $(INSTALLED) ## Show what an archive holds [NAME= SBOM=1]
-	@$(CLI) inspect $(CHOSEN) $(if $(SBOM),--sbom)
-
 verify: $(INSTALLED) ## Check an archive without serving it [NAME= KEY=public-key SMOKE=1]
 	@$(CLI) verify $(if $(KEY),--key "$(KEY)") $(if $(SMOKE),--smoke) $(CHOSEN)
 
