@@ -24,6 +24,9 @@ AUTH      ?= off
 DRAIN_S   ?= 30
 PIP_ARGS  ?=
 DEMO_PICTURE ?= demo.png
+# Test files that run at the same time, each process with models and servers of its own.
+JOBS      ?= 2
+PARALLEL   = -n $(JOBS) --dist loadfile
 
 # The first Python that is new enough makes the virtual environment; PYTHON=… chooses another.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -105,11 +108,11 @@ logs: ## Follow the server's log
 	@$(IS_INSTALLED)
 	@$(CLI) logs --follow --run-dir "$(RUN_DIR)"
 
-test: $(INSTALLED) ## Everything that must pass, on the real TorchServe too
-	@$(PY) -m pytest
+test: $(INSTALLED) ## Everything that must pass, on the real TorchServe too [JOBS=2]
+	@$(PY) -m pytest $(PARALLEL)
 
 test-fast: $(INSTALLED) ## The tests that need no server and little time
-	@$(PY) -m pytest -m "not server and not slow"
+	@$(PY) -m pytest $(PARALLEL) -m "not server and not slow"
 
 lint: $(INSTALLED) ## Report what ruff and mypy find; changes nothing
 	@$(PY) -m ruff check
