@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from scripts.build_archive import main
 from scripts.console import DONE, FAILED, MISUSED
 from tests.support.archives import save_pipeline
-from tests.support.layouts import lora_of_unet
+from tests.support.layouts import lora_of_unet, plain_fp8
 from tests.support.packing import UNET, content, manifest, unpack, zip_folder
 
 
@@ -214,3 +214,45 @@ def test_a_lora_that_is_not_there_cannot_be_left_out(
     arguments = ["--from", str(mar), "--out", str(tmp_path / "found")]
     assert main([*arguments, "--lora", "ink=none"]) == MISUSED
     assert "has no LoRA of that name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["--set", "height=64"],
+        ["--set", "guidance_scale=31", "--set", "max_guidance_scale=40"],
+        ["--set", "warm_up_sizes=[64x64]"],
+    ],
+)
+def test_the_models_own_defaults_stay_in_the_configuration(
+    tmp_path: Path, changes: list[str]
+) -> None:
+    folder = ["--pipeline", str(save_pipeline(tmp_path / "p", "latent_consistency"))]
+    first = pack(tmp_path, folder)
+    expected = pack(tmp_path, folder, *changes, out="expected")
+    found = pack(tmp_path, ["--from", str(first)], *changes, out="found")
+    assert found.read_bytes() == expected.read_bytes()
+    with zipfile.ZipFile(found) as archive:
+        assert b"  num_inference_steps: 4" in archive.read("model-config.yaml")
+
+
+def test_a_quantized_component_ends_the_claim_that_all_is_converted(tmp_path: Path) -> None:
+    folder = ["--pipeline", str(save_pipeline(tmp_path / "p"))]
+    first = pack(tmp_path, folder, "--dtype", "float16")
+    assert manifest(first)["converted_to"] == "float16"
+    changes = ["--component", f"unet={plain_fp8(tmp_path / 'fp8') / 'unet'}"]
+    found = pack(tmp_path, ["--from", str(first)], *changes, out="found")
+    assert "converted_to" not in manifest(found)
+    expected = pack(tmp_path, folder, *changes, "--dtype", "float16", out="expected")
+    assert found.read_bytes() == expected.read_bytes()
+
+
+def test_an_archive_is_checked_when_it_is_packed_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = save_pipeline(tmp_path / "p", "stable_diffusion_img2img")
+    first = pack(tmp_path, ["--pipeline", str(pipeline)], "--no-check")
+    out = tmp_path / "found"
+    assert main(["--from", str(first), "--out", str(out)]) == FAILED
+    assert "needs a picture" in capsys.readouterr().err
+    assert not out.exists() or not [*out.iterdir()]
