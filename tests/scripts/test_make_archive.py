@@ -53,6 +53,15 @@ def test_another_archive_is_made_of_an_archive(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path / "store")) == ["small.mar", "tiny.mar"]
 
 
+def test_smoke_draws_before_the_archive_is_there(tmp_path: Path) -> None:
+    wanted = "drawing with speed: safe"  # which drawing alone says
+    arguments = [f"PIPELINE={save_pipeline(tmp_path / 'tiny')}", "ARGS=--set speed=max", "FORCE=1"]
+    for is_smoke in (False, True):
+        done = make_archive(tmp_path, *arguments, *(["SMOKE=1"] if is_smoke else []))
+        assert done.returncode == 0, done.stderr
+        assert (wanted in done.stderr) is is_smoke
+
+
 def test_a_hub_cache_is_packed_under_the_models_name(tmp_path: Path) -> None:
     snapshot = save_in_hub_cache(tmp_path)
     root = snapshot.parents[1]

@@ -100,7 +100,8 @@ def clone(tmp_path: Path) -> Path:
     """What `make clean` needs of the repository, whose caches are to stay."""
     clone = tmp_path / "clone"
     clone.mkdir()
-    for name in ("Makefile", "constraints.txt", "pyproject.toml", "config", "handler", "scripts"):
+    packages = ("diffusers_torchserve", "handler", "scripts")
+    for name in ("Makefile", "constraints.txt", "pyproject.toml", "config", *packages):
         (clone / name).symlink_to(REPOSITORY / name)
     return clone
 
