@@ -13,10 +13,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from handler.api.foreign_names import DRAWS_FROM_TEXT, is_picture_input
+from handler.api.schema import PICTURE_NAMES
 from handler.errors import InvalidRequest, TooLarge
 from handler.messages import show, shown_name
 
-__all__ = ["HOW_TO_SEND", "Payload", "media_type", "open_body"]
+__all__ = [
+    "HOW_TO_SEND",
+    "MAX_FIELDS",
+    "Payload",
+    "check_number_of_fields",
+    "media_type",
+    "open_body",
+]
 
 HOW_TO_SEND = (
     "is missing; send it as JSON (curl -H 'Content-Type: application/json'"
@@ -24,6 +32,9 @@ HOW_TO_SEND = (
     " -d 'a prompt') or as a form (curl --data-urlencode 'prompt=a prompt');"
     " a bare curl -d 'a prompt' sends a form in which the prompt has no name"
 )
+MAX_FIELDS = 256
+"""More than there are fields, under every name that anybody gives them."""
+_FIELDS_OF_JSON = PICTURE_NAMES | {"instances", "parameters"}
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 _READABLE = "application/json, text/plain, a form, or no Content-Type at all"
 # Clients that post JSON without saying so are common, prompts that begin like this are not.
@@ -60,14 +71,28 @@ def open_body(
     if not body:
         raise _unreadable("prompt", HOW_TO_SEND)
     if body.keys() == {"body"} and media_type(headers) not in _FORMS:
-        return _open_content(body["body"], media_type(headers))
-    return _open_form(body)
+        payload = _open_content(body["body"], media_type(headers))
+    else:
+        payload = _open_form(body)
+    check_number_of_fields(payload.fields, "body")
+    return payload
+
+
+def check_number_of_fields(fields: Mapping[str, object], name: str) -> None:
+    """Refuse more fields than any request has: reading each of them would hold up everybody.
+
+    Raises:
+        InvalidRequest: of the field `name`.
+    """
+    if len(fields) > MAX_FIELDS:
+        raise _unreadable(name, f"has {len(fields)} fields; allowed are {MAX_FIELDS}")
 
 
 def _open_content(content: object, media: str) -> Payload:
     if isinstance(content, (bytes, bytearray, memoryview)):
         content = _decode(bytes(content), media)
     if isinstance(content, str):
+        _refuse_json_as_text(content)
         return Payload({"prompt": content}, is_form=False)
     if isinstance(content, Mapping):
         return Payload(content, is_form=False)
@@ -79,7 +104,7 @@ def _open_content(content: object, media: str) -> Payload:
 
 def _decode(content: bytes, media: str) -> object:
     """Bytes to text or, where they were sent as JSON or look like a JSON object, its value."""
-    is_json = media == "application/json" or media.endswith("+json")
+    is_json = media in ("application/json", "text/json") or media.endswith("+json")
     if not (is_json or media.startswith("text/") or media in ("", "application/octet-stream")):
         raise _unreadable("Content-Type", f"{show(media)} cannot be read; send {_READABLE}")
     try:
@@ -95,6 +120,23 @@ def _decode(content: bytes, media: str) -> object:
     except ValueError as error:
         hint = "" if is_json else "; a prompt that begins like JSON is sent as text/plain"
         raise _unreadable("body", f"is not JSON: {error}{hint}") from error
+
+
+def _refuse_json_as_text(text: str) -> None:
+    """Refuse a JSON object with a field of ours as the text of a prompt.
+
+    The default of a browser's ``fetch`` is text/plain; what is drawn then is the JSON itself.
+    """
+    if not _LOOKS_LIKE_JSON_OBJECT.match(text):
+        return
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(value, dict) and value.keys() & _FIELDS_OF_JSON:
+        raise _unreadable(
+            "Content-Type", "says text, but the body is JSON: send Content-Type: application/json"
+        )
 
 
 def _open_form(form: Mapping[str, object]) -> Payload:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from handler.api.body import Payload
+from handler.api.body import Payload, check_number_of_fields
 from handler.api.fields import FieldReader
 from handler.api.foreign_names import FOREIGN_NAMES
 from handler.api.schema import PICTURE_FIELDS, PICTURE_NAMES
@@ -83,6 +83,7 @@ def _with_parameters(
     fields: Mapping[str, object], path: str, problems: dict[str, str]
 ) -> dict[str, object]:
     """`fields`, with those inside its ``parameters`` beside the others."""
+    check_number_of_fields(fields, path.removesuffix(".") or "body")
     flat = {name: value for name, value in fields.items() if name != "parameters"}
     parameters = fields.get("parameters")
     if parameters is None:
@@ -90,6 +91,7 @@ def _with_parameters(
     if not isinstance(parameters, Mapping):
         problems[f"{path}parameters"] = f"must be an object, not {show(parameters)}"
         return flat
+    check_number_of_fields(parameters, f"{path}parameters")
     for name, value in parameters.items():
         if value is None:
             continue

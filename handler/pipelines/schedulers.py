@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 
 from handler.api.traits import SCHEDULER_SHORT_NAMES
+from handler.messages import first_lines
 
 __all__ = ["compatible_schedulers", "least_steps", "make_scheduler"]
 
@@ -39,10 +40,17 @@ def make_scheduler(pipeline: Any, name: str) -> Any:
     """A fresh scheduler of the named class with the configuration of the pipeline's own.
 
     Raises:
-        ValueError: no compatible scheduler has this class name or short name.
+        ValueError: no compatible scheduler has this class name or short name, or it cannot be made
+            with the configuration of the pipeline's own.
     """
     class_name = SCHEDULER_SHORT_NAMES.get(name, name)
     compatible = compatible_schedulers(pipeline)
     if class_name not in compatible:
         raise ValueError(f"scheduler {name!r} does not fit; this pipeline takes {list(compatible)}")
-    return getattr(diffusers, class_name).from_config(pipeline.scheduler.config)
+    try:
+        return getattr(diffusers, class_name).from_config(pipeline.scheduler.config)
+    except Exception as error:  # each class has its own way to refuse what another one configured
+        raise ValueError(
+            f"scheduler {name!r} does not go with the configuration of this pipeline's own: "
+            f"{first_lines(error, 1)}"
+        ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import secrets
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -53,6 +54,11 @@ def drain(
     pause_s = POLL_S
     try:
         Drain(until_s, inquiry).write(server.drain_file)
+    except OSError as error:
+        # On a full disk above all: to stop matters more than to finish.
+        print(f"Requests in flight are not finished: {error}", file=sys.stderr)
+        return
+    try:
         while num_live := _num_live(server, inquiry, until_s + GRACE_S):
             tell(num_live, time.monotonic() - started_s)
             time.sleep(pause_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from handler.api.body import HOW_TO_SEND, Payload, media_type, open_body
+from handler.api.body import HOW_TO_SEND, MAX_FIELDS, Payload, media_type, open_body
 from handler.errors import InvalidRequest, TooLarge
 
 JSON = {"content-type": "application/json"}
@@ -51,7 +51,7 @@ def test_text_that_is_no_json_object_is_a_prompt(prompt: str) -> None:
 
 
 def test_declared_text_stays_text() -> None:
-    assert read({"body": b'{"prompt": 1}'}, TEXT).fields == {"prompt": '{"prompt": 1}'}
+    assert read({"body": b'{"colour": 1}'}, TEXT).fields == {"prompt": '{"colour": 1}'}
 
 
 def test_a_form_is_decoded() -> None:
@@ -162,3 +162,31 @@ def test_deep_values_are_measured_without_recursion() -> None:
 def test_media_type() -> None:
     assert media_type({"content-type": " Text/Plain ; charset=x"}) == "text/plain"
     assert media_type({}) == ""
+
+
+@pytest.mark.parametrize(
+    "text", ['{"prompt": "a cat", "seed": 7}', ' {"inputs": "a cat"}', '{"instances": ["a cat"]}']
+)
+def test_json_that_says_it_is_text_is_not_drawn_as_text(text: str) -> None:
+    for content in (text, text.encode()):
+        problems = problem({"body": content}, TEXT)
+        assert "send Content-Type: application/json" in problems["Content-Type"]
+
+
+@pytest.mark.parametrize("text", ["{a cat}", '{"colour": "red"}', '{"prompt": broken', "[1, 2]"])
+def test_a_prompt_may_look_like_json(text: str) -> None:
+    assert read({"body": text}, TEXT).fields == {"prompt": text}
+
+
+def test_text_json_is_json() -> None:
+    headers = {"content-type": "text/json"}
+    assert read({"body": b'{"prompt": "a cat"}'}, headers).fields == {"prompt": "a cat"}
+
+
+@pytest.mark.parametrize("row", [{"body": {}}, {}], ids=["JSON", "form"])
+def test_more_fields_than_any_request_has_are_refused_unread(row: dict[str, object]) -> None:
+    many: dict[str, object] = {f"image_{i}": "a" for i in range(MAX_FIELDS + 1)}
+    row = {"body": many} if row else many
+    with pytest.raises(InvalidRequest) as caught:
+        open_body(row, {}, max_body_bytes=10**6)
+    assert caught.value.fields == {"body": f"has {MAX_FIELDS + 1} fields; allowed are {MAX_FIELDS}"}

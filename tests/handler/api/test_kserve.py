@@ -6,6 +6,7 @@ import pytest
 
 from handler.api.body import Payload
 from handler.api.kserve import Envelope, Message, open_message
+from handler.errors import InvalidRequest
 
 
 def unwrap(body: dict[str, object]) -> Message:
@@ -198,3 +199,18 @@ def test_v2_deep_data_is_flattened_without_recursion() -> None:
         deep = [deep]
     (fields,) = fields_of(unwrap({"inputs": [tensor("x", deep)]}))
     assert fields == {"prompt": "a"}
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ({"instances": [{"prompt": "a"}, {f"x{i}": i for i in range(300)}]}, "instances[1]"),
+        ({"prompt": "a", "parameters": {f"x{i}": i for i in range(300)}}, "parameters"),
+    ],
+)
+def test_too_many_fields_are_refused_wherever_they_stand(
+    body: dict[str, object], name: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        open_message(Payload(body, is_form=False), max_instances=8)
+    assert caught.value.fields == {name: "has 300 fields; allowed are 256"}

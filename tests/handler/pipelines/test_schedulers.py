@@ -92,3 +92,13 @@ def test_every_compatible_one_draws_in_its_least_steps(name: str) -> None:
     image = image_of(pipeline(**kwargs))
     assert torch.isfinite(image).all()
     assert image.std() > 0
+
+
+def test_one_that_the_pipelines_configuration_does_not_suit_is_the_requests_problem() -> None:
+    pipeline = build("stable_diffusion")
+    solver = diffusers.DPMSolverMultistepScheduler
+    pipeline.scheduler = solver.from_config(
+        pipeline.scheduler.config, algorithm_type="sde-dpmsolver++"
+    )
+    with pytest.raises(ValueError, match="'deis' does not go with the configuration"):
+        make_scheduler(pipeline, "deis")

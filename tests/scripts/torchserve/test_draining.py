@@ -112,3 +112,13 @@ def test_an_interrupted_one_leaves_things_as_they_were(start: Start, earlier: Dr
     # Two that drain one server ask alike, so that neither is a stranger to the worker.
     assert earlier is None or asked == [earlier.inquiry]
     assert Drain.read(server.drain_file, time.monotonic()) == earlier
+
+
+def test_a_server_is_stopped_also_where_no_drain_can_be_written(
+    start: Start, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, asked = start()
+    server.drain_file.parent.rmdir()  # As on a full disk: an OSError.
+    drain(server, 5)
+    assert asked == []
+    assert "are not finished" in capsys.readouterr().err
