@@ -113,7 +113,7 @@ def _judge(kind: type[DiffusionPipeline], recipe: Recipe, verdict: Verdict) -> N
     verdict.outcome = Outcome.MERGED if verdict.merged_forwards else Outcome.ALONE
     if verdict.outcome is Outcome.ALONE:
         verdict.why = "; ".join(
-            filter(None, (verdict.why, _why_alone(pipeline, denoisers, flight)))
+            filter(None, (verdict.why, _why_alone(pipeline, recipe, denoisers, flight)))
         )
 
 
@@ -235,7 +235,9 @@ def _is_still_itself(pipeline: DiffusionPipeline, recipe: Recipe, request: Reque
     return difference(direct_call(pipeline, recipe, request), request.expected) <= BOUND
 
 
-def _why_alone(pipeline: DiffusionPipeline, denoisers: Sequence[str], flight: _Flight) -> str:
+def _why_alone(
+    pipeline: DiffusionPipeline, recipe: Recipe, denoisers: Sequence[str], flight: _Flight
+) -> str:
     if flight.most_running < 2:
         return "its requests run one after another: they change modules that all share"
     if not denoisers:
@@ -243,7 +245,7 @@ def _why_alone(pipeline: DiffusionPipeline, denoisers: Sequence[str], flight: _F
             n for n, part in pipeline.components.items() if isinstance(part, torch.nn.Module)
         ]
         return f"none of its modules is known as a denoiser: {', '.join(modules)}"
-    return "no two calls of its denoiser fit together"
+    return recipe.alone or "no two calls of its denoiser fit together"
 
 
 @contextmanager

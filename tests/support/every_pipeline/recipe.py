@@ -45,6 +45,7 @@ class Recipe:
         leave_out: usual arguments that this pipeline's calls go without.
         num_requests: fewer where one request fills much of a batch.
         not_built: why there is no recipe, where there is none.
+        alone: why its requests share no forward, where that was looked into.
         prepare: changes the pipeline once built.
     """
 
@@ -53,6 +54,7 @@ class Recipe:
     leave_out: frozenset[str] = frozenset()
     num_requests: int = 3
     not_built: str = ""
+    alone: str = ""
     prepare: Callable[[Any], Any] | None = None
 
 

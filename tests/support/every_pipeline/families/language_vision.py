@@ -207,6 +207,7 @@ RECIPES: Mapping[str, Recipe] = {
     "JoyImageEditPlusPipeline": Recipe(
         {"transformer": partial(diffusers.JoyImageEditPlusTransformer3DModel, **_JOY)},
         {"images": lambda inputs: [inputs.picture()]},
+        alone="a plain list has an entry for each row",
         prepare=_draw_small_bucket,
     ),
     "JoyImageEditPipeline": Recipe(

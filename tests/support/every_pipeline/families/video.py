@@ -67,7 +67,9 @@ RECIPES: Mapping[str, Recipe] = {
         call={"overlap_history": 1, "base_num_frames": 9, "num_frames": 9}
     ),
     "AnyFlowPipeline": Recipe(leave_out=frozenset({"video"})),
-    "AnyFlowFARPipeline": Recipe(leave_out=frozenset({"video"})),
+    "AnyFlowFARPipeline": Recipe(
+        leave_out=frozenset({"video"}), alone="a cache of keys and values is among the arguments"
+    ),
     "SkyReelsV2ImageToVideoPipeline": Recipe(
         {
             "transformer": partial(
