@@ -6,10 +6,7 @@ better does too, until ``python -m tests.support.every_pipeline --only CLASS --w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import torch
 
 from tests.support.every_pipeline import record
 from tests.support.every_pipeline.catalogue import pipeline_classes
@@ -18,14 +15,6 @@ from tests.support.every_pipeline.judge import judge
 from tests.support.every_pipeline.recipe import Recipe
 
 RECORD = record.load()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.slow
