@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 
+from handler.service.draining import Drain
 from scripts.errors import ServerError
 from scripts.interrupts import signals_as_interrupts, signals_held
 from scripts.torchserve import health
@@ -239,6 +240,12 @@ class TorchServer:
                     "TorchServe stands still: it takes requests and hands none of them to the "
                     "worker. Only a restart heals it: make stop, then make serve"
                 )
+        drain = Drain.read(self.drain_file, time.monotonic())
+        if drain is not None:
+            return (
+                "it is draining for make stop, and refuses new requests; should that have been "
+                "killed, make stop DRAIN_S=0 and make serve"
+            )
         if len(model.workers) > 1:
             return refusal(self._log())
         return None

@@ -182,10 +182,12 @@ def test_an_interrupted_stop_lets_it_serve_on(server: TorchServer) -> None:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         assert refused(server).status == 503
+        assert "is draining" in (server.problem() or "")
         stopping.send_signal(signal.SIGINT)
         assert "goes on serving" in stopping.communicate(timeout=30)[1]
         assert stopping.returncode == 1
         assert post_json(url, {"prompt": "a"}).status == 200
+        assert server.problem() is None
         assert watched.read_until("event: step")
 
         # Whoever has no time to wait stops it at once.
