@@ -191,11 +191,13 @@ class TorchServer:
         started_s = time.monotonic()
         while not self.is_ready():
             waited_s = time.monotonic() - started_s
-            if self.pid is None:
-                raise ServerError("the server ended while starting", self.frontend_tail())
+            has_ended = self.pid is None
+            # Asked for after the end: a frontend that has ended because of it has logged it.
             if has_failed_to_load(self._log()):
                 self._wait_until_logged()
                 raise ServerError("the model cannot be loaded", self.load_failure())
+            if has_ended:
+                raise ServerError("the server ended while starting", self.frontend_tail())
             if waited_s > timeout_s:
                 raise ServerError(
                     f"no worker was READY within {timeout_s:.0f} s; "
