@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from handler.api.call import Call, CancelCall, read_call
-from handler.api.decoding import Pictures, decode_pictures
+from handler.api.decoding import Pictures, decode_all
 from handler.api.replies import Reply, cancel_reply, error_reply, success_reply
 from handler.api.request import GenerationRequest
 from handler.api.result import Result
@@ -48,7 +48,7 @@ class GenerationService:
     """Serves requests on `engine`, all but coding of pictures in the caller's thread.
 
     `pipeline` is what the engine serves. `model_name` and `config` go into the replies, which
-    `encode` makes; `clock` is the engine's.
+    `encode` makes; `decode` makes the pictures that requests begin with; `clock` is the engine's.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class GenerationService:
         model_name: str,
         draw_seed: Callable[[], int] = draw_seed,
         encode: Callable[..., Reply] = success_reply,
+        decode: Callable[..., list[Pictures]] = decode_all,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -75,7 +76,7 @@ class GenerationService:
         self._live = LiveRequests()
         self._replies: dict[str, Reply] = {}
         self._previewer = Previewer(pipeline)
-        self._decoding = Decoding(config, clock)
+        self._decoding = Decoding(config, clock, decode)
         self._encoders = SideWork[Reply]("encode", config.encode_threads)
         self._meter = Meter()
         self._drain: Drain | None = None
@@ -176,7 +177,7 @@ class GenerationService:
         Raises:
             RequestError: the first that failed.
         """
-        pictures = [decode_pictures(request, self.config) for request in requests]
+        pictures = decode_all(requests, self.config, [""] * len(requests))
         tickets = self._queue.submit(requests, pictures)
         while not all(ticket.ended for ticket in tickets):
             self._step()
