@@ -84,8 +84,18 @@ def test_a_body_that_is_a_picture(url: str, tmp_path: Path) -> None:
 
 def test_over_grpc(server: TorchServer) -> None:
     fields = {"prompt": b"a red heart", "image": BROKEN["truncated"]}
-    reply = json.loads(grpc_predict(server.options.ports.grpc_inference, server.model_name, fields))
-    assert reply["error"]["fields"].keys() == {"image"}
+    large = dict.fromkeys(["image", "control_image"], BROKEN["too many bytes"][:-1000])
+    for sent in (fields, {**fields, **large}):
+        port = server.options.ports.grpc_inference
+        reply = json.loads(grpc_predict(port, server.model_name, sent))
+        assert reply["error"]["fields"].keys() & {"image", "control_image"}
+
+
+def test_base64_in_a_form_that_is_urlencoded(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "in.b64"
+    file.write_text(as_base64(BROKEN["truncated"]))
+    arguments = ("--data-urlencode", "prompt=a red heart", "--data-urlencode", f"image@{file}")
+    problem(curl(url, *arguments))
 
 
 def test_the_largest_pictures_reach_the_handler(url: str, tmp_path: Path) -> None:
