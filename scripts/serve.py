@@ -247,9 +247,7 @@ def add_start_arguments(starter: argparse.ArgumentParser) -> None:
     """Let `starter` take what `start` needs beside ``--run-dir``, ``--name`` and ``--brief``."""
     starter.add_argument("--store", type=Path, default=Path("model-store"), help="archives' folder")
     starter.add_argument("--port", type=int, default=8080, help="HTTP: this, +1, +2 (8080)")
-    starter.add_argument(
-        "--grpc-port", type=grpc_port, default=7070, help="gRPC; off: none (7070)"
-    )
+    starter.add_argument("--grpc-port", type=grpc_port, default=7070, help="gRPC; off: none (7070)")
     starter.add_argument("--address", default=LOOPBACK, help="another needs --auth on (127.0.0.1)")
     starter.add_argument("--auth", choices=("on", "off"), default="off", help="ask for a key (off)")
     starter.add_argument(
