@@ -17,6 +17,7 @@ from scripts.errors import ServerError
 from scripts.hints import to_run
 from scripts.torchserve.curl import curl_line
 from scripts.torchserve.draining import DRAIN_S, drain
+from scripts.torchserve.launch import end_leftover
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 from scripts.torchserve.state import StateDir
@@ -78,9 +79,10 @@ def stop(arguments: argparse.Namespace) -> int:
     server = TorchServer.find(arguments.run_dir)
     if server is None:
         state = StateDir(arguments.run_dir)
+        has_ended_one = state.is_ours and end_leftover(state)
         if state.is_ours:
             state.clean()
-        print("No server is running.")
+        print("Stopped." if has_ended_one else "No server is running.")
         return 0
     print(f"Stopping TorchServe (process {server.pid}) ...", flush=True)
     _drain(server, arguments.drain_s)
