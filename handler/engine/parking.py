@@ -21,6 +21,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from handler.batching.arguments import num_rows
 from handler.engine.ticket import Ticket
 from handler.pipelines.adapters import scales_adapters
+from handler.pipelines.shared_state import is_upcast
 
 __all__ = ["ModuleCall", "RequestGreenlet", "Slot", "denoisers_of", "find_slots"]
 
@@ -234,17 +235,9 @@ def _default_names(modules: dict[str, torch.nn.Module]) -> Iterable[str]:
     for name, module in modules.items():
         if _DENOISERS.match(name) or _ENCODERS.match(name):
             yield name
-        elif _AUTOENCODERS.match(name) and hasattr(module, "decode") and not _is_upcast(module):
+        # A request that parked while it is cast would leave it in the wrong precision for others.
+        elif _AUTOENCODERS.match(name) and hasattr(module, "decode") and not is_upcast(module):
             yield f"{name}.decode"
-
-
-def _is_upcast(autoencoder: Any) -> bool:
-    """Whether pipelines cast `autoencoder` to float32 around its decoding, and back.
-
-    A request that parked in between would leave it in the wrong precision for the others.
-    """
-    wants_it = getattr(getattr(autoencoder, "config", None), "force_upcast", False)
-    return bool(wants_it) and autoencoder.dtype == torch.float16
 
 
 def _is_hooked(module: torch.nn.Module, pipeline: Any) -> bool:

@@ -6,12 +6,13 @@ from typing import Any
 
 from handler.api.request import GenerationRequest
 from handler.api.result import Result, Timings
+from handler.engine.device_faults import is_device_lost
 from handler.engine.forward import is_out_of_memory
 from handler.engine.ticket import Ticket
-from handler.errors import EngineFault, InvalidRequest, OutOfMemory, RequestError
+from handler.errors import DeviceLost, EngineFault, InvalidRequest, OutOfMemory, RequestError
 from handler.pipelines.prompts import prompt_warnings
 
-__all__ = ["as_request_error", "pipeline_fault", "result_of"]
+__all__ = ["as_request_error", "device_lost", "pipeline_fault", "result_of"]
 
 
 def result_of(ticket: Ticket, request: GenerationRequest, pipeline: Any) -> Result:
@@ -44,7 +45,9 @@ def as_request_error(error: BaseException, num_steps_done: int) -> RequestError:
     if isinstance(error, RequestError):
         return error
     told: RequestError
-    if is_out_of_memory(error):
+    if is_device_lost(error):
+        told = device_lost()
+    elif is_out_of_memory(error):
         told = OutOfMemory(
             "the picture does not fit into the device's memory, even alone; ask for a smaller one"
         )
@@ -54,6 +57,14 @@ def as_request_error(error: BaseException, num_steps_done: int) -> RequestError:
         return pipeline_fault(error)
     told.__cause__ = error
     return told
+
+
+def device_lost() -> DeviceLost:
+    """Return what every client is told once the device has failed, whichever request caused it."""
+    return DeviceLost(
+        "the device failed and the worker starts again; this request may not be the cause of it: "
+        "send it again later, once"
+    )
 
 
 def pipeline_fault(error: BaseException) -> EngineFault:
