@@ -25,7 +25,7 @@ examples:
   %(prog)s model-store/sd.mar --smoke               draws a small picture
   %(prog)s model-store/sd.mar --json
 
-Checked: the zip's structure, every SHA-256, no pickles, code, links or paths that climb out; that
+Checked: the zip's structure, every hash, no pickles, code, links or paths that climb out; that
 the pipeline draws pictures from text; its components and LoRAs, whose weights must fit by names and
 shapes, none missing and none left over; the versions of diffusers, transformers and torch; the
 configuration, by itself and with the pipeline. --smoke draws what the worker

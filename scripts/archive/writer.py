@@ -47,6 +47,7 @@ __all__ = ["ArchivePlan", "write_archive"]
 ENTRY_NAME = "torchserve_entry.py"
 _REQUIRED = (
     "accelerate",
+    "blake3",
     "diffusers",
     "greenlet",
     "isal",
