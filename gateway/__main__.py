@@ -45,6 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(f"gateway: error: {error}", file=sys.stderr)
         return 1
+    host = f"[{settings.address}]" if ":" in settings.address else settings.address
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    # `make up` reads it.
+    logging.getLogger("gateway").info("listens at http://%s:%d", host, listener.getsockname()[1])
     server = uvicorn.Server(_config(settings, arguments.state_dir))
     server.run(sockets=[listener])
     return 0 if server.started else 1
@@ -92,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gateway", description=__doc__)
     config = Path("config/gateway.yaml")
     parser.add_argument("--config", type=Path, default=config, help=f"its settings ({config})")
-    parser.add_argument("--state-dir", type=Path, default=Path(".gateway"), help="(.gateway)")
+    state_dir = Path(".run-gateway")
+    parser.add_argument("--state-dir", type=Path, default=state_dir, help=f"({state_dir})")
     parser.add_argument("--run-dir", action="append", help="in place of run_dirs; may be repeated")
     parser.add_argument("--address", help="in place of address")
     parser.add_argument("--port", type=int, help="in place of port")
