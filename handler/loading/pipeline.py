@@ -58,6 +58,11 @@ def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
         raise ConfigError(f"device is {configured!r}: wanted cpu, cuda or cuda:<n>") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {configured!r}, but torch finds no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {configured!r}, but torch finds only cuda:0 "
+            f"to cuda:{torch.cuda.device_count() - 1} here"
+        )
     if configured == "cuda" and gpu_id is not None and gpu_id >= 0:
         return torch.device("cuda", gpu_id)
     return device

@@ -195,7 +195,15 @@ def test_device_with_cuda(
     monkeypatch: pytest.MonkeyPatch, configured: str | None, gpu_id: int | None, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device(configured, gpu_id) == torch.device(expected)
+
+
+def test_a_card_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="'cuda:2', but torch finds only cuda:0 to cuda:1"):
+        choose_device("cuda:2", 0)
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
