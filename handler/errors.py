@@ -8,6 +8,7 @@ ServingError
 │   ├── TooLarge            413  larger than the server is configured to take
 │   ├── Cancelled           499  somebody cancelled it
 │   ├── EngineFault         500  the pipeline raised
+│   │   └── PipelineFailed  500  what it drew is not finite
 │   ├── QueueFull           503  try again after ``retry_after_s``
 │   ├── Draining            503  the server is about to stop; try again after ``retry_after_s``
 │   ├── DeadlineExceeded    504  past its deadline
@@ -31,6 +32,7 @@ __all__ = [
     "InvalidRequest",
     "NotFound",
     "OutOfMemory",
+    "PipelineFailed",
     "QueueFull",
     "RequestError",
     "ServingError",
@@ -123,6 +125,12 @@ class EngineFault(RequestError):
     """The pipeline failed, or the server; its log says why."""
 
     status, phrase, code = 500, "Internal Server Error", "engine_fault"
+
+
+class PipelineFailed(EngineFault):
+    """The picture is not finite: the pipeline's numbers overflowed; the message names remedies."""
+
+    code = "pipeline_failed"
 
 
 class QueueFull(RequestError):

@@ -20,7 +20,7 @@ from scripts.verify_archive import verify
 from tests.support.archives import save_pipeline
 from tests.support.frontend import Frontend
 from tests.support.packing import pack
-from tests.support.pipelines import build
+from tests.support.pipelines import build, overflowing
 from tests.support.tiny_models import unet
 
 
@@ -32,6 +32,14 @@ def test_a_pipeline_that_draws_nothing_fails_the_smoke_test(tmp_path: Path) -> N
     mar = pack(tmp_path, pipeline)
     assert verify(mar) == []
     assert verify(mar, is_smoke=True) == ["the picture has one colour only"]
+
+
+def test_a_pipeline_that_overflows_fails_the_smoke_test_with_what_to_do(tmp_path: Path) -> None:
+    pipeline = tmp_path / "pipeline"
+    overflowing(build("stable_diffusion")).save_pretrained(pipeline)
+    (problem,) = verify(pack(tmp_path, pipeline), is_smoke=True)
+    assert "the picture is not finite" in problem
+    assert "DTYPE=float32" in problem
 
 
 def test_the_packed_configuration_is_tried(tmp_path: Path) -> None:
