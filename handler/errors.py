@@ -6,6 +6,7 @@ ServingError
 │   ├── NotFound            404  no live request has this id
 │   ├── Conflict            409  the id is taken by a live request
 │   ├── TooLarge            413  larger than the server is configured to take
+│   ├── ContentFlagged      422  the safety checker flags what was drawn
 │   ├── Cancelled           499  somebody cancelled it
 │   ├── EngineFault         500  the pipeline raised
 │   │   └── PipelineFailed  500  what it drew is not finite
@@ -26,6 +27,7 @@ __all__ = [
     "Cancelled",
     "ConfigError",
     "Conflict",
+    "ContentFlagged",
     "DeadlineExceeded",
     "Draining",
     "EngineFault",
@@ -113,6 +115,12 @@ class TooLarge(RequestError):
     """The body is larger than the server is configured to take."""
 
     status, phrase, code = 413, "Content Too Large", "too_large"
+
+
+class ContentFlagged(RequestError):
+    """The safety checker flags what was drawn, and the operator refuses such pictures."""
+
+    status, phrase, code = 422, "Unprocessable Content", "content_flagged"
 
 
 class Cancelled(RequestError):

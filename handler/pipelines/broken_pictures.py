@@ -23,7 +23,7 @@ def watch_pictures(view: Any) -> None:
 
     Mutates `view`; its image processor is replaced by a copy.
     """
-    processor = getattr(view, "image_processor", None)
+    processor: Any = getattr(view, "image_processor", None)
     if hasattr(processor, "postprocess"):
         processor = copy.copy(processor)
         processor.postprocess = _checked(processor.postprocess)
@@ -33,7 +33,7 @@ def watch_pictures(view: Any) -> None:
 
 
 def check_decoded(output: Any) -> None:
-    """Raise `PipelineFailed` where a decoder's output, a tensor or an object of them, is not finite.
+    """Check the output of a decoder, a tensor or an object that holds one.
 
     Raises:
         PipelineFailed: it holds a NaN or an infinite number.

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from handler.api.call import Call, CancelCall, read_call
-from handler.api.replies import Reply, cancel_reply, error_reply, success_reply
+from handler.api.replies import FLAGGED, Reply, cancel_reply, error_reply, success_reply
 from handler.api.request import GenerationRequest
 from handler.api.result import Result
 from handler.api.traits import PipelineTraits
@@ -24,6 +24,7 @@ from handler.engine import InFlightEngine
 from handler.engine.ticket import State, Ticket
 from handler.errors import Cancelled, Conflict, Draining, EngineFault, NotFound, RequestError
 from handler.pipelines.preview import Previewer
+from handler.pipelines.safety import SafetyChecker
 from handler.service.draining import Drain, num_live_reply
 from handler.service.encoder_pool import EncoderPool
 from handler.service.event_stream import EventStream
@@ -31,7 +32,12 @@ from handler.service.live_requests import LiveRequest, LiveRequests
 from handler.service.metrics import Load, Meter, Sample
 from handler.service.queueing import EngineQueue
 from handler.service.reading import draw_seed, read_requests
-from handler.service.results import as_request_error, pipeline_fault, result_of
+from handler.service.results import (
+    as_request_error,
+    checked_result,
+    pipeline_fault,
+    result_of,
+)
 
 __all__ = ["GenerationService"]
 
@@ -44,7 +50,8 @@ _BACK_AFTER_S = 10
 class GenerationService:
     """Serves requests on `engine`, all but the encoding of pictures in the caller's thread.
 
-    `pipeline` is what the engine serves. `model_name` and `config` go into the replies, which
+    `pipeline` is what the engine serves. `checker` looks at its pictures in the threads that encode
+    them, and is given back by `close`. `model_name` and `config` go into the replies, which
     `encode` makes; `clock` is the engine's.
     """
 
@@ -58,6 +65,7 @@ class GenerationService:
         model_name: str,
         draw_seed: Callable[[], int] = draw_seed,
         encode: Callable[..., Reply] = success_reply,
+        checker: SafetyChecker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -67,6 +75,7 @@ class GenerationService:
         self._model_name = model_name
         self._draw_seed = draw_seed
         self._encode = encode
+        self._checker = checker
         self._clock = clock
         self._queue = EngineQueue(engine, traits.parameters, config.max_waiting)
         self._live = LiveRequests()
@@ -173,7 +182,7 @@ class GenerationService:
         for ticket in tickets:
             if ticket.error is not None:
                 raise as_request_error(ticket.error, ticket.num_steps_done)
-        return self._results(tickets, requests)
+        return [self._checked(result) for result in self._results(tickets, requests)]
 
     def close(self) -> None:
         """End every request and give the pipeline back."""
@@ -181,6 +190,8 @@ class GenerationService:
             self.drop(request_id)
         self._encoders.close()
         self._engine.close()
+        if self._checker is not None:
+            self._checker.give_back()
 
     def _accept(self, request_id: str, sent: Call) -> None:
         if sent.request_id is not None and self._live.find(sent.request_id) is not None:
@@ -254,7 +265,10 @@ class GenerationService:
             error = encoded.exception()
             if error is None:
                 self._release(live)
-                self._answer(live, encoded.result(), "ok")
+                reply = encoded.result()
+                self._answer(live, reply, "flagged" if FLAGGED in reply.headers else "ok")
+            elif isinstance(error, RequestError):
+                self._fail(live, error)
             else:
                 fault = EngineFault("the picture could not be encoded; the server's log says why")
                 fault.__cause__ = error
@@ -264,11 +278,15 @@ class GenerationService:
         """Run in a thread of the pool."""
         return self._encode(
             live.sent,
-            results,
+            [self._checked(result) for result in results],
             request_id=live.request_id,
             model_name=self._model_name,
             config=self.config,
         )
+
+    def _checked(self, result: Result) -> Result:
+        refuses = self.config.safety_checker == "refuse"
+        return checked_result(result, self._checker, refuses=refuses)
 
     def _fail(self, live: LiveRequest, error: RequestError) -> None:
         self._release(live, error)
