@@ -21,6 +21,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from handler.batching.arguments import num_rows
 from handler.engine.ticket import Ticket
 from handler.pipelines.adapters import scales_adapters
+from handler.pipelines.broken_pictures import check_decoded
 from handler.pipelines.placement import placement_problem
 from handler.pipelines.shared_state import is_upcast
 
@@ -150,7 +151,10 @@ def park(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     assert engine is not None
     bound = slot.bind(args, kwargs)
     rows = num_rows(bound.arguments) or 0
-    return engine.switch(ModuleCall(slot, ticket, bound, rows))
+    output = engine.switch(ModuleCall(slot, ticket, bound, rows))
+    if slot.method == "decode":
+        check_decoded(output)
+    return output
 
 
 def find_slots(*pipelines: Any, names: Iterable[str] | None = None) -> list[Slot]:

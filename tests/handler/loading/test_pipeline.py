@@ -21,7 +21,7 @@ from handler.loading.pipeline import choose_device, choose_dtype, load_pipeline
 from scripts.zip_weights import zip_pipeline
 from tests.support.archives import save_pipeline
 from tests.support.model_dirs import packed, refusal, tensors
-from tests.support.pipelines import build, example_kwargs, shared
+from tests.support.pipelines import build, example_kwargs, shared, with_safety_checker
 
 MAPPED = ("stable_diffusion_xl", "stable_diffusion_3", "pixart_sigma", "z_image", "kandinsky_2_2")
 
@@ -54,6 +54,16 @@ def test_draws_the_same_picture(tmp_path: Path) -> None:
     kwargs = example_kwargs("stable_diffusion", 0)
     expected = shared("stable_diffusion")(**example_kwargs("stable_diffusion", 0)).images
     assert np.array_equal(loaded.pipeline(**kwargs).images, expected)
+
+
+@pytest.mark.parametrize("mode", ["off", "flag", "refuse"])
+def test_a_safety_checker_is_loaded_unless_it_is_off(tmp_path: Path, mode: str) -> None:
+    with_safety_checker(is_strict=True).save_pretrained(tmp_path / "pipeline")
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
+    zip_pipeline(tmp_path / "pipeline", model_dir / "model.zip")
+    loaded = load_pipeline(model_dir, HandlerConfig(safety_checker=mode), None)
+    assert (loaded.pipeline.safety_checker is None) == (mode == "off")
 
 
 def test_an_upstream_archive_loads_with_one_log_line(
