@@ -30,6 +30,7 @@ from scripts.embedded import (
     mark_embedded,
 )
 from scripts.errors import UsageError
+from scripts.hints import to_run
 
 __all__ = ["PACK", "main", "pack_embedded"]
 
@@ -115,7 +116,7 @@ def _run(arguments: argparse.Namespace) -> int:
         is_folder = packed.is_dir()
     out: Path = arguments.out / (name if is_folder else f"{name}.mar")
     if os.path.lexists(out) and not arguments.force:
-        raise UsageError(f"{out} exists; --force replaces it (make archive FORCE=1)")
+        raise UsageError(f"{out} exists; --force replaces it ({to_run('pack', force='1')})")
     plan = ArchivePlan(
         pipeline=packed or arguments.pipeline or _download_folder(arguments),
         name=name,

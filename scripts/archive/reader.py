@@ -221,7 +221,7 @@ def _check_place(reader: Reader, label: str) -> None:
     if prefix not in ("", "model/"):
         raise ArchiveError(
             f"{label}: its pipeline is in {prefix}, where no worker looks: it opens {MODEL_ZIP} "
-            "or model/; pack it with python -m scripts.build_archive"
+            f"or model/; {to_run('pack', pipeline=label)} packs it"
         )
 
 
