@@ -31,7 +31,7 @@ from tests.support.every_pipeline.outputs import Arrays, arrays_of, difference
 from tests.support.every_pipeline.recipe import NotBuildable, Recipe, build, call_arguments
 from tests.support.every_pipeline.stand_ins import stand_ins
 
-__all__ = ["BOUND", "WRONG", "TimeIsUp", "Verdict", "judge", "time_limit"]
+__all__ = ["BOUND", "WRONG", "Verdict", "judge"]
 
 BOUND = 1e-4
 """What rounding may make, as for the families in tests/handler/engine."""
@@ -66,7 +66,7 @@ class _Flight:
     most_running: int
 
 
-class TimeIsUp(BaseException):
+class _TimeIsUp(BaseException):
     """The time limit of a class has passed. No `Exception`, so that no pipeline swallows it."""
 
 
@@ -75,11 +75,11 @@ def judge(kind: type[DiffusionPipeline], recipe: Recipe, limit_s: float = 60.0) 
     started = time.perf_counter()
     verdict = Verdict(kind.__name__, Outcome.NOT_BUILT)
     try:
-        with time_limit(limit_s), stand_ins(kind):
+        with _time_limit(limit_s), stand_ins(kind):
             _judge(kind, recipe, verdict)
     except Failed as failed:
         verdict.outcome, verdict.why = failed.outcome, failed.why
-    except TimeIsUp:
+    except _TimeIsUp:
         verdict.why = f"took longer than {limit_s:g} s"
     except Exception as error:  # the engine's own, or the pipeline's at an unusual place
         verdict.outcome, verdict.why = Outcome.REFUSED, in_one_line(error)
@@ -249,11 +249,9 @@ def _why_alone(
 
 
 @contextmanager
-def time_limit(limit_s: float) -> Iterator[None]:
-    """Raise TimeIsUp in the block when `limit_s` have passed."""
-
+def _time_limit(limit_s: float) -> Iterator[None]:
     def end(signal_number: int, frame: FrameType | None) -> None:
-        raise TimeIsUp
+        raise _TimeIsUp
 
     before = signal.signal(signal.SIGALRM, end)
     signal.setitimer(signal.ITIMER_REAL, limit_s)
