@@ -30,9 +30,9 @@ DEMO_PICTURE ?= demo.png
 JOBS      ?= 2
 PARALLEL   = -n $(JOBS) --dist loadfile
 
-# The first Python that is new enough makes the virtual environment; PYTHON=… chooses another.
+# The first Python that the pinned packages are made for makes the virtual environment; PYTHON=… chooses another.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
-	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	$$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
 	&& echo $$python && break; done)
 PY        := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
@@ -64,7 +64,7 @@ demo: $(INSTALLED) ## Install, build, start TorchServe, draw demo.png; the serve
 setup: $(INSTALLED) ## Make .venv with the pinned packages (PIP_ARGS=… are passed to pip)
 
 $(INSTALLED): constraints.txt pyproject.toml
-	@[ -n "$(PYTHON)" ] || { echo "make: Python 3.11 or later is needed and none was found;" \
+	@[ -n "$(PYTHON)" ] || { echo "make: Python 3.11, 3.12 or 3.13 is needed and none was found;" \
 		"install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
 	@echo "Installing the pinned packages into $(VENV) (once; a minute or two) ..."
 	@$(PYTHON) -m venv $(VENV)

@@ -18,6 +18,7 @@ from scripts.gateway_process import GatewayProcess
 from scripts.hints import to_run
 from scripts.torchserve.curl import curl_line
 from scripts.torchserve.draining import DRAIN_S, drain
+from scripts.torchserve.launch import end_leftover
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 from scripts.torchserve.state import StateDir
@@ -88,9 +89,10 @@ def stop(arguments: argparse.Namespace) -> int:
     server = TorchServer.find(arguments.run_dir)
     if server is None:
         state = StateDir(arguments.run_dir)
+        has_ended_one = state.is_ours and end_leftover(state)
         if state.is_ours:
             state.clean()
-        print("No server is running.")
+        print("Stopped." if has_ended_one else "No server is running.")
         return 0
     print(f"Stopping TorchServe (process {server.pid}) ...", flush=True)
     _drain(server, arguments.drain_s)
@@ -107,6 +109,7 @@ def status(arguments: argparse.Namespace) -> int:
         print("{}" if arguments.json else none)
         return 1
     model, problem = server.model(), server.problem()
+    grpc = server.options.ports.grpc_inference
     workers = [] if model is None else model.workers
     state = {
         "ready": model is not None and model.is_ready,
@@ -115,7 +118,7 @@ def status(arguments: argparse.Namespace) -> int:
         "version": server.model_version,
         "archive": str(server.options.archive),
         "predictions": server.predictions_url,
-        "grpc": f"{LOOPBACK}:{server.options.ports.grpc_inference}",
+        "grpc": None if grpc is None else f"{LOOPBACK}:{grpc}",
         "metrics": server.metrics_url,
         "management": server.management_address,
         "log": str(server.log_file),
@@ -213,6 +216,11 @@ def seconds(text: str) -> float:
     return value
 
 
+def grpc_port(text: str) -> int | None:
+    """Read the port of gRPC; ``off`` is None."""
+    return None if text == "off" else int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="serve",
@@ -263,7 +271,7 @@ def add_start_arguments(starter: argparse.ArgumentParser) -> None:
     """Let `starter` take what `start` needs beside ``--run-dir``, ``--name`` and ``--brief``."""
     starter.add_argument("--store", type=Path, default=Path("model-store"), help="archives' folder")
     starter.add_argument("--port", type=int, default=8080, help="HTTP: this, +1, +2 (8080)")
-    starter.add_argument("--grpc-port", type=int, default=7070, help="gRPC: this, +1 (7070)")
+    starter.add_argument("--grpc-port", type=grpc_port, default=7070, help="gRPC; off: none (7070)")
     starter.add_argument("--address", default=LOOPBACK, help="another needs --auth on (127.0.0.1)")
     starter.add_argument("--auth", choices=("on", "off"), default="off", help="ask for a key (off)")
     starter.add_argument(

@@ -45,6 +45,8 @@ class Call:
     """A preview every so many steps; 0 is none."""
     envelope_id: str | None
     """The ``id`` of a KServe v2 request."""
+    paths: tuple[str, ...] = ()
+    """Where each of `requests` stood in the body, for messages: ``instances[1].``, or nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def read_call(
         return _read_cancel(reader, message)
     options = _read_options(reader, headers, message.envelope, config)
     problems = {**message.problems, **reader.problems}
-    requests = []
+    requests, paths = [], []
     for instance in message.instances:
         for name in REPLY_FIELDS.keys() & instance.fields.keys():
             problems[instance.path + name] = "counts for the whole body: put it beside instances"
@@ -102,6 +104,7 @@ def read_call(
                 problems.setdefault(path + name, problem)
         else:
             requests.append(request)
+            paths.append(instance.path)
             _check_image_count(request, options, message.envelope, problems)
     if problems:
         raise _invalid(problems, payload, headers)
@@ -114,6 +117,7 @@ def read_call(
         stream=options.stream,
         preview_every=options.preview_every,
         envelope_id=message.envelope_id,
+        paths=tuple(paths),
     )
 
 
@@ -147,6 +151,10 @@ def _read_options(
         reader.report("stream", "only plain requests are streamed, not KServe's")
     if sent["previews"] and not stream:
         reader.report("previews", f'needs "stream": true or Accept: {EVENT_STREAM}')
+    if sent["previews"] and config.safety_checker == "refuse":
+        reader.report(
+            "previews", "not here: nothing checks previews, and flagged pictures are refused"
+        )
     deadline_s = config.deadline_s if sent["deadline_s"] is None else sent["deadline_s"]
     return _Options(
         output_format=output_format,
