@@ -6,6 +6,7 @@ The one place that puts them together: what the worker serves and what the smoke
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from handler.acceleration.speed import SpeedUp, make_plan
@@ -17,10 +18,13 @@ from handler.errors import ConfigError, RequestError
 from handler.loading.pipeline import LoadedPipeline
 from handler.pipelines.arguments import pipeline_arguments
 from handler.pipelines.describe import describe
+from handler.pipelines.tasks import pipelines_of
 from handler.service.generation import GenerationService
 from handler.service.reading import read_requests
 
 __all__ = ["assemble", "short_request"]
+
+logger = logging.getLogger(__name__)
 
 _FEW_STEPS = 2
 
@@ -35,13 +39,15 @@ def assemble(
     Raises:
         ConfigError: the configuration does not fit the pipeline.
     """
-    traits = describe(loaded.pipeline)
+    pipelines = pipelines_of(loaded.pipeline, loaded.controlnets)
+    traits = describe(loaded.pipeline, pipelines)
+    logger.info("%s serves %s", type(loaded.pipeline).__name__, ", ".join(pipelines))
     check_against_pipeline(config, traits)
     requests = _warm_up_requests(config, traits)
-    plan = make_plan(config, loaded.pipeline, loaded.device, loaded.dtype)
-    speed_up = SpeedUp(loaded.pipeline, plan, config.max_rows)
+    plan = make_plan(config, pipelines, loaded.device, loaded.dtype)
+    speed_up = SpeedUp(pipelines, plan, config.max_rows)
     engine = InFlightEngine(
-        loaded.pipeline,
+        pipelines,
         max_rows=config.max_rows,
         max_pixels=config.max_pixels_in_flight,
         exact=config.exact,

@@ -106,6 +106,12 @@ class PipelineTraits:
     """Names of its ``__call__``'s arguments."""
     least_steps: Mapping[str, int] = field(default_factory=dict)
     """Steps that a scheduler needs, by class name, for those that need more than one."""
+    tasks: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """The engine's tasks that it serves, and the parameters of each; by default text to image."""
+    required: frozenset[str] = frozenset()
+    """Fields that its class cannot do without, such as the picture that it starts from."""
+    controls: tuple[str, ...] = ()
+    """Names of the ControlNets that a request may choose from; the first is the default."""
 
     def least_steps_with(self, scheduler: str | None) -> int:
         """The steps that a scheduler needs at least, by either name; None is the pipeline's own."""

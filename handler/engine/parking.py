@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +35,7 @@ _PARKS = "_parks_requests"
 _DENOISERS = re.compile(r"(\w+_)?(unet|transformer|prior|decoder)(_\d+)?$")
 _ENCODERS = re.compile(r"(\w+_)?(controlnet|text_encoder|image_encoder|adapter)(_\d+)?$")
 _AUTOENCODERS = re.compile(r"(\w+_)?(vae|movq|vqvae|vqgan)$")
+_HALVES = frozenset({torch.float16, torch.bfloat16})
 
 
 class RequestGreenlet(greenlet):
@@ -234,17 +235,20 @@ def _default_names(modules: dict[str, torch.nn.Module]) -> Iterable[str]:
     for name, module in modules.items():
         if _DENOISERS.match(name) or _ENCODERS.match(name):
             yield name
-        elif _AUTOENCODERS.match(name) and hasattr(module, "decode") and not _is_upcast(module):
-            yield f"{name}.decode"
+        elif _AUTOENCODERS.match(name):
+            if hasattr(module, "encode") and not _is_upcast(module, _HALVES):
+                yield f"{name}.encode"
+            if hasattr(module, "decode") and not _is_upcast(module, {torch.float16}):
+                yield f"{name}.decode"
 
 
-def _is_upcast(autoencoder: Any) -> bool:
-    """Whether pipelines cast `autoencoder` to float32 around its decoding, and back.
+def _is_upcast(autoencoder: Any, precisions: Collection[torch.dtype]) -> bool:
+    """Whether pipelines cast an `autoencoder` of these precisions to float32 and back.
 
     A request that parked in between would leave it in the wrong precision for the others.
     """
     wants_it = getattr(getattr(autoencoder, "config", None), "force_upcast", False)
-    return bool(wants_it) and autoencoder.dtype == torch.float16
+    return bool(wants_it) and autoencoder.dtype in precisions
 
 
 def _is_hooked(module: torch.nn.Module, pipeline: Any) -> bool:

@@ -9,6 +9,7 @@ from handler.errors import ArchiveError
 
 __all__ = [
     "CODE_SUFFIXES",
+    "CONTROLNET_FOLDER",
     "LORA_FOLDER",
     "MANIFEST_NAME",
     "MODEL_INDEX",
@@ -22,6 +23,7 @@ __all__ = [
 
 MODEL_ZIP = "model.zip"
 LORA_FOLDER = "lora"
+CONTROLNET_FOLDER = "controlnets"
 MANIFEST_NAME = "MAR-INF/PIPELINE.json"
 MODEL_INDEX = "model_index.json"
 WEIGHTS_SUFFIX = ".safetensors"

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedPipeline:
-    """A diffusers pipeline on its device. `pipeline` is as untyped as diffusers is."""
+    """A diffusers pipeline on its device. `pipeline` is as untyped as diffusers is.
+
+    `controlnets` are those that were packed with it, by the names that requests choose them by.
+    """
 
     pipeline: Any
     device: torch.device
     dtype: torch.dtype
+    controlnets: Mapping[str, Any] = field(default_factory=dict)
 
 
 def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
@@ -95,10 +99,13 @@ def load_opened(
     dtype = choose_dtype(config.dtype, device)
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    from handler.loading.controlnets import load_controlnets
+
     with offline(), quiet_libraries():
         try:
             pipeline = _from_pretrained(opened, dtype)
             _load_loras(pipeline, loras)
+            controlnets = load_controlnets(opened, dtype)
         except ArchiveError:
             raise
         except Exception as error:
@@ -107,7 +114,9 @@ def load_opened(
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cpu":
         pipeline.to(device)
-    return LoadedPipeline(pipeline, device, dtype)
+        for controlnet in controlnets.values():
+            controlnet.to(device)
+    return LoadedPipeline(pipeline, device, dtype, controlnets)
 
 
 @contextmanager
