@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from handler.api.images import BadPicture, SentPicture, read_picture
 from handler.api.schema import Field, Kind, Value, bounds_of
 from handler.config import HandlerConfig
 from handler.messages import nearest, number_range, show, shown_name
@@ -85,6 +86,18 @@ class FieldReader:
         if field.kind is Kind.INTEGER:
             return self.integer(name, aliases, low=int(low), high=int(high))
         return self.text(name, aliases, min_chars=int(low), max_chars=int(high))
+
+    def picture(self, field: Field, config: HandlerConfig) -> SentPicture | None:
+        """The picture sent for a field, checked by its header; None when absent or wrong."""
+        value = self.take(field.name, field.aliases)
+        if value is None:
+            return None
+        max_bytes = int(bounds_of(field, config)[1])
+        try:
+            return read_picture(value, max_bytes=max_bytes, max_pixels=config.max_picture_pixels)
+        except BadPicture as problem:
+            self.report(field.name, str(problem))
+            return None
 
     def text(
         self, name: str, aliases: Sequence[str] = (), *, min_chars: int = 0, max_chars: int

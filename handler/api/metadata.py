@@ -22,9 +22,14 @@ class ImageMetadata:
 
 
 def request_parameters(request: GenerationRequest) -> dict[str, object]:
-    """The request as JSON values, without its seed: that differs from picture to picture."""
-    values = request.values().items()
-    return {name: value for name, value in values if PICTURE_FIELDS[name].is_recorded}
+    """The request as JSON values, without its seed: that differs from picture to picture.
+
+    The pictures that it was drawn from are not among them.
+    """
+    values = request.values()
+    if not request.pictures:
+        del values["task"]  # it says nothing
+    return {name: value for name, value in values.items() if PICTURE_FIELDS[name].is_recorded}
 
 
 def parameters_line(metadata: ImageMetadata) -> str:
@@ -51,10 +56,12 @@ def parameters_line(metadata: ImageMetadata) -> str:
 
 
 def to_json(metadata: ImageMetadata) -> str:
-    """Everything, as one line of ASCII."""
+    """Everything, as one line of ASCII; of pictures that were sent, their hashes."""
+    hashes = {f"{n}_sha256": sent.sha256 for n, sent in metadata.request.pictures.items()}
     return json.dumps(
         {
             **request_parameters(metadata.request),
+            **hashes,
             "seed": metadata.seed,
             "model": metadata.model_name,
         }

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from handler.api.tasks import TEXT_TO_IMAGE
 from handler.messages import show
 
 __all__ = [
@@ -107,11 +108,16 @@ class PipelineTraits:
     least_steps: Mapping[str, int] = field(default_factory=dict)
     """Steps that a scheduler needs, by class name, for those that need more than one."""
     tasks: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    """The engine's tasks that it serves, and the parameters of each; by default text to image."""
+    """By the engine's name of each task that it serves, the arguments of that ``__call__``; left
+    out: text to image alone, with `parameters`."""
     required: frozenset[str] = frozenset()
-    """Fields that its class cannot do without, such as the picture that it starts from."""
+    """The pictures that it cannot do without, by field."""
     controls: tuple[str, ...] = ()
-    """Names of the ControlNets that a request may choose from; the first is the default."""
+    """The names of its ControlNets; empty where it has none, or one without a name."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            object.__setattr__(self, "tasks", {TEXT_TO_IMAGE: self.parameters})
 
     def least_steps_with(self, scheduler: str | None) -> int:
         """The steps that a scheduler needs at least, by either name; None is the pipeline's own."""

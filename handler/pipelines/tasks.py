@@ -23,14 +23,7 @@ from typing import Any
 
 from diffusers import SchedulerMixin
 
-from handler.api.tasks import (
-    CONTROLLED,
-    IMAGE_TO_IMAGE,
-    INPAINTING,
-    TASKS,
-    TEXT_TO_IMAGE,
-    engine_task,
-)
+from handler.api.tasks import IMAGE_TO_IMAGE, INPAINTING, TASKS, TEXT_TO_IMAGE, engine_task
 from handler.library_logs import quiet_libraries
 from handler.messages import first_lines
 
@@ -47,6 +40,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_CONTROLLED = engine_task("", control=True)
 _PICTURES = {
     TEXT_TO_IMAGE: frozenset[str](),
     IMAGE_TO_IMAGE: frozenset({"image"}),
@@ -101,18 +95,18 @@ def task_of(pipeline_class: Any) -> str:
         name = IMAGE_TO_IMAGE
     else:
         name = TEXT_TO_IMAGE
-    return engine_task(name, control is not None)
+    return engine_task(name, control=control is not None)
 
 
 def pictures_of(task: str) -> frozenset[str]:
     """The fields of pictures that a request for `task` has."""
-    name, is_controlled, _ = task.partition(CONTROLLED)
+    name, is_controlled, _ = task.partition(_CONTROLLED)
     return _PICTURES[name] | ({"control_image"} if is_controlled else set())
 
 
-def pipeline_name(task: str, control: str | None) -> str:
+def pipeline_name(task: str, control: object) -> str:
     """The engine's name of the pipeline that does `task` with the ControlNet `control`."""
-    return task if control is None or CONTROLLED not in task else f"{task}:{control}"
+    return task if control is None or _CONTROLLED not in task else f"{task}:{control}"
 
 
 def split_name(name: str) -> tuple[str, str | None]:
@@ -133,7 +127,7 @@ def task_classes(pipeline_class: Any, controlnet_class: Any = None) -> dict[str,
     if own == TEXT_TO_IMAGE and "image" in call:
         found[IMAGE_TO_IMAGE] = pipeline_class
     families = [*_families(pipeline_class)]
-    if controlnet_class is not None and CONTROLLED not in own:
+    if controlnet_class is not None and _CONTROLLED not in own:
         families += filter(None, (controlnet_family(each, controlnet_class) for each in families))
     for family in families:
         for kind in _classes_of(family):
@@ -142,7 +136,7 @@ def task_classes(pipeline_class: Any, controlnet_class: Any = None) -> dict[str,
             is_whole = "control_mask" not in _parameters(kind.__call__)
             if is_whole and pictures_of(own) <= pictures_of(task):
                 found.setdefault(task, kind)
-    order = [engine_task(name, control) for control in (False, True) for name in TASKS]
+    order = [engine_task(name, control=control) for control in (False, True) for name in TASKS]
     return {own: pipeline_class, **{task: found[task] for task in order if task in found}}
 
 
@@ -172,7 +166,7 @@ def pipelines_of(
             made |= _made(task, kind, pipeline, {})
     for name, controlnet in controlnets.items():
         for task, kind in task_classes(own, type(controlnet)).items():
-            if CONTROLLED in task and task not in made:
+            if _CONTROLLED in task and task not in made:
                 parts = {"controlnet": controlnet}
                 made |= _made(pipeline_name(task, name), kind, pipeline, parts)
     return made

@@ -68,7 +68,7 @@ class GenerationService:
         self._draw_seed = draw_seed
         self._encode = encode
         self._clock = clock
-        self._queue = EngineQueue(engine, traits.parameters, config.max_waiting)
+        self._queue = EngineQueue(engine, traits.tasks, config.max_waiting)
         self._live = LiveRequests()
         self._replies: dict[str, Reply] = {}
         self._previewer = Previewer(pipeline)

@@ -8,7 +8,7 @@ import diffusers
 import pytest
 
 from handler.api.call import Call, read_call
-from handler.api.foreign_names import DRAWS_FROM_TEXT, FOREIGN_NAMES
+from handler.api.foreign_names import FOREIGN_NAMES, HOW_PICTURES_ARE_SENT
 from handler.api.request import GenerationRequest
 from handler.api.schema import PICTURE_FIELDS, PICTURE_NAMES, REPLY_FIELDS
 from handler.api.traits import SAMPLER_NAMES, SCHEDULER_SHORT_NAMES, PipelineTraits
@@ -277,17 +277,38 @@ def test_a_misspelt_scheduler_is_told_its_name(typed: str, meant: str) -> None:
 # Refusals.
 
 
-PICTURES = [
-    *("image", "images", "init_image", "init_images", "mask", "mask_image", "strength"),
-    *("control_image", "image_url", "ip_adapter_image_embeds", "inputImage", "img2", "first_image"),
-]
+NOT_SERVED = "this archive does not serve {}; it serves text-to-image"
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_pictures_are_refused_for_what_they_are(name: str) -> None:
-    assert refusal({"prompt": "a", name: "data:image/png;base64,xyz"}) == {name: DRAWS_FROM_TEXT}
+@pytest.mark.parametrize(
+    ("name", "field", "task"),
+    [
+        ("image", "image", "image-to-image"),
+        ("images", "image", "image-to-image"),
+        ("init_image", "image", "image-to-image"),
+        ("init_images", "image", "image-to-image"),
+        ("control_image", "control_image", "text-to-image with control_image"),
+        ("controlnet_image", "control_image", "text-to-image with control_image"),
+    ],
+)
+def test_an_archive_that_draws_from_text_says_so(name: str, field: str, task: str) -> None:
+    expected = {field: NOT_SERVED.format(task)}
+    assert refusal({"prompt": "a", name: "data:image/png;base64,xyz"}) == expected
+    assert refusal({"prompt": b"a", name: b"\x89PNG\r\n"}, is_form=True) == expected
+
+
+@pytest.mark.parametrize("name", ["ip_adapter_image_embeds", "inputImage", "img2", "first_image"])
+def test_unknown_names_of_pictures_are_told_ours(name: str) -> None:
+    assert refusal({"prompt": "a", name: "x"}) == {name: HOW_PICTURES_ARE_SENT}
     file = {"prompt": b"a", name: b"\x89PNG\r\n"}
-    assert refusal(file, is_form=True) == {name: DRAWS_FROM_TEXT}
+    assert refusal(file, is_form=True) == {name: HOW_PICTURES_ARE_SENT}
+
+
+@pytest.mark.parametrize("name", ["image_url", "image_urls", "mask_url"])
+def test_names_of_urls_are_refused(name: str) -> None:
+    found = refusal({"prompt": "a", name: "https://example.org/cat.png"})
+    assert found.keys() == {name}
+    assert "no request makes the server fetch anything" in found[name]
 
 
 @pytest.mark.parametrize("name", ["num_image", "images_per_prompt", "n_images", "image_size"])

@@ -1,0 +1,55 @@
+"""Decodes the pictures of a request; slow, and for a thread beside the engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from PIL import Image
+
+from handler.api.images import BadPicture
+from handler.api.picture_sizes import within_limits
+from handler.api.request import GenerationRequest
+from handler.config import HandlerConfig
+from handler.errors import InvalidRequest
+from handler.messages import summarise
+
+__all__ = ["Pictures", "decode_pictures", "forget_contents"]
+
+Pictures = Mapping[str, Image.Image]
+"""Decoded pictures by the fields that they were sent as."""
+
+
+def decode_pictures(
+    request: GenerationRequest, config: HandlerConfig, path: str = ""
+) -> dict[str, Image.Image]:
+    """Return the pictures of `request`, of one size: that of the request.
+
+    With ``padding_mask_crop`` image and mask keep the image's own size, for what is drawn is laid
+    into it.
+
+    Raises:
+        InvalidRequest: with every picture that is broken, by field; `path` goes before its name.
+    """
+    decoded: dict[str, Image.Image] = {}
+    problems: dict[str, str] = {}
+    is_cropped = request.extra.get("padding_mask_crop") is not None
+    for name, picture in request.pictures.items():
+        size = request.width, request.height
+        if is_cropped and name != "control_image":
+            size = within_limits(request.pictures["image"], config)
+        try:
+            decoded[name] = picture.decode(*size, as_mask=name == "mask_image")
+            if is_cropped and name == "mask_image" and decoded[name].getbbox() is None:
+                raise BadPicture("is black: with padding_mask_crop it must mask something")
+        except BadPicture as problem:
+            problems[f"{path}{name}"] = str(problem)
+    if problems:
+        raise InvalidRequest(summarise(problems), problems)
+    return decoded
+
+
+def forget_contents(request: GenerationRequest) -> GenerationRequest:
+    """Return `request` with the hashes of its pictures' files in place of their bytes."""
+    pictures = {name: picture.forget_content() for name, picture in request.pictures.items()}
+    return replace(request, pictures=pictures)
