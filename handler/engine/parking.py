@@ -33,6 +33,8 @@ _PARKS = "_parks_requests"
 
 # Combined pipelines put the name of the pipeline inside in front: prior_prior, decoder_vqgan.
 _DENOISERS = re.compile(r"(\w+_)?(unet|transformer|prior|decoder)(_\d+)?$")
+# Their forward comes before the denoiser's in every step.
+_COMPANIONS = re.compile(r"(\w+_)?controlnet(_\d+)?$")
 _ENCODERS = re.compile(r"(\w+_)?(controlnet|text_encoder|image_encoder|adapter)(_\d+)?$")
 _AUTOENCODERS = re.compile(r"(\w+_)?(vae|movq|vqvae|vqgan)$")
 _HALVES = frozenset({torch.float16, torch.bfloat16})
@@ -74,6 +76,8 @@ class Slot:
     signature: inspect.Signature
     attribute: Callable[..., Any] | None
     """What the module itself had under this name; None where its class has the method."""
+    is_companion: bool = False
+    """Whether each of its calls is followed by one of the denoiser, as a ControlNet's is."""
     plain: Callable[..., Any] = field(init=False)
     """The module's own method, for calls that must not differ from the pipeline called alone."""
 
@@ -225,6 +229,7 @@ def _make_slot(modules: dict[str, torch.nn.Module], name: str) -> Slot:
         module=module,
         method=method,
         is_denoiser=method == "forward" and _ENCODERS.match(component) is None,
+        is_companion=method == "forward" and _COMPANIONS.match(component) is not None,
         real=real,
         signature=inspect.signature(getattr(original, method)),
         attribute=module.__dict__.get(method),

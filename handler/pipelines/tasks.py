@@ -177,7 +177,8 @@ def _made(name: str, kind: Any, pipeline: Any, parts: Mapping[str, Any]) -> dict
     obstacle = _obstacle(kind, pipeline)
     if obstacle is None:
         try:
-            with quiet_libraries():
+            with quiet_libraries(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what was said when the pipeline was loaded
                 return {name: _make(kind, pipeline, parts)}
         except Exception as error:  # what a constructor makes of parts that it does not take
             obstacle = first_lines(error, 1)
