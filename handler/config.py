@@ -226,7 +226,11 @@ class HandlerConfig:
     pad_to_buckets: bool = _key(
         False, allow.boolean(), "pad rows to a few counts, so that compiled forwards see few shapes"
     )
-    encode_threads: int = _key(2, allow.integer(1, 64), "threads that encode finished pictures")
+    encode_threads: int = _key(
+        2,
+        allow.integer(1, 64),
+        "threads that encode finished pictures, and as many that decode those that are sent",
+    )
 
     def __post_init__(self) -> None:
         problems = [

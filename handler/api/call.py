@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from handler.api.accept import EVENT_STREAM, MEDIA_TYPES, negotiate
-from handler.api.body import HOW_TO_SEND, Payload, media_type, open_body
+from handler.api.body import ALONE, HOW_TO_SEND, Payload, media_type, open_body
 from handler.api.fields import ID_RULE, FieldReader, is_id
 from handler.api.kserve import Envelope, Message, open_message
 from handler.api.request import GenerationRequest, parse_fields
@@ -45,6 +45,8 @@ class Call:
     """A preview every so many steps; 0 is none."""
     envelope_id: str | None
     """The ``id`` of a KServe v2 request."""
+    paths: tuple[str, ...] = ()
+    """Where each of `requests` stood in the body, for messages: ``instances[1].``, or nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def read_call(
         return _read_cancel(reader, message)
     options = _read_options(reader, headers, message.envelope, config)
     problems = {**message.problems, **reader.problems}
-    requests = []
+    requests, paths = [], []
     for instance in message.instances:
         for name in REPLY_FIELDS.keys() & instance.fields.keys():
             problems[instance.path + name] = "counts for the whole body: put it beside instances"
@@ -102,6 +104,7 @@ def read_call(
                 problems.setdefault(path + name, problem)
         else:
             requests.append(request)
+            paths.append(instance.path)
             _check_image_count(request, options, message.envelope, problems)
     if problems:
         raise _invalid(problems, payload, headers)
@@ -114,6 +117,7 @@ def read_call(
         stream=options.stream,
         preview_every=options.preview_every,
         envelope_id=message.envelope_id,
+        paths=tuple(paths),
     )
 
 
@@ -206,4 +210,6 @@ def _invalid(
     is_urlencoded = media_type(headers) == "application/x-www-form-urlencoded"
     if payload.is_form and is_urlencoded and problems.get("prompt") == "is missing":
         problems["prompt"] = HOW_TO_SEND
+    if payload.is_picture and "prompt" in problems:
+        problems["prompt"] = ALONE
     return InvalidRequest(summarise(problems), problems)

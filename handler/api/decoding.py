@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from PIL import Image
@@ -14,7 +14,7 @@ from handler.config import HandlerConfig
 from handler.errors import InvalidRequest
 from handler.messages import summarise
 
-__all__ = ["Pictures", "decode_pictures", "forget_contents"]
+__all__ = ["Pictures", "decode_all", "decode_pictures", "forget_contents"]
 
 Pictures = Mapping[str, Image.Image]
 """Decoded pictures by the fields that they were sent as."""
@@ -44,6 +44,26 @@ def decode_pictures(
                 raise BadPicture("is black: with padding_mask_crop it must mask something")
         except BadPicture as problem:
             problems[f"{path}{name}"] = str(problem)
+    if problems:
+        raise InvalidRequest(summarise(problems), problems)
+    return decoded
+
+
+def decode_all(
+    requests: Sequence[GenerationRequest], config: HandlerConfig, paths: Sequence[str]
+) -> list[Pictures]:
+    """Return the pictures of each of `requests`, which stood at `paths` in their body.
+
+    Raises:
+        InvalidRequest: with every picture that is broken, by field.
+    """
+    decoded: list[Pictures] = []
+    problems: dict[str, str] = {}
+    for request, path in zip(requests, paths, strict=True):
+        try:
+            decoded.append(decode_pictures(request, config, path))
+        except InvalidRequest as error:
+            problems.update(error.fields)
     if problems:
         raise InvalidRequest(summarise(problems), problems)
     return decoded
