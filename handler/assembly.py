@@ -10,6 +10,7 @@ import base64
 import io
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from PIL import Image
 
@@ -23,6 +24,7 @@ from handler.errors import ConfigError, RequestError
 from handler.loading.pipeline import LoadedPipeline
 from handler.pipelines.arguments import pipeline_arguments
 from handler.pipelines.describe import describe
+from handler.pipelines.safety import SafetyChecker, has_safety_checker
 from handler.pipelines.tasks import pictures_of, pipeline_name, pipelines_of, split_name
 from handler.service.generation import GenerationService
 from handler.service.reading import read_requests
@@ -44,6 +46,7 @@ def assemble(
     Raises:
         ConfigError: the configuration does not fit the pipeline.
     """
+    _check_safety(config, loaded.pipeline)
     pipelines = pipelines_of(loaded.pipeline, loaded.controlnets)
     traits = describe(loaded.pipeline, pipelines)
     logger.info("%s serves %s", type(loaded.pipeline).__name__, ", ".join(pipelines))
@@ -59,7 +62,14 @@ def assemble(
         buckets=speed_up.buckets or (BUCKETS if config.pad_to_buckets else ()),
         wrappers=speed_up.wrappers,
     )
-    service = GenerationService(engine, loaded.pipeline, config, traits, model_name=model_name)
+    service = GenerationService(
+        engine,
+        loaded.pipeline,
+        config,
+        traits,
+        model_name=model_name,
+        checker=SafetyChecker.take_from(engine.pipelines.values()),
+    )
     if warm_up:
         calls = [
             pipeline_arguments(each, traits.tasks[each.engine_task], decode_pictures(each, config))
@@ -68,6 +78,15 @@ def assemble(
         names = [pipeline_name(each.engine_task, each.extra.get("control")) for each in requests]
         speed_up.warm_up(engine, calls, names)
     return service
+
+
+def _check_safety(config: HandlerConfig, pipeline: Any) -> None:
+    """Raise ConfigError where pictures are to be refused and nothing would look at them."""
+    if config.safety_checker == "refuse" and not has_safety_checker(pipeline):
+        raise ConfigError(
+            "model-config.yaml: safety_checker: 'refuse' needs a safety checker, and the archive"
+            " holds none; pack one (--component safety_checker=PATH), or say flag or off"
+        )
 
 
 def short_request(

@@ -26,15 +26,17 @@ import torch
 from handler.engine import policy
 from handler.engine.forward import BatchedForward, Counters
 from handler.engine.global_random import GlobalRandom
+from handler.engine.lead import Lead, cuda_marker
 from handler.engine.parking import ModuleCall, denoisers_of, find_slots
 from handler.engine.policy import Limits
+from handler.engine.row_adapters import RowAdapters
 from handler.engine.runs import Runs
 from handler.engine.submission import Intake, Served, Submission
 from handler.engine.tick_times import Pace
 from handler.engine.ticket import State, StepEnd, Ticket
 from handler.engine.wrappers import UNANSWERED, ForwardWrapper, Wrappers
 from handler.errors import Cancelled, DeadlineExceeded
-from handler.pipelines.adapters import AdapterSets, scales_adapters
+from handler.pipelines.adapters import AdapterSets
 from handler.pipelines.cost import Cost
 from handler.pipelines.shared_state import SharedState
 
@@ -88,13 +90,13 @@ class InFlightEngine:
         self.limits = Limits(max_rows, max_pixels, max_overtakes)
         # Up to the rows that may be in flight: a larger bucket would not fit either.
         capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
-        self._forward = BatchedForward(clock, max_rows, capped, self._prepare)
         self._adapters = AdapterSets(list(named.values()))
+        adapters = RowAdapters(self._adapters)
+        self._forward = BatchedForward(clock, max_rows, capped, self._prepare, adapters)
         shared_states = {task: SharedState(pipeline) for task, pipeline in named.items()}
         self._random = GlobalRandom(named.values())
-        self._runs = Runs(
-            shared_states, self.limits, self._adapters, clock, self.counters, self._random
-        )
+        self._runs = Runs(shared_states, self.limits, adapters, clock, self.counters, self._random)
+        self._lead = Lead(cuda_marker(named.values()))
         self._waiting: list[Ticket] = []
         self._is_at_work = False
         self._closed = False
@@ -193,9 +195,12 @@ class InFlightEngine:
         started_s, served = self.clock(), list[ModuleCall]()
         try:
             with self._at_work():
+                self._lead.wait()
+                self.counters.forward_s += self.clock() - started_s
                 self._expire()
                 self._admit()
                 served = self._tick()
+                self._lead.note()
         finally:
             seconds = self.clock() - started_s
             self.counters.tick_s += seconds
@@ -325,8 +330,5 @@ class InFlightEngine:
         self._runs.unwind(ticket)
 
     def _prepare(self, calls: Sequence[ModuleCall]) -> None:
-        """What the forward of `calls` runs under: their adapters, and whose random numbers."""
+        """Whose random numbers the forward of `calls` draws."""
         self._random.enter(calls[0].ticket if len(calls) == 1 else None)
-        scaled = any(scales_adapters(call.ticket.kwargs) for call in calls)
-        first = calls[0].ticket
-        self._adapters.activate(first.pipeline, first.adapters, scaled=scaled)

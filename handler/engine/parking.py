@@ -10,7 +10,7 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,9 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from handler.batching.arguments import num_rows
 from handler.engine.ticket import Ticket
 from handler.pipelines.adapters import scales_adapters
+from handler.pipelines.broken_pictures import check_decoded
+from handler.pipelines.placement import placement_problem
+from handler.pipelines.shared_state import is_upcast
 
 __all__ = ["ModuleCall", "RequestGreenlet", "Slot", "denoisers_of", "find_slots"]
 
@@ -37,7 +40,6 @@ _DENOISERS = re.compile(r"(\w+_)?(unet|transformer|prior|decoder)(_\d+)?$")
 _COMPANIONS = re.compile(r"(\w+_)?controlnet(_\d+)?$")
 _ENCODERS = re.compile(r"(\w+_)?(controlnet|text_encoder|image_encoder|adapter)(_\d+)?$")
 _AUTOENCODERS = re.compile(r"(\w+_)?(vae|movq|vqvae|vqgan)$")
-_HALVES = frozenset({torch.float16, torch.bfloat16})
 
 
 class RequestGreenlet(greenlet):
@@ -153,7 +155,10 @@ def park(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     assert engine is not None
     bound = slot.bind(args, kwargs)
     rows = num_rows(bound.arguments) or 0
-    return engine.switch(ModuleCall(slot, ticket, bound, rows))
+    output = engine.switch(ModuleCall(slot, ticket, bound, rows))
+    if slot.method == "decode":
+        check_decoded(output)
+    return output
 
 
 def find_slots(*pipelines: Any, names: Iterable[str] | None = None) -> list[Slot]:
@@ -189,11 +194,8 @@ def denoisers_of(pipeline: Any, slots: Iterable[Slot]) -> frozenset[int]:
 
 
 def _modules_of(pipeline: Any) -> dict[str, torch.nn.Module]:
-    if getattr(pipeline, "_all_hooks", None):
-        raise ValueError(
-            "this pipeline offloads its modules to the CPU between calls, which requests in "
-            "flight cannot share; load it without enable_model_cpu_offload"
-        )
+    if problem := placement_problem(pipeline):
+        raise ValueError(problem)
     return {
         name: component
         for name, component in pipeline.components.items()
@@ -241,19 +243,11 @@ def _default_names(modules: dict[str, torch.nn.Module]) -> Iterable[str]:
         if _DENOISERS.match(name) or _ENCODERS.match(name):
             yield name
         elif _AUTOENCODERS.match(name):
-            if hasattr(module, "encode") and not _is_upcast(module, _HALVES):
-                yield f"{name}.encode"
-            if hasattr(module, "decode") and not _is_upcast(module, {torch.float16}):
-                yield f"{name}.decode"
-
-
-def _is_upcast(autoencoder: Any, precisions: Collection[torch.dtype]) -> bool:
-    """Whether pipelines cast an `autoencoder` of these precisions to float32 and back.
-
-    A request that parked in between would leave it in the wrong precision for the others.
-    """
-    wants_it = getattr(getattr(autoencoder, "config", None), "force_upcast", False)
-    return bool(wants_it) and autoencoder.dtype in precisions
+            for method in ("encode", "decode"):
+                # A request that parked while it is cast would leave it in the wrong precision for
+                # the others.
+                if hasattr(module, method) and not is_upcast(module, method):
+                    yield f"{name}.{method}"
 
 
 def _is_hooked(module: torch.nn.Module, pipeline: Any) -> bool:

@@ -17,15 +17,25 @@ from typing import Any
 
 from handler.api.call import Call, CancelCall, read_call
 from handler.api.decoding import Pictures, decode_all
-from handler.api.replies import Reply, cancel_reply, error_reply, success_reply
+from handler.api.replies import FLAGGED, Reply, cancel_reply, error_reply, success_reply
 from handler.api.request import GenerationRequest
 from handler.api.result import Result
 from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
+from handler.engine.device_faults import is_device_lost
 from handler.engine.ticket import State, Ticket
-from handler.errors import Cancelled, Conflict, Draining, EngineFault, NotFound, RequestError
+from handler.errors import (
+    Cancelled,
+    Conflict,
+    DeviceLost,
+    Draining,
+    EngineFault,
+    NotFound,
+    RequestError,
+)
 from handler.pipelines.preview import Previewer
+from handler.pipelines.safety import SafetyChecker
 from handler.service.decoding import Decoding
 from handler.service.draining import Drain, num_live_reply
 from handler.service.event_stream import EventStream
@@ -33,7 +43,13 @@ from handler.service.live_requests import LiveRequest, LiveRequests
 from handler.service.metrics import Load, Meter, Sample
 from handler.service.queueing import EngineQueue
 from handler.service.reading import draw_seed, read_requests
-from handler.service.results import as_request_error, pipeline_fault, result_of
+from handler.service.results import (
+    as_request_error,
+    checked_result,
+    device_lost,
+    pipeline_fault,
+    result_of,
+)
 from handler.service.side_work import SideWork, wait_for_any
 
 __all__ = ["GenerationService"]
@@ -47,7 +63,8 @@ _BACK_AFTER_S = 10
 class GenerationService:
     """Serves requests on `engine`, all but coding of pictures in the caller's thread.
 
-    `pipeline` is what the engine serves. `model_name` and `config` go into the replies, which
+    `pipeline` is what the engine serves. `checker` looks at its pictures in the threads that encode
+    them, and is given back by `close`. `model_name` and `config` go into the replies, which
     `encode` makes; `decode` makes the pictures that requests begin with; `clock` is the engine's.
     """
 
@@ -61,6 +78,7 @@ class GenerationService:
         model_name: str,
         draw_seed: Callable[[], int] = draw_seed,
         encode: Callable[..., Reply] = success_reply,
+        checker: SafetyChecker | None = None,
         decode: Callable[..., list[Pictures]] = decode_all,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -71,6 +89,7 @@ class GenerationService:
         self._model_name = model_name
         self._draw_seed = draw_seed
         self._encode = encode
+        self._checker = checker
         self._clock = clock
         self._queue = EngineQueue(engine, traits.tasks, config.max_waiting)
         self._live = LiveRequests()
@@ -80,6 +99,8 @@ class GenerationService:
         self._encoders = SideWork[Reply]("encode", config.encode_threads)
         self._meter = Meter()
         self._drain: Drain | None = None
+        self.is_device_lost = False
+        """Whether the device failed for good: this process can only tell so, and end."""
 
     @property
     def live_ids(self) -> frozenset[str]:
@@ -108,6 +129,8 @@ class GenerationService:
         """Take in one request; what is wrong with it becomes its reply, never an exception."""
         try:
             sent = read_call(body, headers, self.config, self.traits, draw_seed=self._draw_seed)
+            if self.is_device_lost:
+                raise device_lost()
             if isinstance(sent, CancelCall):
                 self._replies[request_id] = self._cancel(request_id, sent.request_id)
             elif self._drain is not None:
@@ -130,9 +153,9 @@ class GenerationService:
         """Tick until a request can be answered or `budget_s` is used; None: until all can be."""
         ends_s = None if budget_s is None else self._clock() + budget_s
         # Also when nothing is live: the engine is still to report what was cancelled since.
-        while self._live or self._engine.has_work:
+        while self._live or self._has_work:
             self._end_drained()
-            if self._engine.has_work:
+            if self._has_work:
                 self._step()
             else:
                 timeout_s = None if ends_s is None else max(0.0, ends_s - self._clock())
@@ -180,11 +203,13 @@ class GenerationService:
         pictures = decode_all(requests, self.config, [""] * len(requests))
         tickets = self._queue.submit(requests, pictures)
         while not all(ticket.ended for ticket in tickets):
+            if self.is_device_lost:
+                raise device_lost()
             self._step()
         for ticket in tickets:
             if ticket.error is not None:
                 raise as_request_error(ticket.error, ticket.num_steps_done)
-        return self._results(tickets, requests)
+        return [self._checked(result) for result in self._results(tickets, requests)]
 
     def close(self) -> None:
         """End every request and give the pipeline back."""
@@ -193,6 +218,8 @@ class GenerationService:
         self._decoding.work.close()
         self._encoders.close()
         self._engine.close()
+        if self._checker is not None:
+            self._checker.give_back()
 
     def _accept(self, request_id: str, sent: Call) -> None:
         if sent.request_id is not None and self._live.find(sent.request_id) is not None:
@@ -245,8 +272,19 @@ class GenerationService:
         self._fail(live, Cancelled("the request was cancelled"))
         return cancel_reply(wanted, request_id=canceller_id)
 
+    @property
+    def _has_work(self) -> bool:
+        return self._engine.has_work and not self.is_device_lost
+
     def _step(self) -> None:
-        for ticket in self._engine.step():
+        try:
+            ended = self._engine.step()
+        except Exception as error:
+            if not is_device_lost(error):
+                raise
+            self._lose_device(error)
+            return
+        for ticket in ended:
             self._meter.steps_done(ticket.num_steps_done)
             live = self._live.take_ticket(ticket)
             # Tickets that end in one tick are all done when the first of them is looked at.
@@ -256,7 +294,11 @@ class GenerationService:
     def _on_ended(self, live: LiveRequest, ticket: Ticket) -> None:
         if ticket.state is State.FAILED:
             assert ticket.error is not None
-            self._fail(live, as_request_error(ticket.error, ticket.num_steps_done))
+            told = as_request_error(ticket.error, ticket.num_steps_done)
+            if isinstance(told, DeviceLost):
+                self._lose_device(ticket.error)
+            else:
+                self._fail(live, told)
         elif all(t.state is State.DONE for t in live.tickets):
             try:
                 results = self._results(live.tickets, live.sent.requests)
@@ -287,7 +329,10 @@ class GenerationService:
             error = encoded.exception()
             if error is None:
                 self._release(live)
-                self._answer(live, encoded.result(), "ok")
+                reply = encoded.result()
+                self._answer(live, reply, "flagged" if FLAGGED in reply.headers else "ok")
+            elif isinstance(error, RequestError):
+                self._fail(live, error)
             else:
                 fault = EngineFault("the picture could not be encoded; the server's log says why")
                 fault.__cause__ = error
@@ -297,11 +342,25 @@ class GenerationService:
         """Run in a thread of the pool."""
         return self._encode(
             live.sent,
-            results,
+            [self._checked(result) for result in results],
             request_id=live.request_id,
             model_name=self._model_name,
             config=self.config,
         )
+
+    def _lose_device(self, error: BaseException) -> None:
+        """Tell all whose pictures are not drawn; the engine's requests stay where they stand."""
+        logger.critical("the device is lost to this worker, which ends: %s", error, exc_info=error)
+        self.is_device_lost = True
+        for request_id in self._live.ids:
+            live = self._live.get(request_id)
+            if live is not None and live not in self._encoders:
+                self._live.remove(live)
+                self._answer(live, _error_reply(device_lost(), request_id), DeviceLost.code)
+
+    def _checked(self, result: Result) -> Result:
+        refuses = self.config.safety_checker == "refuse"
+        return checked_result(result, self._checker, refuses=refuses)
 
     def _fail(self, live: LiveRequest, error: RequestError) -> None:
         self._release(live, error)

@@ -43,7 +43,7 @@ class Reader(Protocol):
         """Return the first bytes of a file."""
         ...
 
-    def stream(self, name: str) -> Iterator[bytes]:
+    def stream(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the bytes of a file, checked where there is a checksum."""
         ...
 
@@ -98,10 +98,10 @@ class FolderReader:
         with self._path(name).open("rb") as file:
             return file.read(num_bytes)
 
-    def stream(self, name: str) -> Iterator[bytes]:
+    def stream(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the bytes of a file."""
         with self._path(name).open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
+            while chunk := file.read(chunk_bytes):
                 yield chunk
 
     def _path(self, name: str) -> Path:
@@ -135,8 +135,8 @@ class _Below:
     def head(self, name: str, num_bytes: int) -> bytes:
         return self.reader.head(self.prefix + name, num_bytes)
 
-    def stream(self, name: str) -> Iterator[bytes]:
-        return self.reader.stream(self.prefix + name)
+    def stream(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        return self.reader.stream(self.prefix + name, chunk_bytes)
 
 
 @dataclass(frozen=True)

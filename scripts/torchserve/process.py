@@ -24,7 +24,7 @@ from scripts.interrupts import signals_as_interrupts, signals_held
 from scripts.torchserve import health
 from scripts.torchserve.failures import has_failed_to_load, load_failure, refusal
 from scripts.torchserve.grpc_methods import withdraw_bidirectional_streaming
-from scripts.torchserve.launch import launch
+from scripts.torchserve.launch import end_leftover, launch
 from scripts.torchserve.management import ModelState, describe
 from scripts.torchserve.options import (
     LOOPBACK,
@@ -144,7 +144,7 @@ class TorchServer:
                 "would protect the server: add AUTH=on (and a reverse proxy with TLS in front)"
             )
         self.state.check_ownership()
-        freed = set() if replaced is None else set(asdict(replaced.options.ports).values())
+        freed = set() if replaced is None else set(replaced.options.ports.numbers)
         if taken := sorted(set(self.options.ports.taken()) - freed):
             raise ServerError(
                 f"taken by another process: port {', '.join(map(str, taken))}; stop that one, or "
@@ -158,9 +158,10 @@ class TorchServer:
         """
         if TorchServer.find(self.state_dir) is not None:
             raise ServerError(f"a server already runs in {self.state_dir}: make stop")
+        end_leftover(self.state)
         self.check()
         self.state.prepare()
-        self.state.config.write_text(self.options.properties_text(self.state.management_socket))
+        self.state.write_config(self.options.properties_text(self.state.management_socket))
         withdraw_bidirectional_streaming(self.state.path)
         self._log_offset = self.log_file.stat().st_size if self.log_file.exists() else 0
         launcher: subprocess.Popen[bytes] | None = None
@@ -327,6 +328,7 @@ class TorchServer:
             "address": self.options.address,
             "auth": self.options.auth,
             "properties": dict(self.options.properties),
+            "management": self.management_address,
             "started_as": self.started_as,
             "log_offset": self._log_offset,
             **{name: str(Path(getattr(self.options, name)).resolve()) for name in PATH_OPTIONS},
