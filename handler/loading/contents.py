@@ -17,6 +17,7 @@ __all__ = [
     "PICKLE_SUFFIXES",
     "WEIGHTS_SUFFIX",
     "check_names",
+    "controlnet_names",
     "pickled",
     "pipeline_prefix",
 ]
@@ -58,3 +59,9 @@ def check_names(names: Iterable[str], label: str) -> None:
         )
     if code := sorted(name for name in names if name.lower().endswith(CODE_SUFFIXES)):
         raise ArchiveError(f"{label}: code in a pipeline is refused: {', '.join(code)}")
+
+
+def controlnet_names(paths: Iterable[str]) -> list[str]:
+    """Return the names of the ControlNets among the `paths` of a pipeline's files, sorted."""
+    split = (PurePosixPath(path).parts for path in paths)
+    return sorted({p[1] for p in split if len(p) > 2 and p[0] == CONTROLNET_FOLDER})

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import PurePosixPath
 from typing import Any
 
 import torch
 
 from handler.errors import ArchiveError
 from handler.loading.components import load_model
-from handler.loading.contents import CONTROLNET_FOLDER
+from handler.loading.contents import CONTROLNET_FOLDER, controlnet_names
 from handler.loading.documents import parse_json
 from handler.loading.model_dir import OpenedPipeline
 from handler.messages import show
 
-__all__ = ["controlnet_class", "controlnet_names", "load_controlnets"]
+__all__ = ["controlnet_class", "load_controlnets"]
 
 _CONFIG = "config.json"
-
-
-def controlnet_names(paths: Iterable[str]) -> list[str]:
-    """Return the names of the ControlNets among the `paths` of a pipeline's files, sorted."""
-    split = (PurePosixPath(path).parts for path in paths)
-    return sorted({p[1] for p in split if len(p) > 2 and p[0] == CONTROLNET_FOLDER})
 
 
 def controlnet_class(config: bytes, label: str) -> Any:

@@ -33,6 +33,7 @@ __all__ = [
     "pictures_of",
     "pipeline_name",
     "pipelines_of",
+    "plan_tasks",
     "split_name",
     "task_classes",
     "task_of",
@@ -66,11 +67,13 @@ _NEEDS_A_PICTURE = frozenset(
         "UnCLIPImageVariationPipeline",
     }
 )
+# Classes that describe a picture in words where they are given one.
+_DESCRIBES = frozenset({"UniDiffuserPipeline"})
 # What the constructor takes where a picture controls the drawing.
 _CONTROLLERS = ("controlnet", "adapter")
 # Channels of the denoisers that diffusers' inpainting takes: latents alone, or the mask and the
 # rest of the picture beside them.
-_INPAINTING_CHANNELS = {"unet": (4, 9), "transformer": (16, 33)}
+_DENOISERS = {"unet": (4, 9), "transformer": (16, 33)}
 
 
 def controlled_by(pipeline_class: Any) -> str | None:
@@ -124,7 +127,7 @@ def task_classes(pipeline_class: Any, controlnet_class: Any = None) -> dict[str,
     own = task_of(pipeline_class)
     found = {own: pipeline_class}
     call = _parameters(pipeline_class.__call__)
-    if own == TEXT_TO_IMAGE and "image" in call:
+    if own == TEXT_TO_IMAGE and "image" in call and pipeline_class.__name__ not in _DESCRIBES:
         found[IMAGE_TO_IMAGE] = pipeline_class
     families = [*_families(pipeline_class)]
     if controlnet_class is not None and _CONTROLLED not in own:
@@ -151,6 +154,28 @@ def controlnet_family(family: str, controlnet_class: Any) -> str | None:
     return None
 
 
+def plan_tasks(
+    pipeline_class: Any,
+    channels: Mapping[str, int],
+    controlnets: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """The classes of what `pipelines_of` makes, by name: nothing has to be loaded for that.
+
+    `channels` are those that the denoiser takes, by its component; `controlnets` are classes.
+    """
+    classes = task_classes(pipeline_class)
+    planned = {
+        task: kind
+        for task, kind in classes.items()
+        if kind is pipeline_class or _obstacle(kind, channels) is None
+    }
+    for name, controlnet_class in controlnets.items():
+        for task, kind in task_classes(pipeline_class, controlnet_class).items():
+            if task not in classes and _obstacle(kind, channels) is None:
+                planned[pipeline_name(task, name)] = kind
+    return planned
+
+
 def pipelines_of(
     pipeline: Any, controlnets: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
@@ -159,46 +184,39 @@ def pipelines_of(
     `controlnets` are ControlNets by the names that requests choose them by. A pipeline that cannot
     be made of the modules is left out.
     """
-    own = type(pipeline)
-    made = {task: pipeline for task, kind in task_classes(own).items() if kind is own}
-    for task, kind in task_classes(own).items():
-        if task not in made:
-            made |= _made(task, kind, pipeline, {})
-    for name, controlnet in controlnets.items():
-        for task, kind in task_classes(own, type(controlnet)).items():
-            if _CONTROLLED in task and task not in made:
-                parts = {"controlnet": controlnet}
-                made |= _made(pipeline_name(task, name), kind, pipeline, parts)
-    return made
-
-
-def _made(name: str, kind: Any, pipeline: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The pipeline of class `kind` by its name, or nothing where it cannot be made."""
-    obstacle = _obstacle(kind, pipeline)
-    if obstacle is None:
+    kinds = {name: type(controlnet) for name, controlnet in controlnets.items()}
+    made = {}
+    for name, kind in plan_tasks(type(pipeline), _channels_of(pipeline), kinds).items():
+        if kind is type(pipeline):
+            made[name] = pipeline
+            continue
+        control = split_name(name)[1]
+        parts = {} if control is None else {"controlnet": controlnets[control]}
         try:
             with quiet_libraries(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what was said when the pipeline was loaded
-                return {name: _make(kind, pipeline, parts)}
+                made[name] = _make(kind, pipeline, parts)
         except Exception as error:  # what a constructor makes of parts that it does not take
-            obstacle = first_lines(error, 1)
-    logger.info("no %s: %s cannot be made: %s", name, kind.__name__, obstacle)
-    return {}
+            reason = first_lines(error, 1)
+            logger.warning("no %s: %s cannot be made: %s", name, kind.__name__, reason)
+    return made
 
 
-def _obstacle(kind: Any, pipeline: Any) -> str | None:
-    """Why calls of `kind` would fail with the denoiser of `pipeline`."""
-    for component, channels in _INPAINTING_CHANNELS.items():
-        denoiser = getattr(pipeline, component, None)
-        number = getattr(getattr(denoiser, "config", None), "in_channels", None)
-        if number is None:
-            continue
-        wants_these = "mask_image" in _parameters(kind.__call__) and (
-            component == "unet" or "StableDiffusion3" in kind.__name__
-        )
-        if wants_these and number not in channels:
-            allowed = " or ".join(str(each) for each in channels)
-            return f"its {component} takes {number} channels, and inpainting wants {allowed}"
+def _channels_of(pipeline: Any) -> dict[str, int]:
+    configs = {name: getattr(getattr(pipeline, name, None), "config", {}) for name in _DENOISERS}
+    return {name: each["in_channels"] for name, each in configs.items() if "in_channels" in each}
+
+
+def _obstacle(kind: Any, channels: Mapping[str, int]) -> str | None:
+    """Why calls of `kind` would fail with a denoiser that takes so many `channels`."""
+    if "mask_image" not in _parameters(kind.__call__):
+        return None
+    for component, allowed in _DENOISERS.items():
+        number = channels.get(component)
+        counts = component == "unet" or "StableDiffusion3" in kind.__name__
+        if counts and number is not None and number not in allowed:
+            wanted = " or ".join(str(each) for each in allowed)
+            return f"its {component} takes {number} channels, and inpainting wants {wanted}"
     return None
 
 
