@@ -287,17 +287,28 @@ class InFlightEngine:
     def _tick(self) -> list[ModuleCall]:
         """Run one forward for every module call that may run, and let its request run on.
 
-        Returns those that a denoiser served.
+        Companions of the denoiser run first: so requests with and without a ControlNet, and those
+        that are half a step apart, meet in the denoiser's forward. Returns the calls that a
+        denoiser served.
         """
         self.counters.ticks += 1
         for ticket in policy.choose(list(self._runs.parked), self.limits):
             ticket.last_tick = self.counters.ticks
-        calls = [p for t, p in self._runs.parked.items() if t.last_tick == self.counters.ticks]
+        self._serve([call for call in self._chosen() if call.slot.is_companion])
+        calls = self._chosen()
         served = [call for call in calls if call.slot.is_denoiser]
+        self._serve(calls)
+        return served
+
+    def _chosen(self) -> list[ModuleCall]:
+        """The calls of those that this tick serves."""
+        parked = self._runs.parked.items()
+        return [call for ticket, call in parked if ticket.last_tick == self.counters.ticks]
+
+    def _serve(self, calls: Sequence[ModuleCall]) -> None:
         for group in self._forward.group(self._unanswered(calls)):
             for call, result in zip(group.calls, self._forward.run(group), strict=True):
                 self._resume(call, self._wrappers.after(call, result))
-        return served
 
     def _unanswered(self, calls: Sequence[ModuleCall]) -> list[ModuleCall]:
         """Those of `calls` that need their forward; the others run on with a wrapper's answer."""

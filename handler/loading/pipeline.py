@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedPipeline:
-    """A diffusers pipeline on its device. `pipeline` is as untyped as diffusers is."""
+    """A diffusers pipeline on its device. `pipeline` is as untyped as diffusers is.
+
+    `controlnets` are those that were packed with it, by the names that requests choose them by.
+    """
 
     pipeline: Any
     device: torch.device
     dtype: torch.dtype
+    controlnets: Mapping[str, Any] = field(default_factory=dict)
 
 
 def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
@@ -105,6 +109,7 @@ def load_opened(
             left_out = ["safety_checker"] if config.safety_checker == "off" else []
             pipeline = _from_pretrained(opened, dtype, left_out)
             _load_loras(pipeline, loras)
+            controlnets = _load_controlnets(opened, dtype)
         except ArchiveError:
             raise
         except Exception as error:
@@ -113,7 +118,9 @@ def load_opened(
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cpu":
         pipeline.to(device)
-    return LoadedPipeline(pipeline, device, dtype)
+        for controlnet in controlnets.values():
+            controlnet.to(device)
+    return LoadedPipeline(pipeline, device, dtype, controlnets)
 
 
 @contextmanager
@@ -146,6 +153,12 @@ def _from_pretrained(
         trust_remote_code=False,
         **components,
     )
+
+
+def _load_controlnets(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any]:
+    from handler.loading.controlnets import load_controlnets
+
+    return load_controlnets(opened, dtype)
 
 
 def _load_loras(pipeline: Any, paths: Sequence[Path]) -> None:
