@@ -37,6 +37,7 @@ from handler.engine.wrappers import UNANSWERED, ForwardWrapper, Wrappers
 from handler.errors import Cancelled, DeadlineExceeded
 from handler.pipelines.adapters import AdapterSets, scales_adapters
 from handler.pipelines.cost import Cost
+from handler.pipelines.placement import is_asynchronous
 from handler.pipelines.shared_state import SharedState
 
 __all__ = ["BUCKETS", "InFlightEngine"]
@@ -59,6 +60,9 @@ class InFlightEngine:
         max_overtakes: how often a request that waits for room may be overtaken.
         exact: run every request's rows alone, bit-equal to the pipeline called directly.
         buckets: row counts to pad forwards to, such as `BUCKETS`; none: no padding.
+        proves_ahead: see once for each kind of group that rows are kept apart, not whenever one
+            differs in a new way, which has to look in every tick; by default where looking waits
+            for a device.
         wrappers: what makes the denoisers' forwards cheaper, the first nearest to the module.
         clock: seconds; deadlines and times are read from it and nothing else.
 
@@ -77,6 +81,7 @@ class InFlightEngine:
         max_overtakes: int = 16,
         exact: bool = False,
         buckets: Sequence[int] = (),
+        proves_ahead: bool | None = None,
         wrappers: Sequence[ForwardWrapper] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -89,7 +94,11 @@ class InFlightEngine:
         self.limits = Limits(max_rows, max_pixels, max_overtakes)
         # Up to the rows that may be in flight: a larger bucket would not fit either.
         capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
-        self._forward = BatchedForward(clock, max_rows, capped, self._prepare)
+        if proves_ahead is None:
+            proves_ahead = any(is_asynchronous(pipeline) for pipeline in named.values())
+        self._forward = BatchedForward(
+            clock, max_rows, capped, self._prepare, proves_ahead=proves_ahead
+        )
         self._adapters = AdapterSets(list(named.values()))
         shared_states = {task: SharedState(pipeline) for task, pipeline in named.items()}
         self._random = GlobalRandom(named.values())
