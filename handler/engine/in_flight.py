@@ -38,6 +38,7 @@ from handler.engine.wrappers import UNANSWERED, ForwardWrapper, Wrappers
 from handler.errors import Cancelled, DeadlineExceeded
 from handler.pipelines.adapters import AdapterSets
 from handler.pipelines.cost import Cost
+from handler.pipelines.placement import is_asynchronous
 from handler.pipelines.shared_state import SharedState
 
 __all__ = ["BUCKETS", "InFlightEngine"]
@@ -60,6 +61,9 @@ class InFlightEngine:
         max_overtakes: how often a request that waits for room may be overtaken.
         exact: run every request's rows alone, bit-equal to the pipeline called directly.
         buckets: row counts to pad forwards to, such as `BUCKETS`; none: no padding.
+        proves_ahead: see once for each kind of group that rows are kept apart, not whenever one
+            differs in a new way, which has to look in every tick; by default where looking waits
+            for a device.
         wrappers: what makes the denoisers' forwards cheaper, the first nearest to the module.
         clock: seconds; deadlines and times are read from it and nothing else.
 
@@ -78,6 +82,7 @@ class InFlightEngine:
         max_overtakes: int = 16,
         exact: bool = False,
         buckets: Sequence[int] = (),
+        proves_ahead: bool | None = None,
         wrappers: Sequence[ForwardWrapper] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -90,9 +95,13 @@ class InFlightEngine:
         self.limits = Limits(max_rows, max_pixels, max_overtakes)
         # Up to the rows that may be in flight: a larger bucket would not fit either.
         capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
+        if proves_ahead is None:
+            proves_ahead = any(is_asynchronous(pipeline) for pipeline in named.values())
         self._adapters = AdapterSets(list(named.values()))
         adapters = RowAdapters(self._adapters)
-        self._forward = BatchedForward(clock, max_rows, capped, self._prepare, adapters)
+        self._forward = BatchedForward(
+            clock, max_rows, capped, self._prepare, adapters, proves_ahead
+        )
         shared_states = {task: SharedState(pipeline) for task, pipeline in named.items()}
         self._random = GlobalRandom(named.values())
         self._runs = Runs(shared_states, self.limits, adapters, clock, self.counters, self._random)
