@@ -6,16 +6,18 @@ SHELL := /bin/bash
 
 # These come from the command line alone: some shells export a NAME or a VERSION of their own.
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
-	FORCE SMOKE SBOM TO RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
+	FORCE SMOKE SBOM TO RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE GATEWAY_DIR GATEWAY_PORT GATEWAY_ADDRESS,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
 
 # The recipes put these between double quotes, where the shell would read such letters itself.
 unquotable := " ` \ $$
-$(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG SIGN KEY TO RUN_DIR STORE,\
+$(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG SIGN KEY TO RUN_DIR STORE GATEWAY_DIR,\
 	$(foreach letter,$(unquotable),$(if $(findstring $(letter),$(value $(variable))),\
 	$(error $(variable) may not have any of $(unquotable) in it; rename it or move it))))
 
 VENV      ?= .venv
 RUN_DIR   ?= .run
+GATEWAY_DIR ?= $(RUN_DIR)-gateway
+GATEWAY_PORT ?= 8000
 STORE     ?= model-store
 PORT      ?= 8080
 GRPC_PORT ?= 7070
@@ -48,7 +50,7 @@ EMBEDDED        := $(STORE)/.embedded
 START = --run-dir "$(RUN_DIR)" --store "$(STORE)" --port $(PORT) --grpc-port $(GRPC_PORT) \
 	--address $(ADDRESS) --auth $(AUTH)
 
-.PHONY: help demo setup archive inspect verify push pull serve stop status logs test test-fast lint format bench clean
+.PHONY: help demo setup archive inspect verify push pull serve up down key stop status logs test test-fast lint format bench clean
 
 help: ## List the targets
 	@echo "make demo first; then your own curl."
@@ -97,8 +99,18 @@ pull: $(INSTALLED) ## Fetch an archive from one: FROM=registry/name@sha256:… [
 serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]
 	@$(CLI) serve $(START) $(if $(NAME),--name "$(NAME)")
 
+up: $(INSTALLED) ## Serve with the gateway in front: http://127.0.0.1:8000 [GATEWAY_PORT= GATEWAY_ADDRESS= NAME= …]
+	@$(CLI) up $(START) $(if $(NAME),--name "$(NAME)") --gateway-dir "$(GATEWAY_DIR)" \
+		--gateway-port $(GATEWAY_PORT) $(if $(GATEWAY_ADDRESS),--gateway-address $(GATEWAY_ADDRESS))
+
+down: stop ## Stop both; the same as make stop
+
+key: $(INSTALLED) ## Make a key for the gateway, shown this once: NAME=… [ARGS='--max-steps 50 …']
+	@$(PY) -m gateway.keys --name "$(NAME)" $(ARGS)
+
 stop: ## Stop the server once its requests are finished; those that take longer get 503 [DRAIN_S=30]
-	@[ ! -x $(PY) ] || $(CLI) stop --run-dir "$(RUN_DIR)" --drain-s $(DRAIN_S)
+	@[ ! -x $(PY) ] || $(CLI) stop --run-dir "$(RUN_DIR)" --drain-s $(DRAIN_S) \
+		--gateway-dir "$(GATEWAY_DIR)"
 
 status: ## Say what is served and whether it is ready
 	@$(IS_INSTALLED)
@@ -132,6 +144,8 @@ clean: stop ## Stop the server; remove its state, caches and the embedded archiv
 		cd "$(RUN_DIR)" && rm -rf tmp temp logs config.properties server.json sockets org; fi
 	@[ ! -d "$(RUN_DIR)" ] || rmdir -- "$(RUN_DIR)" 2>/dev/null || true
 	@rm -f -- "$(DEMO_PICTURE)"
+	@cd "$(GATEWAY_DIR)" 2>/dev/null && rm -rf pictures gateway.log gateway.json || true
+	@[ ! -d "$(GATEWAY_DIR)" ] || rmdir -- "$(GATEWAY_DIR)" 2>/dev/null || true
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@[ ! -e "$(EMBEDDED)" ] || rm -f -- "$(EMBEDDED)" "$(DEFAULT_ARCHIVE)"
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -7,6 +7,7 @@ The one place that puts them together: what the worker serves and what the smoke
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from handler.acceleration.speed import SpeedUp, make_plan
 from handler.api.request import GenerationRequest, check_against_pipeline
@@ -17,6 +18,7 @@ from handler.errors import ConfigError, RequestError
 from handler.loading.pipeline import LoadedPipeline
 from handler.pipelines.arguments import pipeline_arguments
 from handler.pipelines.describe import describe
+from handler.pipelines.safety import SafetyChecker, has_safety_checker
 from handler.service.generation import GenerationService
 from handler.service.reading import read_requests
 
@@ -35,6 +37,7 @@ def assemble(
     Raises:
         ConfigError: the configuration does not fit the pipeline.
     """
+    _check_safety(config, loaded.pipeline)
     traits = describe(loaded.pipeline)
     check_against_pipeline(config, traits)
     requests = _warm_up_requests(config, traits)
@@ -48,10 +51,26 @@ def assemble(
         buckets=speed_up.buckets or (BUCKETS if config.pad_to_buckets else ()),
         wrappers=speed_up.wrappers,
     )
-    service = GenerationService(engine, loaded.pipeline, config, traits, model_name=model_name)
+    service = GenerationService(
+        engine,
+        loaded.pipeline,
+        config,
+        traits,
+        model_name=model_name,
+        checker=SafetyChecker.take_from(engine.pipelines.values()),
+    )
     if warm_up:
         speed_up.warm_up(engine, [pipeline_arguments(r, traits.parameters) for r in requests])
     return service
+
+
+def _check_safety(config: HandlerConfig, pipeline: Any) -> None:
+    """Raise ConfigError where pictures are to be refused and nothing would look at them."""
+    if config.safety_checker == "refuse" and not has_safety_checker(pipeline):
+        raise ConfigError(
+            "model-config.yaml: safety_checker: 'refuse' needs a safety checker, and the archive"
+            " holds none; pack one (--component safety_checker=PATH), or say flag or off"
+        )
 
 
 def short_request(

@@ -192,6 +192,15 @@ class HandlerConfig:
         note="at most `max_request_size` in config.properties",
     )
 
+    safety_checker: str = _key(
+        "flag",
+        allow.one_of("off", "flag", "refuse"),
+        "where the archive holds a safety checker: `off` loads none, `flag` replies with what"
+        " diffusers draws (black) and says so, `refuse` replies with status 422",
+        note="`refuse` needs a checker, and allows no previews",
+        section="Safety",
+    )
+
     max_rows: int = _key(
         16,
         allow.integer(2, 1024),

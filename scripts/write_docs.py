@@ -141,7 +141,10 @@ def _foreign_names() -> Iterable[list[str]]:
 
 def _errors() -> Iterable[list[str]]:
     yield ["status", "`code`", "meaning"]
-    for kind in sorted(RequestError.__subclasses__(), key=lambda kind: kind.status):
+    kinds = [
+        each for kind in RequestError.__subclasses__() for each in (kind, *kind.__subclasses__())
+    ]
+    for kind in sorted(kinds, key=lambda kind: kind.status):
         meaning = (kind.__doc__ or "").partition("\n")[0].rstrip(".")
         yield [f"{kind.status} {kind.phrase}", f"`{kind.code}`", meaning]
 

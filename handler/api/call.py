@@ -151,6 +151,10 @@ def _read_options(
         reader.report("stream", "only plain requests are streamed, not KServe's")
     if sent["previews"] and not stream:
         reader.report("previews", f'needs "stream": true or Accept: {EVENT_STREAM}')
+    if sent["previews"] and config.safety_checker == "refuse":
+        reader.report(
+            "previews", "not here: nothing checks previews, and flagged pictures are refused"
+        )
     deadline_s = config.deadline_s if sent["deadline_s"] is None else sent["deadline_s"]
     return _Options(
         output_format=output_format,

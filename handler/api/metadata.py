@@ -19,6 +19,8 @@ class ImageMetadata:
     request: GenerationRequest
     seed: int
     model_name: str
+    is_flagged: bool = False
+    """Whether the safety checker flags the picture."""
 
 
 def request_parameters(request: GenerationRequest) -> dict[str, object]:
@@ -48,6 +50,7 @@ def parameters_line(metadata: ImageMetadata) -> str:
         if (label := PICTURE_FIELDS[name].label)
     }
     settings["Model"] = metadata.model_name or None
+    settings["Content flagged"] = "true" if metadata.is_flagged else None
     lines = [request.prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
@@ -64,6 +67,7 @@ def to_json(metadata: ImageMetadata) -> str:
             **hashes,
             "seed": metadata.seed,
             "model": metadata.model_name,
+            **({"content_flagged": True} if metadata.is_flagged else {}),
         }
     )
 

@@ -44,7 +44,7 @@ class Counters:
     """Forwards that served more than one request."""
     out_of_memory_retries: int = 0
     forward_s: float = 0.0
-    """Seconds in the modules' own forwards, as the host sees them."""
+    """Seconds in the modules' own forwards and waiting for them, as the host sees it."""
     pipeline_s: float = 0.0
     """Seconds in the pipelines' own code, what it does not park included."""
 

@@ -26,6 +26,7 @@ import torch
 from handler.engine import policy
 from handler.engine.forward import BatchedForward, Counters
 from handler.engine.global_random import GlobalRandom
+from handler.engine.lead import Lead, cuda_marker
 from handler.engine.parking import ModuleCall, denoisers_of, find_slots
 from handler.engine.policy import Limits
 from handler.engine.row_adapters import RowAdapters
@@ -96,6 +97,7 @@ class InFlightEngine:
         shared_states = {task: SharedState(pipeline) for task, pipeline in named.items()}
         self._random = GlobalRandom(named.values())
         self._runs = Runs(shared_states, self.limits, adapters, clock, self.counters, self._random)
+        self._lead = Lead(cuda_marker(named.values()))
         self._waiting: list[Ticket] = []
         self._is_at_work = False
         self._closed = False
@@ -213,9 +215,12 @@ class InFlightEngine:
         started_s, served = self.clock(), list[ModuleCall]()
         try:
             with self._at_work():
+                self._lead.wait()
+                self.counters.forward_s += self.clock() - started_s
                 self._expire()
                 self._admit()
                 served = self._tick()
+                self._lead.note()
         finally:
             seconds = self.clock() - started_s
             self.counters.tick_s += seconds

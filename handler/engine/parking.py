@@ -21,6 +21,8 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from handler.batching.arguments import num_rows
 from handler.engine.ticket import Ticket
 from handler.pipelines.adapters import scales_adapters
+from handler.pipelines.broken_pictures import check_decoded
+from handler.pipelines.placement import placement_problem
 from handler.pipelines.shared_state import is_upcast
 
 __all__ = ["ModuleCall", "RequestGreenlet", "Slot", "denoisers_of", "find_slots"]
@@ -149,7 +151,10 @@ def park(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     assert engine is not None
     bound = slot.bind(args, kwargs)
     rows = num_rows(bound.arguments) or 0
-    return engine.switch(ModuleCall(slot, ticket, bound, rows))
+    output = engine.switch(ModuleCall(slot, ticket, bound, rows))
+    if slot.method == "decode":
+        check_decoded(output)
+    return output
 
 
 def find_slots(*pipelines: Any, names: Iterable[str] | None = None) -> list[Slot]:
@@ -185,11 +190,8 @@ def denoisers_of(pipeline: Any, slots: Iterable[Slot]) -> frozenset[int]:
 
 
 def _modules_of(pipeline: Any) -> dict[str, torch.nn.Module]:
-    if getattr(pipeline, "_all_hooks", None):
-        raise ValueError(
-            "this pipeline offloads its modules to the CPU between calls, which requests in "
-            "flight cannot share; load it without enable_model_cpu_offload"
-        )
+    if problem := placement_problem(pipeline):
+        raise ValueError(problem)
     return {
         name: component
         for name, component in pipeline.components.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,18 @@ class NotMappableError(Exception):
     """This component wants diffusers' own loading; the message says why."""
 
 
-def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any]:
+def load_components(
+    opened: OpenedPipeline, dtype: torch.dtype, *, left_out: Collection[str] = ()
+) -> dict[str, Any]:
     """Return every model of the pipeline, built; the rest is left to from_pretrained.
 
-    Raises: ArchiveError.
+    Components that are `left_out` are None. Raises: ArchiveError.
     """
-    components = {}
+    components: dict[str, Any] = {}
     for name in opened.index.components:
+        if name in left_out:
+            components[name] = None
+            continue
         cls = component_class(name, opened.index)
         check_vocabulary(name, cls, (each.name for each in (opened.folder / name).glob("*")))
         if not issubclass(cls, torch.nn.Module):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +59,11 @@ def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
         raise ConfigError(f"device is {configured!r}: wanted cpu, cuda or cuda:<n>") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {configured!r}, but torch finds no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {configured!r}, but torch finds only cuda:0 "
+            f"to cuda:{torch.cuda.device_count() - 1} here"
+        )
     if configured == "cuda" and gpu_id is not None and gpu_id >= 0:
         return torch.device("cuda", gpu_id)
     return device
@@ -98,7 +103,8 @@ def load_opened(
         torch.set_num_threads(config.num_threads)
     with offline(), quiet_libraries():
         try:
-            pipeline = _from_pretrained(opened, dtype)
+            left_out = ["safety_checker"] if config.safety_checker == "off" else []
+            pipeline = _from_pretrained(opened, dtype, left_out)
             _load_loras(pipeline, loras)
         except ArchiveError:
             raise
@@ -123,13 +129,15 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = was_offline
 
 
-def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
+def _from_pretrained(
+    opened: OpenedPipeline, dtype: torch.dtype, left_out: Collection[str] = ()
+) -> Any:
     from handler.loading.components import load_components
     from handler.loading.pipeline_class import absent_components, pipeline_class
 
     cls = pipeline_class(opened.index)
     components: dict[str, Any] = dict.fromkeys(absent_components(cls, opened.index))
-    components.update(load_components(opened, dtype))
+    components.update(load_components(opened, dtype, left_out=left_out))
     # The class itself, for DiffusionPipeline does not know which components are optional.
     return cls.from_pretrained(
         os.fspath(opened.folder),

@@ -17,7 +17,7 @@ from typing import Any
 
 from handler.api.call import Call, CancelCall, read_call
 from handler.api.decoding import Pictures, decode_pictures
-from handler.api.replies import Reply, cancel_reply, error_reply, success_reply
+from handler.api.replies import FLAGGED, Reply, cancel_reply, error_reply, success_reply
 from handler.api.request import GenerationRequest
 from handler.api.result import Result
 from handler.api.traits import PipelineTraits
@@ -35,6 +35,7 @@ from handler.errors import (
     RequestError,
 )
 from handler.pipelines.preview import Previewer
+from handler.pipelines.safety import SafetyChecker
 from handler.service.decoding import Decoding
 from handler.service.draining import Drain, num_live_reply
 from handler.service.event_stream import EventStream
@@ -42,7 +43,13 @@ from handler.service.live_requests import LiveRequest, LiveRequests
 from handler.service.metrics import Load, Meter, Sample
 from handler.service.queueing import EngineQueue
 from handler.service.reading import draw_seed, read_requests
-from handler.service.results import as_request_error, device_lost, pipeline_fault, result_of
+from handler.service.results import (
+    as_request_error,
+    checked_result,
+    device_lost,
+    pipeline_fault,
+    result_of,
+)
 from handler.service.side_work import SideWork, wait_for_any
 
 __all__ = ["GenerationService"]
@@ -56,7 +63,8 @@ _BACK_AFTER_S = 10
 class GenerationService:
     """Serves requests on `engine`, all but coding of pictures in the caller's thread.
 
-    `pipeline` is what the engine serves. `model_name` and `config` go into the replies, which
+    `pipeline` is what the engine serves. `checker` looks at its pictures in the threads that encode
+    them, and is given back by `close`. `model_name` and `config` go into the replies, which
     `encode` makes; `clock` is the engine's.
     """
 
@@ -70,6 +78,7 @@ class GenerationService:
         model_name: str,
         draw_seed: Callable[[], int] = draw_seed,
         encode: Callable[..., Reply] = success_reply,
+        checker: SafetyChecker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -79,6 +88,7 @@ class GenerationService:
         self._model_name = model_name
         self._draw_seed = draw_seed
         self._encode = encode
+        self._checker = checker
         self._clock = clock
         self._queue = EngineQueue(engine, traits.tasks, config.max_waiting)
         self._live = LiveRequests()
@@ -198,7 +208,7 @@ class GenerationService:
         for ticket in tickets:
             if ticket.error is not None:
                 raise as_request_error(ticket.error, ticket.num_steps_done)
-        return self._results(tickets, requests)
+        return [self._checked(result) for result in self._results(tickets, requests)]
 
     def close(self) -> None:
         """End every request and give the pipeline back."""
@@ -207,6 +217,8 @@ class GenerationService:
         self._decoding.work.close()
         self._encoders.close()
         self._engine.close()
+        if self._checker is not None:
+            self._checker.give_back()
 
     def _accept(self, request_id: str, sent: Call) -> None:
         if sent.request_id is not None and self._live.find(sent.request_id) is not None:
@@ -316,7 +328,10 @@ class GenerationService:
             error = encoded.exception()
             if error is None:
                 self._release(live)
-                self._answer(live, encoded.result(), "ok")
+                reply = encoded.result()
+                self._answer(live, reply, "flagged" if FLAGGED in reply.headers else "ok")
+            elif isinstance(error, RequestError):
+                self._fail(live, error)
             else:
                 fault = EngineFault("the picture could not be encoded; the server's log says why")
                 fault.__cause__ = error
@@ -326,7 +341,7 @@ class GenerationService:
         """Run in a thread of the pool."""
         return self._encode(
             live.sent,
-            results,
+            [self._checked(result) for result in results],
             request_id=live.request_id,
             model_name=self._model_name,
             config=self.config,
@@ -341,6 +356,10 @@ class GenerationService:
             if live is not None and live not in self._encoders:
                 self._live.remove(live)
                 self._answer(live, _error_reply(device_lost(), request_id), DeviceLost.code)
+
+    def _checked(self, result: Result) -> Result:
+        refuses = self.config.safety_checker == "refuse"
+        return checked_result(result, self._checker, refuses=refuses)
 
     def _fail(self, live: LiveRequest, error: RequestError) -> None:
         self._release(live, error)

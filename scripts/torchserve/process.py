@@ -328,6 +328,7 @@ class TorchServer:
             "address": self.options.address,
             "auth": self.options.auth,
             "properties": dict(self.options.properties),
+            "management": self.management_address,
             "started_as": self.started_as,
             "log_offset": self._log_offset,
             **{name: str(Path(getattr(self.options, name)).resolve()) for name in PATH_OPTIONS},
