@@ -36,6 +36,7 @@ from handler.engine.tick_times import Pace
 from handler.engine.ticket import State, StepEnd, Ticket
 from handler.engine.wrappers import UNANSWERED, ForwardWrapper, Wrappers
 from handler.errors import Cancelled, DeadlineExceeded
+from handler.pipelines.adapted_layers import LoraWeights
 from handler.pipelines.adapters import AdapterSets
 from handler.pipelines.cost import Cost
 from handler.pipelines.placement import is_asynchronous
@@ -198,6 +199,25 @@ class InFlightEngine:
         ticket = self._intake.ticket(served, asked, self.limits)
         self._waiting.append(ticket)
         return ticket
+
+    @property
+    def loras(self) -> Mapping[str, int]:
+        """The LoRAs that `attach_lora` added, and the bytes of each."""
+        return self._adapters.loaded
+
+    def attach_lora(self, name: str, layers: Mapping[str, Mapping[str, LoraWeights]]) -> None:
+        """Let requests name a LoRA that adds to these layers, by component and the layer's path.
+
+        No module is changed, and no request that does not name it sees anything of it.
+
+        Raises:
+            ValueError: the name is taken, or a layer is not there.
+        """
+        self._adapters.attach(name, layers)
+
+    def detach_lora(self, name: str) -> None:
+        """Forget a LoRA that was attached; requests that have named it keep it."""
+        self._adapters.detach(name)
 
     def step(self) -> list[Ticket]:
         """One tick: drop who is out of time, admit, one forward a group. Returns who ended."""

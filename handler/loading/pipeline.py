@@ -19,8 +19,9 @@ import torch
 from handler.errors import ArchiveError, ConfigError
 from handler.library_logs import quiet_libraries
 from handler.loading.contents import LORA_FOLDER
-from handler.loading.model_dir import Extent, OpenedPipeline, check_loras, open_pipeline
-from handler.loading.safetensors_map import map_tensors
+from handler.loading.lora_files import LoraReader
+from handler.loading.model_dir import OpenedPipeline, check_loras, open_pipeline
+from handler.loading.safetensors_map import read_header
 from handler.messages import first_lines
 
 if TYPE_CHECKING:
@@ -163,13 +164,25 @@ def _load_controlnets(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, A
 
 def _load_loras(pipeline: Any, paths: Sequence[Path]) -> None:
     """Load the LoRAs that were packed, each as the adapter of its file's name; all are active."""
+    if not paths:
+        return
+    reader = LoraReader(pipeline)
     for path in paths:
-        state = map_tensors(Extent(path, 0, path.stat().st_size), str(path))
         try:
-            pipeline.load_lora_weights(state, adapter_name=path.stem)
-        except (AttributeError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            with path.open("rb") as file:
+                reader.check(read_header(file, path.stat().st_size, str(path)))
+            # By its path, for diffusers reads the scale out of the file's metadata.
+            pipeline.load_lora_weights(
+                os.fspath(path.parent),
+                weight_name=path.name,
+                adapter_name=path.stem,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        except (
+            *(ArchiveError, AttributeError, ValueError, RuntimeError, KeyError, ImportError),
+        ) as error:
             raise ArchiveError(
                 f"{path}: this LoRA does not fit the pipeline: {first_lines(error)}"
             ) from error
-    if paths:
-        pipeline.set_adapters([path.stem for path in paths])
+    pipeline.set_adapters([path.stem for path in paths])
