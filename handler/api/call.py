@@ -46,6 +46,8 @@ class Call:
     """A preview every so many steps; 0 is none."""
     envelope_id: str | None
     """The ``id`` of a KServe v2 request."""
+    jpeg_quality: int | None = None
+    """Of JPEG and WebP; None is the operator's."""
     paths: tuple[str, ...] = ()
     """Where each of `requests` stood in the body, for messages: ``instances[1].``, or nothing."""
 
@@ -64,6 +66,7 @@ class _Options:
     deadline_s: float | None
     stream: bool
     preview_every: int
+    jpeg_quality: int | None
 
 
 def read_call(
@@ -120,6 +123,7 @@ def read_call(
         deadline_s=options.deadline_s,
         stream=options.stream,
         preview_every=options.preview_every,
+        jpeg_quality=options.jpeg_quality,
         envelope_id=message.envelope_id,
         paths=tuple(paths),
     )
@@ -166,6 +170,7 @@ def _read_options(
         deadline_s=cast("float | None", deadline_s),
         stream=stream,
         preview_every=cast("int | None", sent["previews"]) or 0,
+        jpeg_quality=cast("int | None", sent["jpeg_quality"]),
     )
 
 

@@ -341,6 +341,14 @@ REPLY_FIELDS: Mapping[str, ReplyField] = _table(
             meaning="how the picture is encoded: see below; it outranks the `Accept` header",
         ),
         ReplyField(
+            name="jpeg_quality",
+            kind=Kind.INTEGER,
+            minimum=1,
+            maximum=100,
+            default=Setting("jpeg_quality"),
+            meaning="quality of JPEG and WebP",
+        ),
+        ReplyField(
             name="deadline_s",
             kind=Kind.NUMBER,
             minimum=0.001,
