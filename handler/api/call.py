@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from handler.api.accept import EVENT_STREAM, MEDIA_TYPES, negotiate
-from handler.api.body import HOW_TO_SEND, Payload, media_type, open_body
+from handler.api.body import ALONE, HOW_TO_SEND, Payload, media_type, open_body
 from handler.api.fields import ID_RULE, FieldReader, is_id
 from handler.api.kserve import Envelope, Message, open_message
 from handler.api.request import GenerationRequest, parse_fields
@@ -219,4 +219,6 @@ def _invalid(
     is_urlencoded = media_type(headers) == "application/x-www-form-urlencoded"
     if payload.is_form and is_urlencoded and problems.get("prompt") == "is missing":
         problems["prompt"] = HOW_TO_SEND
+    if payload.is_picture and "prompt" in problems:
+        problems["prompt"] = ALONE
     return InvalidRequest(summarise(problems), problems)

@@ -231,7 +231,6 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
                 "img2img": IMAGE_TO_IMAGE,
                 "inpaint": INPAINTING,
             },
-            default=TEXT_TO_IMAGE,
             default_note="what the pictures sent make it",
             argument=None,
             meaning="what the request begins with; it follows from the pictures that are sent",
