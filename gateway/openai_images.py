@@ -31,6 +31,10 @@ from handler.errors import EngineFault, RequestError
 
 __all__ = ["draw", "reply_with_images", "routes"]
 
+# That a client has left shows when something is written to it, and there are minutes between two
+# previews. A comment is skipped by whoever reads events.
+_COMMENT, _COMMENT_AFTER_S = b": drawing\n\n", 2.0
+
 
 def routes(gateway: Gateway) -> list[Route]:
     """The routes of this module."""
@@ -120,10 +124,15 @@ class _StreamedDrawing:
             raise first
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield every event; an error ends the stream."""
+        """Yield every event, and comments where there is none; an error ends the stream."""
         try:
             while self._num_left:
-                new = await self._new.get()
+                try:
+                    async with asyncio.timeout(_COMMENT_AFTER_S):
+                        new = await self._new.get()
+                except TimeoutError:
+                    yield _COMMENT
+                    continue
                 if isinstance(new, RequestError):
                     yield encode_event("error", error_body(new))
                     break
