@@ -10,6 +10,7 @@ import { CodeDialog } from "./snippets.js";
 import { Stage } from "./stage.js";
 
 const RETRY_MS = 3000;
+const NARROW = "(max-width: 56rem)"; // as in page.css
 const DRAFT = "draft";
 
 const stage = new Stage();
@@ -91,7 +92,9 @@ async function draw() {
   const { n: _, ...kept } = values;
   const drawnBy = model;
   setBusy(true);
-  byId("stage").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  // Where the form is above the stage, it makes room for it.
+  const block = matchMedia(NARROW).matches ? "start" : "nearest";
+  byId("stage").scrollIntoView({ block, behavior: "smooth" });
   try {
     const body = { model, ...values, ...(await encodeFiles(files)) };
     await stage.draw(body, async ({ blob, tile }, event, took) => {

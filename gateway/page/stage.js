@@ -8,6 +8,7 @@ const TYPES = { png: "image/png", jpeg: "image/jpeg", webp: "image/webp" };
 
 export class Stage {
   #stop = null;
+  #empty = byId("empty");
 
   get isBusy() {
     return this.#stop !== null;
@@ -115,6 +116,7 @@ export class Stage {
       tile.remove();
     }
     tiles.dataset.count = tiles.children.length;
+    if (!tiles.children.length) tiles.append(this.#empty);
   }
 
   #say(text) {
