@@ -19,7 +19,7 @@ from gateway.gateway import Gateway
 from gateway.image_replies import (
     Picture,
     completed_event,
-    images_body,
+    images_json,
     in_the_clients_words,
     partial_event,
     picture_of,
@@ -63,7 +63,8 @@ async def reply_with_images(
         store = gateway.pictures
         names = [await store.add(each.content, request.output_format) for each in pictures]
         urls = [picture_url(gateway.settings, call.request, name) for name in names]
-    return _json(images_body(request, pictures, urls))
+    content = images_json(request, pictures, urls)
+    return Response(content, media_type="application/json")
 
 
 async def draw(gateway: Gateway, request: ImageRequest, key_name: str) -> list[Picture]:
