@@ -9,16 +9,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from handler.batching.low_rank import Convolution, LowRank, Part, Scaled, add_low_rank
 
-__all__ = ["AdaptedLayer", "is_adaptable", "low_rank_of", "patched", "peft_layers"]
+__all__ = [
+    "AdaptedLayer",
+    "LoraWeights",
+    "low_rank_at",
+    "low_rank_of",
+    "patched",
+    "peft_layers",
+]
 
 _CONVOLUTIONS = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
 _MISSING = object()
+
+
+class LoraWeights(Protocol):
+    """What a LoRA adds to one layer, as it was read from a file."""
+
+    @property
+    def down(self) -> torch.Tensor: ...  # noqa: D102
+    @property
+    def up(self) -> torch.Tensor: ...  # noqa: D102
+    @property
+    def bias(self) -> torch.Tensor | None: ...  # noqa: D102
+    @property
+    def alpha(self) -> float: ...  # noqa: D102
+    @property
+    def divisor(self) -> float: ...  # noqa: D102
 
 
 class AdaptedLayer:
@@ -82,7 +104,7 @@ def patched(layers: Iterable[tuple[AdaptedLayer, Sequence[Part]]], num_rows: int
             layer.remove()
 
 
-def is_adaptable(module: torch.nn.Module) -> bool:
+def _is_adaptable(module: torch.nn.Module) -> bool:
     """Whether a low-rank addition to the output of this layer is known how to compute."""
     return isinstance(module, (torch.nn.Linear, torch.nn.Embedding, *_CONVOLUTIONS))
 
@@ -92,6 +114,27 @@ def peft_layers(module: torch.nn.Module) -> list[Any]:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
+
+
+def low_rank_at(layer: AdaptedLayer, weights: LoraWeights) -> LowRank:
+    """What `weights` add to `layer`, where its own weight is and in its precision.
+
+    Raises:
+        ValueError: no LoRA can be added to a layer of its kind.
+    """
+    base = layer.module.base_layer if layer.is_peft else layer.module
+    if not _is_adaptable(base) or getattr(base, "max_norm", None) is not None:
+        raise ValueError(f"a {type(base).__name__} takes no LoRA")
+    at = base.weight.device
+    dtype = base.weight.dtype if base.weight.is_floating_point() else weights.down.dtype
+    # As PEFT has them: torch multiplies by what could be trained in another order of sums.
+    down, up = (torch.nn.Parameter(each.to(at, dtype)) for each in (weights.down, weights.up))
+    bias = None if weights.bias is None else torch.nn.Parameter(weights.bias.to(at, dtype))
+    convolution = None
+    if isinstance(base, _CONVOLUTIONS):
+        convolution = Convolution(base.stride, base.padding, 1, 1, base.groups)
+    is_embedding = isinstance(base, torch.nn.Embedding)
+    return LowRank(down, up, weights.alpha, weights.divisor, bias, convolution, None, is_embedding)
 
 
 def low_rank_of(layer: Any, name: str) -> LowRank | None:
@@ -105,7 +148,7 @@ def low_rank_of(layer: Any, name: str) -> LowRank | None:
         or layer.merged
         or name in layer.lora_variant
         or isinstance(base, BaseTunerLayer)
-        or not is_adaptable(base)
+        or not _is_adaptable(base)
         or _drops_out(layer, name)
     ):
         return None

@@ -17,7 +17,14 @@ from typing import Any
 import torch
 
 from handler.batching.low_rank import LowRank, Part, Scaled
-from handler.pipelines.adapted_layers import AdaptedLayer, low_rank_of, patched, peft_layers
+from handler.pipelines.adapted_layers import (
+    AdaptedLayer,
+    LoraWeights,
+    low_rank_at,
+    low_rank_of,
+    patched,
+    peft_layers,
+)
 
 __all__ = ["AdapterRows", "AdapterSet", "AdapterSets", "scales_adapters"]
 
@@ -96,8 +103,7 @@ class AdapterSets:
         is_scaled = scales_adapters(kwargs)
         if adapters is None and not is_scaled:
             return None
-        listed: dict[str, list[str]] = getattr(pipeline, "get_list_adapters", dict)()
-        known = {name for names in listed.values() for name in names}
+        known = _names_in(pipeline)
         names = (adapters or {}).keys()
         missing = sorted(names - known - self._loaded.keys())
         if missing:
@@ -117,6 +123,44 @@ class AdapterSets:
         if beside and not chosen.is_mixable:
             raise ValueError(f"{beside} do not go together with {sorted(names - set(beside))}")
         return chosen
+
+    @property
+    def loaded(self) -> Mapping[str, int]:
+        """The LoRAs that `attach` added, and the bytes of each."""
+        return {
+            name: sum(each.size_bytes for layers in found.values() for each in layers.values())
+            for name, found in self._loaded.items()
+        }
+
+    def attach(self, name: str, layers: Mapping[str, Mapping[str, LoraWeights]]) -> None:
+        """Let requests name a LoRA that adds to these layers, by component and path.
+
+        Nothing of the modules is changed. The weights are copied to where the layers are, if they
+        are not there.
+
+        Raises:
+            ValueError: the name is taken, or a layer is not there.
+        """
+        known = set[str]().union(*map(_names_in, self._pipelines))
+        if name in known | self._loaded.keys():
+            raise ValueError(f"there is an adapter {name!r} already")
+        if known and self._before is None:
+            self._remember()
+        found: dict[int, dict[AdaptedLayer, LowRank]] = {}
+        for component, paths in layers.items():
+            for model in self._models(component):
+                modules = dict(getattr(model, "_orig_mod", model).named_modules())
+                for path, weights in paths.items():
+                    if path not in modules:
+                        raise ValueError(f"{component} has no layer {path}")
+                    layer = self._layer(modules[path])
+                    found.setdefault(id(model), {})[layer] = low_rank_at(layer, weights)
+        self._loaded[name] = found
+
+    def detach(self, name: str) -> None:
+        """Forget a LoRA that `attach` added; requests that have named it keep it."""
+        del self._loaded[name]
+        self._forget()
 
     def key_of(self, adapters: AdapterSet | None, *, apart: bool) -> Hashable:
         """What the calls of one forward have in common; `apart`, also the set itself."""
@@ -203,6 +247,13 @@ class AdapterSets:
         self._before = [_Layer.of(each.module) for each in layers]
         self._found = self._make_set(None)
 
+    def _models(self, component: str) -> list[torch.nn.Module]:
+        """The modules that the pipelines have under this name."""
+        parts = {
+            id(p.components.get(component)): p.components.get(component) for p in self._pipelines
+        }
+        return [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+
     def _layer(self, module: Any) -> AdaptedLayer:
         if id(module) not in self._layers:
             self._layers[id(module)] = AdaptedLayer(module)
@@ -287,6 +338,12 @@ class AdapterSets:
                 for layer, adapters in within.get(one, {}).items():
                     parts.setdefault(layer, []).append(Part(start, stop, adapters))
         return list(parts.items())
+
+
+def _names_in(pipeline: Any) -> set[str]:
+    """The adapters that PEFT has put into the modules of `pipeline`."""
+    listed: dict[str, list[str]] = getattr(pipeline, "get_list_adapters", dict)()
+    return {name for names in listed.values() for name in names}
 
 
 def _components(pipelines: Sequence[Any]) -> list[torch.nn.Module]:

@@ -27,14 +27,20 @@ class Decoded:
 class Decoding:
     """Decodes the pictures of live requests; a deadline that passes meanwhile ends its request."""
 
-    def __init__(self, config: HandlerConfig, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        config: HandlerConfig,
+        clock: Callable[[], float],
+        decode: Callable[..., list[Pictures]] = decode_all,
+    ) -> None:
         self._config = config
         self._clock = clock
+        self._decode = decode
         self.work = SideWork[Decoded]("decode", config.encode_threads)
 
     def start(self, live: LiveRequest) -> None:
         """Begin to decode the pictures of `live`."""
-        self.work.start(live, self._decode)
+        self.work.start(live, self._decoded)
 
     def take_ended(self) -> list[tuple[LiveRequest, Decoded | RequestError]]:
         """Return what is decoded, has failed or is late, each once."""
@@ -47,9 +53,9 @@ class Decoding:
                 ended.append((live, late))
         return ended
 
-    def _decode(self, live: LiveRequest) -> Decoded:
+    def _decoded(self, live: LiveRequest) -> Decoded:
         """Run in a thread."""
-        pictures = decode_all(live.sent.requests, self._config, live.sent.paths)
+        pictures = self._decode(live.sent.requests, self._config, live.sent.paths)
         return Decoded(tuple(map(forget_contents, live.sent.requests)), pictures)
 
 

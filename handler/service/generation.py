@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from handler.api.call import Call, CancelCall, read_call
-from handler.api.decoding import Pictures, decode_pictures
+from handler.api.decoding import Pictures, decode_all
 from handler.api.replies import FLAGGED, Reply, cancel_reply, error_reply, success_reply
 from handler.api.request import GenerationRequest
 from handler.api.result import Result
@@ -65,7 +65,7 @@ class GenerationService:
 
     `pipeline` is what the engine serves. `checker` looks at its pictures in the threads that encode
     them, and is given back by `close`. `model_name` and `config` go into the replies, which
-    `encode` makes; `clock` is the engine's.
+    `encode` makes; `decode` makes the pictures that requests begin with; `clock` is the engine's.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class GenerationService:
         model_name: str,
         draw_seed: Callable[[], int] = draw_seed,
         encode: Callable[..., Reply] = success_reply,
+        decode: Callable[..., list[Pictures]] = decode_all,
         checker: SafetyChecker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -94,7 +95,7 @@ class GenerationService:
         self._live = LiveRequests()
         self._replies: dict[str, Reply] = {}
         self._previewer = Previewer(pipeline)
-        self._decoding = Decoding(config, clock)
+        self._decoding = Decoding(config, clock, decode)
         self._encoders = SideWork[Reply]("encode", config.encode_threads)
         self._meter = Meter()
         self._drain: Drain | None = None
@@ -199,7 +200,7 @@ class GenerationService:
         Raises:
             RequestError: the first that failed.
         """
-        pictures = [decode_pictures(request, self.config) for request in requests]
+        pictures = decode_all(requests, self.config, [""] * len(requests))
         tickets = self._queue.submit(requests, pictures)
         while not all(ticket.ended for ticket in tickets):
             if self.is_device_lost:
