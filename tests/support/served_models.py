@@ -28,10 +28,12 @@ from typing import Any
 
 import diffusers
 import torch
+from PIL import Image
 
 from handler.errors import ServingError
 from handler.library_logs import quiet_for_good
 from handler.loading.model_index import ModelIndex
+from handler.pipelines.tasks import controlled_by, pictures_of, task_of
 from scripts.archive.scope import scope_problem
 from scripts.archive.writer import ArchivePlan, write_archive
 from scripts.repository import REPOSITORY
@@ -115,10 +117,13 @@ def _try_packing(name: str, folder: Path) -> Row:
 
 
 def _draw_alone(name: str, pipeline: Path) -> None:
-    """Draw by a call that has what a plain request has."""
+    """Draw by a call that has what a plain request has, pictures where the class needs them."""
     loaded = getattr(diffusers, name).from_pretrained(pipeline, local_files_only=True)
     loaded.set_progress_bar_config(disable=True)
     plain = {"prompt": "a star", "num_inference_steps": 2, "height": SIDE_PX, "width": SIDE_PX}
+    picture = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
+    plain |= dict.fromkeys(pictures_of(task_of(type(loaded))), picture)
+    plain[controlled_by(type(loaded)) or "control_image"] = picture
     takes = inspect.signature(type(loaded).__call__).parameters
     loaded(**{key: value for key, value in plain.items() if key in takes})
 
@@ -210,9 +215,10 @@ def render(rows: list[Row]) -> str:
     lines = [
         "# Models",
         "",
-        "Any diffusers pipeline that draws pictures from text is packed and served, whoever",
-        "trained it. What a class needs or gives is found out when it is packed; a class that is",
-        "not served is refused then, and the message says what it is.",
+        "Any diffusers pipeline that draws pictures is packed and served, whoever trained it: from",
+        "text, or from the pictures that a request may have beside it. What a class needs or gives",
+        "is found out when it is packed; a class that is not served is refused then, and the",
+        "message says what it is.",
         "",
         "A request that asks for nothing else gets the model's own size, steps and guidance:",
         "packing reads them from the model, prints them and writes them into the archive's",
@@ -220,7 +226,7 @@ def render(rows: list[Row]) -> str:
         "",
         "This page is written by `python -m tests.support.served_models --write`, for diffusers",
         f"{diffusers.__version__}. Served means: built tiny, packed, verified, loaded and drawn",
-        "with by a plain request.",
+        "with by a plain request, with white pictures where the class needs them.",
         "",
         f"## Served ({len(served)})",
         "",
@@ -228,7 +234,7 @@ def render(rows: list[Row]) -> str:
         "",
         f"## Should be served, not tried ({len(untried)})",
         "",
-        "They draw pictures from text; the tests have no tiny pipeline of them.",
+        "They draw pictures; the tests have no tiny pipeline of them that does.",
         "",
         "| class | why not tried |",
         "| --- | --- |",
