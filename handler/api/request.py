@@ -120,10 +120,12 @@ def parse_fields(
     *,
     is_form: bool,
     draw_seed: Callable[[], int],
+    known_pictures: dict[int, SentPicture] | None = None,
 ) -> GenerationRequest:
     """Check the fields of one request and fill in the configured defaults.
 
     `draw_seed` is called once if, and only if, the request is valid and has no seed.
+    `known_pictures` are those that other requests of the body have read, see `FieldReader.picture`.
 
     Raises:
         InvalidRequest: with every problem, by field.
@@ -141,7 +143,8 @@ def parse_fields(
         reader.report("prompt", "is missing")
     present = {name for name in SENT_PICTURES if _is_sent(name, fields)}
     task = choose_task(reader, sent["task"], present, traits)
-    pictures = _read_pictures(reader, config, is_wanted=task is not None)
+    known = {} if known_pictures is None else known_pictures
+    pictures = _read_pictures(reader, config, known, is_wanted=task is not None)
     sent["control"] = choose_control(reader, sent["control"], present, traits)
     has_size = {"image", "control_image"} & present
     parameters = _parameters(task, present, traits) | ({"height", "width"} if has_size else set())
@@ -170,7 +173,11 @@ def _is_sent(name: str, fields: Mapping[str, object]) -> bool:
 
 
 def _read_pictures(
-    reader: FieldReader, config: HandlerConfig, *, is_wanted: bool
+    reader: FieldReader,
+    config: HandlerConfig,
+    known: dict[int, SentPicture],
+    *,
+    is_wanted: bool,
 ) -> dict[str, SentPicture]:
     """The pictures by field. They are only taken where they are not wanted: they may be large."""
     pictures = {}
@@ -178,7 +185,7 @@ def _read_pictures(
         each = PICTURE_FIELDS[name]
         if not is_wanted:
             reader.take(name, each.aliases)
-        elif (picture := reader.picture(each, config)) is not None:
+        elif (picture := reader.picture(each, config, known)) is not None:
             pictures[name] = picture
     return pictures
 
