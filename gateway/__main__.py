@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import socket
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     # `make up` reads it.
     logging.getLogger("gateway").info("listens at http://%s:%d", host, listener.getsockname()[1])
+    # What is imported stays: looking through it for garbage again and again costs a request's time.
+    gc.collect()
+    gc.freeze()
     server = uvicorn.Server(_config(settings, arguments.state_dir))
     server.run(sockets=[listener])
     return 0 if server.started else 1
