@@ -120,6 +120,16 @@ class PreparedForward:
 
         return prepared
 
+    @property
+    def has_graphs(self) -> bool:
+        """Whether runs were recorded."""
+        return bool(self._replays)
+
+    def forget_graphs(self) -> None:
+        """Give the memory of the recorded runs back, and record no more."""
+        self._replays.clear()
+        self._record = None
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the forward returns, from prepared code where there is any for this call."""
         call = _Call.of(self._signature.bind(*args, **kwargs).arguments)

@@ -19,6 +19,7 @@ import torch
 from handler.errors import ArchiveError, ConfigError
 from handler.library_logs import quiet_libraries
 from handler.loading.contents import LORA_FOLDER
+from handler.loading.memory import device_memory, memory_problem, weights_bytes
 from handler.loading.model_dir import Extent, OpenedPipeline, check_loras, open_pipeline
 from handler.loading.safetensors_map import map_tensors
 from handler.messages import first_lines
@@ -111,8 +112,22 @@ def load_opened(
             raise ArchiveError(f"the pipeline does not load: {first_lines(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cpu":
-        pipeline.to(device)
+        _move(pipeline, device)
     return LoadedPipeline(pipeline, device, dtype)
+
+
+def _move(pipeline: Any, device: torch.device) -> None:
+    """Copy the weights to `device`. Raises: ConfigError, before any is copied where it can be."""
+    sizes = weights_bytes(pipeline.components.values())
+    if problem := memory_problem(sizes, device_memory(device), device):
+        raise ConfigError(problem)
+    try:
+        pipeline.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the weights did not fit on {device} while something else took memory there too: "
+            f"{first_lines(error)}"
+        ) from error
 
 
 @contextmanager
