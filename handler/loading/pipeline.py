@@ -121,6 +121,9 @@ def _move(pipeline: Any, device: torch.device) -> None:
     sizes = weights_bytes(pipeline.components.values())
     if problem := memory_problem(sizes, device_memory(device), device):
         raise ConfigError(problem)
+    if device.type == "cuda":
+        # Streams and graphs are of the current device, which is the first until this is said.
+        torch.cuda.set_device(device)
     try:
         pipeline.to(device)
     except torch.OutOfMemoryError as error:
