@@ -26,9 +26,11 @@ from ts.torch_handler.base_handler import BaseHandler
 from handler.api.traits import PipelineTraits
 from handler.assembly import assemble
 from handler.config import HandlerConfig
+from handler.cycle_pace import CyclePace
 from handler.cycle_replies import CycleReplies, http_headers
 from handler.errors import ConfigError, ServingError
 from handler.library_logs import quiet_for_good
+from handler.live_bodies import LiveBodies
 from handler.loading.pipeline import load_pipeline
 from handler.service.draining import DRAIN_FILE_VARIABLE, Drain
 from handler.service.generation import GenerationService
@@ -57,6 +59,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self.traits = PipelineTraits(schedulers=(), size_multiple_px=8, parameters=frozenset())
         self._service: GenerationService | None = None
         self._watchdog: Watchdog | None = None
+        self._bodies: LiveBodies | None = None
+        self._pace = CyclePace(self.config.cycle_ms / 1000)
         self._replies = CycleReplies()
         self._drain_file: Path | None = None
         self._is_continuous = False
@@ -108,6 +112,10 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             self._drain_file = Path(drain_file)
         if self._is_continuous:
             self._watchdog = Watchdog(self.on_silence, SILENT_AFTER_S)
+            self._pace = CyclePace(self.config.cycle_ms / 1000)
+            # From a message's first byte on nothing may change which bodies are known.
+            self._bodies = LiveBodies(self._is_known, self._watchdog.stop)
+            self._bodies.install()
 
     def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[str]:
         """Return the prompts of the bodies that TorchServe delivers, in their order.
@@ -132,19 +140,24 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         service = self.service
         if self._watchdog is not None:
             self._watchdog.stop()
+        self._pace.begin(self._bodies.take_num_bytes() if self._bodies is not None else 0)
         ids: dict[int, str] = dict(context.request_ids)
         self._drop(service.live_ids - set(ids.values()))
         if self._drain_file is not None:
             service.drain(Drain.read(self._drain_file, time.monotonic()))
         for index, request_id in ids.items():
-            if request_id in service.live_ids or self._replies.is_interrupted(request_id):
+            if self._is_known(request_id):
                 continue
             service.open(request_id, data[index], http_headers(context, index))
-        service.advance(self.config.cycle_ms / 1000 if self._is_continuous else None)
+        if self._is_continuous:
+            service.advance(self._pace.budget_s, hold_s=self._pace.hold_s)
+        else:
+            service.advance()
         bodies = self._replies.write(service, ids, context)
         self._emit_metrics(context)
         if self._watchdog is not None and service.live_ids:
             self._watchdog.start()
+        self._pace.end(is_live=bool(service.live_ids))
         return bodies
 
     def on_silence(self) -> None:
@@ -162,6 +175,10 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._drop(service.live_ids)
         service.advance(self.config.cycle_ms / 1000)
         self._emit_metrics(self.context)
+
+    def _is_known(self, request_id: str) -> bool:
+        """Whether its body is not to be read (again)."""
+        return request_id in self.service.live_ids or self._replies.is_interrupted(request_id)
 
     def _drop(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
