@@ -13,9 +13,11 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
@@ -32,7 +34,14 @@ NUM_CLIENTS = 16
 NUM_REQUESTS = 32
 SIZES = {"small": 0, "200 kB": 200_000, "2 MB": 2_000_000}
 _MAX_BODY_BYTES = 8 * 1024 * 1024
-_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What some requests took: by the clock, and of the processor by JVM and worker."""
+
+    wall_s: float
+    cpu_s: float
 
 
 def body_of(seed: int, num_bytes: int) -> bytes:
@@ -49,14 +58,14 @@ def body_of(seed: int, num_bytes: int) -> bytes:
 
 
 def measure_pictures(rounds: int, speed: str) -> tuple[list[Figure], dict[str, object]]:
-    """Seconds by size of the bodies, as ratios; the memory of worker and JVM after each round."""
+    """Wall time and processor time by size of the bodies, as ratios; memory after each round."""
     settings = {
         "max_rows": 2 * NUM_CLIENTS,
         "speed": speed,
         "min_size_px": 64,
         "max_body_bytes": _MAX_BODY_BYTES,
     }
-    seconds: dict[str, list[float]] = {name: [] for name in SIZES}
+    costs: dict[str, list[Cost]] = {name: [] for name in SIZES}
     memory: dict[str, list[int]] = {}
     with TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -72,31 +81,42 @@ def measure_pictures(rounds: int, speed: str) -> tuple[list[Figure], dict[str, o
             for i in range(rounds):
                 names = list(SIZES)
                 for name in names[i % 3 :] + names[: i % 3]:
-                    seconds[name].append(_run(clients, server, SIZES[name], NUM_REQUESTS))
-                for process, size_mib in _resident_mib(server).items():
-                    memory.setdefault(process, []).append(size_mib)
-    figures = [Figure(f"{NUM_REQUESTS} requests, small", Spread(tuple(seconds["small"])), "s")]
+                    costs[name].append(_run(clients, server, SIZES[name], NUM_REQUESTS))
+                for process, pid in _processes(server).items():
+                    memory.setdefault(process, []).append(_resident_mib(pid))
+    by_name = {name: [asdict(cost) for cost in of] for name, of in costs.items()}
+    return _figures(costs, memory), {"costs": by_name, "memory_mib": memory}
+
+
+def _figures(costs: dict[str, list[Cost]], memory: dict[str, list[int]]) -> list[Figure]:
+    small = costs["small"]
+    seconds = tuple(cost.wall_s for cost in small)
+    figures = [Figure(f"{NUM_REQUESTS} requests, small", Spread(seconds), "s")]
     for name in list(SIZES)[1:]:
-        ratios = tuple(a / b for a, b in zip(seconds[name], seconds["small"], strict=True))
-        figures.append(Figure(f"bodies of {name} / small", Spread(ratios), "x", at_most=1.1))
-    figures += [
+        pairs = list(zip(costs[name], small, strict=True))
+        wall = tuple(a.wall_s / b.wall_s for a, b in pairs)
+        cpu = tuple(a.cpu_s / b.cpu_s for a, b in pairs)
+        figures.append(Figure(f"{name} / small, time", Spread(wall), "x", at_most=1.1))
+        figures.append(Figure(f"{name} / small, processor time", Spread(cpu), "x"))
+    return figures + [
         Figure(f"memory of the {process}", Spread(tuple(map(float, sizes))), "MiB")
         for process, sizes in memory.items()
     ]
-    return figures, {"seconds": seconds, "memory_mib": memory}
 
 
 def _run(
     clients: ThreadPoolExecutor, server: TorchServer, num_bytes: int, num_requests: int
-) -> float:
-    """Seconds for all requests; each client waits for its reply before it sends the next."""
+) -> Cost:
+    """What all requests cost; each client waits for its reply before it sends the next."""
     bodies = [body_of(seed, num_bytes) for seed in range(num_requests)]
+    processes = _processes(server).values()
+    cpu_begun_s = sum(map(_cpu_s, processes))
     begun_s = time.perf_counter()
     statuses = list(clients.map(lambda body: _post(server.predictions_url, body), bodies))
     seconds = time.perf_counter() - begun_s
     if set(statuses) != {200}:
         raise RuntimeError(f"bodies of {num_bytes} bytes: {statuses}")
-    return seconds
+    return Cost(seconds, sum(map(_cpu_s, processes)) - cpu_begun_s)
 
 
 def _post(url: str, body: bytes) -> int:
@@ -111,25 +131,34 @@ def _post(url: str, body: bytes) -> int:
     return response.status
 
 
-def _resident_mib(server: TorchServer) -> dict[str, int]:
-    """Resident memory of the JVM and of the worker."""
-    sizes: dict[str, int] = {}
+def _processes(server: TorchServer) -> dict[str, int]:
+    """The process ids of the JVM and of the worker."""
+    found: dict[str, int] = {}
     pending = [server.pid]
     while pending:
         pid = pending.pop()
         tasks = Path(f"/proc/{pid}/task")
-        if not tasks.exists():
+        if pid is None or not tasks.exists():
             continue
         for task in tasks.iterdir():
             pending += [int(child) for child in (task / "children").read_text().split()]
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        name = "worker" if b"model_service_worker" in command else "JVM"
-        if name == "JVM" and b"java" not in command.partition(b"\0")[0]:
-            continue
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        kib = next((int(line.split()[1]) for line in lines if line.startswith("VmRSS")), 0)
-        sizes[name] = sizes.get(name, 0) + kib // (_MIB // 1024)
-    return sizes
+        if b"model_service_worker" in command:
+            found["worker"] = pid
+        elif b"java" in command.partition(b"\0")[0]:
+            found["JVM"] = pid
+    return found
+
+
+def _resident_mib(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmRSS"))
+
+
+def _cpu_s(pid: int) -> float:
+    """Seconds of processor time, in the program and in the kernel."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

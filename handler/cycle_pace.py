@@ -11,10 +11,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-__all__ = ["CyclePace"]
+__all__ = ["MIN_BYTES", "CyclePace"]
 
 # Fewer take no time worth speaking of: what is measured then is chance.
-_MIN_BYTES = 100_000
+MIN_BYTES = 100_000
+"""The least that a message with large bodies has."""
 # Drawing to waiting, in time: a cycle that nothing ends early, and one that a reply ends.
 _DRAWN_PER_WAITED = 19.0
 _DRAWN_PER_WAITED_BEFORE_REPLY = 9.0
@@ -53,8 +54,8 @@ class CyclePace:
         return min(self._waited_s, default=0.0)
 
     def begin(self, num_bytes: int) -> None:
-        """Note that a cycle begins, and how many bytes TorchServe sent again for it."""
-        if num_bytes < _MIN_BYTES or self._ended_s is None:
+        """Note that a cycle begins, and how many bytes TorchServe sent for it."""
+        if num_bytes < MIN_BYTES or self._ended_s is None:
             self._waited_s.clear()
         else:
             self._waited_s.append(self._clock() - self._ended_s)

@@ -1,9 +1,13 @@
-"""Leaves unread what TorchServe sends again and again: the bodies of requests that are live.
+"""What each cycle of TorchServe brings, received without the bodies that are known already.
 
 With ``continuousBatching: true`` every cycle carries the whole body of every live request, which
 TorchServe's worker code (torchserve 0.12.0, ``ts/protocol/otf_message_handler.py``) copies, decodes
 and parses anew. `handle` looks at a body once, when the request is new. So the values of those that
 it knows are received into one buffer and forgotten; ids and headers are read as ever.
+
+The frontend puts such a message together before it sends the first byte. That time can be used::
+
+    reply ─▶ while_waiting ─▶ on_message ─▶ known: skipped, new: read ─▶ handle ─▶ reply
 """
 
 from __future__ import annotations
@@ -14,49 +18,69 @@ from typing import Any
 
 from ts.protocol import otf_message_handler
 
-__all__ = ["LiveBodies"]
+__all__ = ["CycleMessages"]
 
 _END_OF_LIST = -1
 # Fits into a core's own cache, which a body of megabytes does not.
 _BUFFER_BYTES = 256 * 1024
+_receive_buffer = otf_message_handler._retrieve_buffer
 
 
-class LiveBodies:
-    """Receives requests in TorchServe's place, all but the bodies that are known.
+class CycleMessages:
+    """Receives messages in TorchServe's place, all but the bodies that are known.
 
     Args:
         is_known: whether a request's body was read before, by the request's id.
-        on_message: called before the first request of a message is read.
+        while_waiting: called with the connection before a message is received, whether it is there
+            yet or not.
+        on_message: called when a message is there, before its first request is read.
     """
 
-    def __init__(self, is_known: Callable[[str], bool], on_message: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        is_known: Callable[[str], bool],
+        while_waiting: Callable[[socket.socket], None],
+        on_message: Callable[[], None],
+    ) -> None:
         self._is_known = is_known
+        self._while_waiting = while_waiting
         self._on_message = on_message
         self._is_between_messages = True
         self._num_bytes = 0
         self._buffer = memoryview(bytearray(_BUFFER_BYTES))
 
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes the last message had, or has so far."""
+        return self._num_bytes
+
     def install(self) -> None:
-        """Let TorchServe's worker code call `receive`, in this process and for good."""
-        otf_message_handler._retrieve_request = self.receive
+        """Let TorchServe's worker code call these methods, in this process and for good."""
+        otf_message_handler._retrieve_buffer = self.receive_buffer
+        otf_message_handler._retrieve_request = self.receive_request
 
-    def take_num_bytes(self) -> int:
-        """How many bytes of known bodies came since this was last called."""
-        num_bytes, self._num_bytes = self._num_bytes, 0
-        return num_bytes
+    def receive_buffer(self, connection: socket.socket, length: int) -> bytearray:
+        """Receive `length` bytes; the first of a message is its command."""
+        if self._is_between_messages:
+            self._while_waiting(connection)
+        received: bytearray = _receive_buffer(connection, length)
+        if self._is_between_messages and received == otf_message_handler.PREDICT_MSG:
+            self._is_between_messages = False
+            self._num_bytes = 0
+            self._on_message()
+        self._num_bytes += length
+        return received
 
-    def receive(self, connection: socket.socket) -> dict[str, Any] | None:
-        """Read one request, without parameters if it is known; None at the message's end.
+    def receive_request(self, connection: socket.socket) -> dict[str, Any] | None:
+        """Receive one request, without parameters if it is known; None at the message's end.
 
         The form is that of TorchServe's ``_retrieve_request``: lists that end with -1, of an id,
         headers (name, value) and parameters (name, content type, value), each after its length.
         """
         codec = otf_message_handler
-        if self._is_between_messages:
-            self._on_message()
         length = codec._retrieve_int(connection)
-        self._is_between_messages = length == _END_OF_LIST
         if length == _END_OF_LIST:
+            self._is_between_messages = True
             return None
         request_id = codec._retrieve_buffer(connection, length)
         headers, parameters = [], []
