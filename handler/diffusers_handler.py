@@ -14,6 +14,7 @@ import logging
 import os
 import select
 import socket
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ from handler.single_worker import hold_model
 from handler.torchserve_logs import shorten_torchserve_logs
 from handler.watchdog import Watchdog
 
-__all__ = ["MAX_WAITING_S", "SILENT_AFTER_S", "DiffusersHandler"]
+__all__ = ["EXIT_DEVICE_LOST", "MAX_WAITING_S", "SILENT_AFTER_S", "DiffusersHandler"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,10 @@ MAX_WAITING_S = 2.0
 # Between two cycles with live requests there are milliseconds.
 SILENT_AFTER_S = 5.0
 """How long TorchServe may send nothing while requests are live."""
+# Long enough for the last replies to leave, short enough that few requests come in between.
+_END_AFTER_S = 1.0
+EXIT_DEVICE_LOST = 75
+"""What the worker's process ends with when its device has failed; TorchServe starts a new one."""
 
 
 class DiffusersHandler(BaseHandler):  # type: ignore[misc]
@@ -68,6 +73,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._drain_file: Path | None = None
         self._is_continuous = False
         self._emitted_s = time.monotonic()
+        self._ending: threading.Timer | None = None
 
     @property
     def service(self) -> GenerationService:
@@ -162,6 +168,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             service.advance()
         bodies = self._replies.write(service, ids, context)
         self._emit_metrics(context)
+        if service.is_device_lost:
+            self._end_process()
         if self._watchdog is not None and service.live_ids:
             self._watchdog.start()
         self._pace.end(is_live=bool(service.live_ids))
@@ -200,6 +208,16 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
     def _is_known(self, request_id: str) -> bool:
         """Whether its body is not to be read (again)."""
         return request_id in self.service.live_ids or self._replies.is_interrupted(request_id)
+
+    def _end_process(self) -> None:
+        """End once the replies are sent: only a new process can use the device again."""
+        if self._ending is not None:
+            return
+        logger.critical("the worker ends with code %d", EXIT_DEVICE_LOST)
+        # By force: what runs at an ordinary exit waits for the device.
+        self._ending = threading.Timer(_END_AFTER_S, os._exit, [EXIT_DEVICE_LOST])
+        self._ending.daemon = True
+        self._ending.start()
 
     def _drop(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

@@ -83,6 +83,8 @@ def _allowed(field: Field) -> str:
         return "1 to 128 of `A-Z a-z 0-9 . _ : -`"
     if field.kind is Kind.BOOLEAN:
         return "true or false"
+    if field.kind is Kind.PICTURE:
+        return f"PNG, JPEG or WebP, up to {_bound(field.maximum)} bytes"
     span = f"{_bound(field.minimum)} to {_bound(field.maximum)}"
     if field.kind is Kind.TEXT:
         return f"text, {span} characters"
@@ -139,7 +141,10 @@ def _foreign_names() -> Iterable[list[str]]:
 
 def _errors() -> Iterable[list[str]]:
     yield ["status", "`code`", "meaning"]
-    for kind in sorted(RequestError.__subclasses__(), key=lambda kind: kind.status):
+    kinds = [
+        each for kind in RequestError.__subclasses__() for each in (kind, *kind.__subclasses__())
+    ]
+    for kind in sorted(kinds, key=lambda kind: kind.status):
         meaning = (kind.__doc__ or "").partition("\n")[0].rstrip(".")
         yield [f"{kind.status} {kind.phrase}", f"`{kind.code}`", meaning]
 

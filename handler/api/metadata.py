@@ -19,12 +19,19 @@ class ImageMetadata:
     request: GenerationRequest
     seed: int
     model_name: str
+    is_flagged: bool = False
+    """Whether the safety checker flags the picture."""
 
 
 def request_parameters(request: GenerationRequest) -> dict[str, object]:
-    """The request as JSON values, without its seed: that differs from picture to picture."""
-    values = request.values().items()
-    return {name: value for name, value in values if PICTURE_FIELDS[name].is_recorded}
+    """The request as JSON values, without its seed: that differs from picture to picture.
+
+    The pictures that it was drawn from are not among them.
+    """
+    values = request.values()
+    if not request.pictures:
+        del values["task"]  # it says nothing
+    return {name: value for name, value in values.items() if PICTURE_FIELDS[name].is_recorded}
 
 
 def parameters_line(metadata: ImageMetadata) -> str:
@@ -43,6 +50,7 @@ def parameters_line(metadata: ImageMetadata) -> str:
         if (label := PICTURE_FIELDS[name].label)
     }
     settings["Model"] = metadata.model_name or None
+    settings["Content flagged"] = "true" if metadata.is_flagged else None
     lines = [request.prompt]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
@@ -51,12 +59,15 @@ def parameters_line(metadata: ImageMetadata) -> str:
 
 
 def to_json(metadata: ImageMetadata) -> str:
-    """Everything, as one line of ASCII."""
+    """Everything, as one line of ASCII; of pictures that were sent, their hashes."""
+    hashes = {f"{n}_sha256": sent.sha256 for n, sent in metadata.request.pictures.items()}
     return json.dumps(
         {
             **request_parameters(metadata.request),
+            **hashes,
             "seed": metadata.seed,
             "model": metadata.model_name,
+            **({"content_flagged": True} if metadata.is_flagged else {}),
         }
     )
 
@@ -65,4 +76,4 @@ def _text(value: object) -> str:
     """Write a setting; text is quoted where the line's own punctuation would break it."""
     if isinstance(value, str) and set(value) & set(',:\n"'):
         return json.dumps(value, ensure_ascii=False)
-    return f"{value:.17g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -17,6 +17,7 @@ from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, Proces
 from transformers.image_processing_base import ImageProcessingMixin
 
 from handler.engine.ticket import StepEnd, Ticket
+from handler.pipelines.broken_pictures import watch_pictures
 from handler.pipelines.signature import call_defaults
 
 __all__ = ["make_view"]
@@ -75,6 +76,7 @@ def _private_copy(pipeline: Any, memo: dict[int, Any] | None = None) -> Any:
         elif not isinstance(part, _STATELESS):
             vars(view)[name] = _own(part, memo)
     view.set_progress_bar_config(disable=True)
+    watch_pictures(view)
     return view
 
 

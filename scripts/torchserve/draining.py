@@ -108,7 +108,7 @@ def _wait_until_sent(server: TorchServer) -> None:
     The frontend sets SO_LINGER to 0: what its sockets still hold when it ends is thrown away.
     """
     ends_s = time.monotonic() + MAX_SEND_S
-    ports = {server.options.ports.inference, server.options.ports.grpc_inference}
+    ports = set(server.options.ports.numbers)
     time.sleep(WRITE_S)
     while any(_unsent_bytes(ports)) and time.monotonic() < ends_s:
         time.sleep(POLL_S)

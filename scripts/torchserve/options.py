@@ -19,6 +19,7 @@ from handler.zips.reader import ZipReader
 from scripts.archive.manifest import MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
 from scripts.documents import parse_json
 from scripts.errors import ServerError
+from scripts.hints import to_run
 from scripts.repository import REPOSITORY
 
 __all__ = [
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 LOOPBACK = "127.0.0.1"
-# TorchServe's gRPC management API cannot be switched off, and one request to it can end the
+# TorchServe's gRPC APIs cannot be switched off, and one request to that of management can end the
 # service for good. Linux lets a socket listen on the broadcast address and connects nobody to it.
 UNREACHABLE = "255.255.255.255"
 # In the configuration file of every instance: what follows is this instance's own.
@@ -43,21 +44,22 @@ INSTANCE_MARK = "# This instance:"
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """The three TCP ports of an instance."""
+    """The TCP ports of an instance."""
 
     inference: int = 8080
     metrics: int = 8082
-    grpc_inference: int = 7070
+    grpc_inference: int | None = 7070
+    """None: gRPC is off."""
 
     @classmethod
-    def starting_at(cls, http: int, grpc: int) -> Ports:
+    def starting_at(cls, http: int, grpc: int | None) -> Ports:
         """Return `http`, `http` + 2 and `grpc`. Raises: ServerError when two are the same."""
         ports = cls(http, http + 2, grpc)
-        numbers = asdict(ports).values()
-        if len(set(numbers)) < 3 or not all(0 < number < 65536 for number in numbers):
+        numbers = ports.numbers
+        if len(set(numbers)) < len(numbers) or not all(0 < each < 65536 for each in numbers):
             raise ServerError(
                 f"PORT={http} (and {http + 2}, for the metrics) and GRPC_PORT={grpc} must be "
-                "three different ports in 1..65535"
+                "different ports in 1..65535"
             )
         return ports
 
@@ -76,9 +78,14 @@ class Ports:
                 ports.append(candidate)
             return cls(*ports)
 
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Those that there are."""
+        return tuple(port for port in asdict(self).values() if port is not None)
+
     def taken(self) -> tuple[int, ...]:
         """Return those that another process listens on."""
-        return tuple(port for port in asdict(self).values() if not _can_bind(port))
+        return tuple(port for port in self.numbers if not _can_bind(port))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,14 +141,27 @@ class Options:
             "inference_address": f"http://{self.address}:{self.ports.inference}",
             "management_address": self.management_address(management_socket),
             "metrics_address": f"http://{LOOPBACK}:{self.ports.metrics}",
-            "grpc_inference_port": str(self.ports.grpc_inference),
-            "grpc_management_address": UNREACHABLE if _can_bind(0, UNREACHABLE) else LOOPBACK,
+            **self._grpc_properties(),
             "disable_token_authorization": "false" if self.auth else "true",
             "metrics_config": str(self.metrics_config.resolve()),
             **self.properties,
         }
         lines = "".join(f"{key}={_escape(value)}\n" for key, value in own.items())
         return f"{self.config.read_text()}\n{INSTANCE_MARK}\n{lines}"
+
+    def _grpc_properties(self) -> dict[str, str]:
+        can_be_unreachable = _can_bind(0, UNREACHABLE)
+        management = {"grpc_management_address": UNREACHABLE if can_be_unreachable else LOOPBACK}
+        if self.ports.grpc_inference is not None:
+            return {**management, "grpc_inference_port": str(self.ports.grpc_inference)}
+        if not can_be_unreachable:
+            raise ServerError("GRPC_PORT=off needs an address that nobody can reach: Linux has one")
+        # Port 0 is any port.
+        return {
+            **management,
+            "grpc_inference_address": UNREACHABLE,
+            "grpc_inference_port": "0",
+        }
 
 
 def archive_identity(archive: Path) -> tuple[str, str]:
@@ -153,7 +173,7 @@ def archive_identity(archive: Path) -> tuple[str, str]:
         model = _read_json(archive, TORCHSERVE_MANIFEST_NAME)["model"]
         name, version = str(model["modelName"]), str(model["modelVersion"])
     except FileNotFoundError:
-        raise ServerError(f"{archive} does not exist; `make archive` builds it") from None
+        raise ServerError(f"{archive} does not exist; `{to_run('pack')}` builds it") from None
     except (OSError, KeyError, TypeError, ArchiveError) as problem:
         raise ServerError(f"{archive} is not a TorchServe archive: {problem}") from problem
     if not (name + version).isprintable():

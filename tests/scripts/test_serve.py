@@ -84,6 +84,30 @@ def test_misuse_is_told_apart_from_failure() -> None:
     assert main(["start", "--auth", "perhaps"]) == 2
 
 
+@pytest.mark.server
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no address that nobody reaches")
+def test_without_grpc_nobody_can_connect_to_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_toy_archive(tmp_path / "store")
+    http, _ = consecutive_free_ports()
+    with stopped_afterwards(tmp_path / "run"):
+        assert main([*start_arguments(tmp_path, (http, 1))[:-1], "off"]) == 0
+        server = TorchServer.find(tmp_path / "run")
+        assert server is not None
+        listening = [
+            each.laddr
+            for each in psutil.Process(server.pid).net_connections("tcp")
+            if each.status == psutil.CONN_LISTEN
+        ]
+        reached = {each.port for each in listening if not each.ip.endswith("255.255.255.255")}
+        assert reached == {http, http + 2}
+        assert len(listening) == 4
+        capsys.readouterr()
+        main(["status", "--run-dir", str(tmp_path / "run"), "--json"])
+        assert json.loads(capsys.readouterr().out)["grpc"] is None
+
+
 @pytest.mark.parametrize(
     ("place", "words"), [("file", "is not a directory"), ("file/below", "Not a directory")]
 )

@@ -64,7 +64,7 @@ def test_make_alone_lists_every_target() -> None:
 def test_without_a_python_that_is_new_enough(tmp_path: Path) -> None:
     answer = make("setup", f"VENV={tmp_path / 'venv'}", "PYTHON=")
     assert answer.returncode != 0
-    assert "Python 3.11 or later is needed" in answer.stderr
+    assert "Python 3.11, 3.12 or 3.13 is needed" in answer.stderr
     assert not (tmp_path / "venv").exists()
 
 

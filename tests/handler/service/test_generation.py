@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tests.support.clock import Clock
+from tests.support.pipelines import build, overflowing
 from tests.support.services import (
     LONG,
     Make,
@@ -80,6 +81,17 @@ def test_a_request_that_fails_ends_alone(make: Make, prompt: str, status: int, c
     assert replies["bad"].status == replies["stream"].status == status
     assert error_of(replies["bad"])["code"] == code
     assert f'"code":"{code}"'.encode() in replies["stream"].body
+
+
+def test_a_picture_that_is_not_finite_is_an_error_that_says_what_to_do(make: Make) -> None:
+    service = make(pipeline=overflowing(build("stable_diffusion")))
+    open_request(service, "png")
+    open_request(service, "stream", stream=True)
+    replies = finish(service)
+    assert replies["png"].status == replies["stream"].status == 500
+    assert error_of(replies["png"])["code"] == "pipeline_failed"
+    assert "DTYPE=float32" in error_of(replies["png"])["message"]
+    assert counted(service)["diffusers_requests_total", ("pipeline_failed",)] == 2
 
 
 @pytest.mark.parametrize(

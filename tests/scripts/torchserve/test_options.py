@@ -60,7 +60,7 @@ def test_a_port_counts_as_free_right_after_its_last_connection() -> None:
     ("http", "grpc"), [(8080, 8080), (8080, 8082), (0, 7070), (8080, 0), (65534, 7070)]
 )
 def test_ports_that_overlap_or_do_not_exist_are_refused(http: int, grpc: int) -> None:
-    with pytest.raises(ServerError, match="three different ports"):
+    with pytest.raises(ServerError, match="different ports"):
         Ports.starting_at(http, grpc)
 
 
