@@ -65,7 +65,7 @@ class EngineQueue:
         try:
             return self._engine.submit(
                 pipeline_arguments(request, self._parameters),
-                scheduler=request.scheduler,
+                scheduler=request.sampler,
                 deadline_s=deadline_s,
                 on_step=on_step,
             )

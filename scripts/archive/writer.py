@@ -54,7 +54,9 @@ _REQUIRED = (
     "peft",
     "pillow",
     "safetensors",
+    "scipy",
     "torch",
+    "torchsde",
     "transformers",
 )
 
