@@ -179,9 +179,9 @@ def _resolve_sampler(
     assert name is None or isinstance(name, str)
     assert sigmas is None or isinstance(sigmas, str)
     split = split_schedule(name or "")
-    if sent["scheduler"] is not None and split is not None and sigmas is not None:
-        if split[1] != SCHEDULES[sigmas].name:
-            reader.report("sigmas", f"{show(sigmas)}, but the scheduler says {split[1]}: send one")
+    said = split[1] if sent["scheduler"] is not None and split is not None else None
+    if said is not None and sigmas is not None and said != SCHEDULES[sigmas].name:
+        reader.report("sigmas", f"{show(sigmas)}, but the scheduler says {said}: send one")
     if name is None and sigmas is None:
         return {"scheduler": None}
     sampler = find_sampler(name, traits.schedulers, sigmas)

@@ -21,7 +21,7 @@ __all__ = [
     "seed_noise",
 ]
 
-# Made for distilled models, and for any noise schedule of their kind: no list of diffusers has them.
+# For any noise schedule of the usual kind, though diffusers lists them as compatible with none.
 _DISTILLED = ("LCMScheduler", "SASolverScheduler", "TCDScheduler")
 
 
@@ -35,7 +35,7 @@ def compatible_schedulers(pipeline: Any) -> tuple[str, ...]:
 
 
 def compatible_with(own: Any) -> tuple[str, ...]:
-    """Class names of the schedulers that may run in place of one of the class `own`, itself first."""
+    """Class names of the schedulers that may run in place of one of the class `own`, it first."""
     kinds = own._get_compatibles()
     usable = {kind.__name__ for kind in kinds if ".dummy_" not in kind.__module__}
     if "EulerDiscreteScheduler" in usable:
