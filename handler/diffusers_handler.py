@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ from handler.single_worker import hold_model
 from handler.torchserve_logs import shorten_torchserve_logs
 from handler.watchdog import Watchdog
 
-__all__ = ["SILENT_AFTER_S", "DiffusersHandler"]
+__all__ = ["EXIT_DEVICE_LOST", "SILENT_AFTER_S", "DiffusersHandler"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,10 @@ _EMIT_EVERY_S = 1.0
 # Between two cycles with live requests there are milliseconds.
 SILENT_AFTER_S = 5.0
 """How long TorchServe may send nothing while requests are live."""
+# Long enough for the last replies to leave, short enough that few requests come in between.
+_END_AFTER_S = 1.0
+EXIT_DEVICE_LOST = 75
+"""What the worker's process ends with when its device has failed; TorchServe starts a new one."""
 
 
 class DiffusersHandler(BaseHandler):  # type: ignore[misc]
@@ -61,6 +66,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._drain_file: Path | None = None
         self._is_continuous = False
         self._emitted_s = time.monotonic()
+        self._ending: threading.Timer | None = None
 
     @property
     def service(self) -> GenerationService:
@@ -143,6 +149,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         service.advance(self.config.cycle_ms / 1000 if self._is_continuous else None)
         bodies = self._replies.write(service, ids, context)
         self._emit_metrics(context)
+        if service.is_device_lost:
+            self._end_process()
         if self._watchdog is not None and service.live_ids:
             self._watchdog.start()
         return bodies
@@ -162,6 +170,16 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._drop(service.live_ids)
         service.advance(self.config.cycle_ms / 1000)
         self._emit_metrics(self.context)
+
+    def _end_process(self) -> None:
+        """End once the replies are sent: only a new process can use the device again."""
+        if self._ending is not None:
+            return
+        logger.critical("the worker ends with code %d", EXIT_DEVICE_LOST)
+        # By force: what runs at an ordinary exit waits for the device.
+        self._ending = threading.Timer(_END_AFTER_S, os._exit, [EXIT_DEVICE_LOST])
+        self._ending.daemon = True
+        self._ending.start()
 
     def _drop(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:

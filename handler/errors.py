@@ -12,6 +12,7 @@ ServingError
 │   │   └── PipelineFailed  500  what it drew is not finite
 │   ├── QueueFull           503  try again after ``retry_after_s``
 │   ├── Draining            503  the server is about to stop; try again after ``retry_after_s``
+│   ├── DeviceLost          503  the device failed, the worker starts again; try again later
 │   ├── DeadlineExceeded    504  past its deadline
 │   └── OutOfMemory         507  does not fit on the device, even alone
 ├── ConfigError             start-up stops: the configuration is wrong
@@ -29,6 +30,7 @@ __all__ = [
     "Conflict",
     "ContentFlagged",
     "DeadlineExceeded",
+    "DeviceLost",
     "Draining",
     "EngineFault",
     "InvalidRequest",
@@ -159,6 +161,15 @@ class Draining(RequestError):
     status, phrase, code = 503, "Service Unavailable", "draining"
 
     def __init__(self, message: str, retry_after_s: int = 10) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+
+
+class DeviceLost(RequestError):
+    """The device failed under some request; the worker ends and starts again."""
+
+    status, phrase, code = 503, "Service Unavailable", "device_lost"
+
+    def __init__(self, message: str, retry_after_s: int = 60) -> None:
         super().__init__(message, retry_after_s=retry_after_s)
 
 

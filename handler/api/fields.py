@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from handler.api.images import BadPicture, SentPicture, read_picture
 from handler.api.schema import Field, Kind, Value, bounds_of
 from handler.config import HandlerConfig
 from handler.messages import nearest, number_range, show, shown_name
@@ -85,6 +86,26 @@ class FieldReader:
         if field.kind is Kind.INTEGER:
             return self.integer(name, aliases, low=int(low), high=int(high))
         return self.text(name, aliases, min_chars=int(low), max_chars=int(high))
+
+    def picture(
+        self, field: Field, config: HandlerConfig, known: dict[int, SentPicture]
+    ) -> SentPicture | None:
+        """The picture sent for a field, checked by its header; None when absent or wrong.
+
+        `known` are those that other prompts of the body have read, by the identity of what was
+        sent: megabytes of base64 that all prompts share are read once. Mutates `known`.
+        """
+        value = self.take(field.name, field.aliases)
+        if value is None:
+            return None
+        max_bytes, max_pixels = int(bounds_of(field, config)[1]), config.max_picture_pixels
+        try:
+            if id(value) not in known:
+                known[id(value)] = read_picture(value, max_bytes=max_bytes, max_pixels=max_pixels)
+            return known[id(value)]
+        except BadPicture as problem:
+            self.report(field.name, str(problem))
+            return None
 
     def text(
         self, name: str, aliases: Sequence[str] = (), *, min_chars: int = 0, max_chars: int

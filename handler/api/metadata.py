@@ -24,9 +24,14 @@ class ImageMetadata:
 
 
 def request_parameters(request: GenerationRequest) -> dict[str, object]:
-    """The request as JSON values, without its seed: that differs from picture to picture."""
-    values = request.values().items()
-    return {name: value for name, value in values if PICTURE_FIELDS[name].is_recorded}
+    """The request as JSON values, without its seed: that differs from picture to picture.
+
+    The pictures that it was drawn from are not among them.
+    """
+    values = request.values()
+    if not request.pictures:
+        del values["task"]  # it says nothing
+    return {name: value for name, value in values.items() if PICTURE_FIELDS[name].is_recorded}
 
 
 def parameters_line(metadata: ImageMetadata) -> str:
@@ -53,10 +58,12 @@ def parameters_line(metadata: ImageMetadata) -> str:
 
 
 def to_json(metadata: ImageMetadata) -> str:
-    """Everything, as one line of ASCII."""
+    """Everything, as one line of ASCII; of pictures that were sent, their hashes."""
+    hashes = {f"{n}_sha256": sent.sha256 for n, sent in metadata.request.pictures.items()}
     return json.dumps(
         {
             **request_parameters(metadata.request),
+            **hashes,
             "seed": metadata.seed,
             "model": metadata.model_name,
             **({"content_flagged": True} if metadata.is_flagged else {}),
@@ -68,4 +75,4 @@ def _text(value: object) -> str:
     """Write a setting; text is quoted where the line's own punctuation would break it."""
     if isinstance(value, str) and set(value) & set(',:\n"'):
         return json.dumps(value, ensure_ascii=False)
-    return f"{value:.17g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from handler.api.samplers import find_sampler
+from handler.api.tasks import TEXT_TO_IMAGE
 
 __all__ = ["PipelineTraits"]
 
@@ -22,6 +23,17 @@ class PipelineTraits:
     """Names of its ``__call__``'s arguments."""
     least_steps: Mapping[str, int] = field(default_factory=dict)
     """Steps that a scheduler needs, by class name, for those that need more than one."""
+    tasks: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """By the engine's name of each task that it serves, the arguments of that ``__call__``; left
+    out: text to image alone, with `parameters`."""
+    required: frozenset[str] = frozenset()
+    """The pictures that it cannot do without, by field."""
+    controls: tuple[str, ...] = ()
+    """The names of its ControlNets; empty where it has none, or one without a name."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            object.__setattr__(self, "tasks", {TEXT_TO_IMAGE: self.parameters})
 
     def least_steps_with(self, scheduler: str | None) -> int:
         """The steps that a sampler needs at least, by any name; None is the pipeline's own."""

@@ -76,6 +76,7 @@ class Intake:
         if not limits.hold(cost):
             raise TooLarge(limits.refusal(cost))
         self._check_deadline(served, asked, cost)
+        adapters = self.adapter_sets.checked(pipeline, asked.adapters, kwargs)
         return Ticket(
             kwargs=dict(kwargs),
             cost=cost,
@@ -86,7 +87,8 @@ class Intake:
             scheduler=scheduler,
             deadline=None if asked.deadline_s is None else now_s + asked.deadline_s,
             exact=asked.exact,
-            adapters=self.adapter_sets.checked(pipeline, asked.adapters, kwargs),
+            adapters=None if adapters is None else adapters.weights,
+            adapter_set=adapters,
             on_step=asked.on_step,
             submitted_s=now_s,
         )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,9 @@ import torch
 from handler.errors import ArchiveError, ConfigError
 from handler.library_logs import quiet_libraries
 from handler.loading.contents import LORA_FOLDER
-from handler.loading.model_dir import Extent, OpenedPipeline, check_loras, open_pipeline
-from handler.loading.safetensors_map import map_tensors
+from handler.loading.lora_files import LoraReader
+from handler.loading.model_dir import OpenedPipeline, check_loras, open_pipeline
+from handler.loading.safetensors_map import read_header
 from handler.messages import first_lines
 
 if TYPE_CHECKING:
@@ -40,11 +41,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedPipeline:
-    """A diffusers pipeline on its device. `pipeline` is as untyped as diffusers is."""
+    """A diffusers pipeline on its device. `pipeline` is as untyped as diffusers is.
+
+    `controlnets` are those that were packed with it, by the names that requests choose them by.
+    """
 
     pipeline: Any
     device: torch.device
     dtype: torch.dtype
+    controlnets: Mapping[str, Any] = field(default_factory=dict)
 
 
 def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
@@ -58,6 +63,11 @@ def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
         raise ConfigError(f"device is {configured!r}: wanted cpu, cuda or cuda:<n>") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device is {configured!r}, but torch finds no CUDA device here")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device is {configured!r}, but torch finds only cuda:0 "
+            f"to cuda:{torch.cuda.device_count() - 1} here"
+        )
     if configured == "cuda" and gpu_id is not None and gpu_id >= 0:
         return torch.device("cuda", gpu_id)
     return device
@@ -100,6 +110,7 @@ def load_opened(
             left_out = ["safety_checker"] if config.safety_checker == "off" else []
             pipeline = _from_pretrained(opened, dtype, left_out)
             _load_loras(pipeline, loras)
+            controlnets = _load_controlnets(opened, dtype)
         except ArchiveError:
             raise
         except Exception as error:
@@ -108,7 +119,9 @@ def load_opened(
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cpu":
         pipeline.to(device)
-    return LoadedPipeline(pipeline, device, dtype)
+        for controlnet in controlnets.values():
+            controlnet.to(device)
+    return LoadedPipeline(pipeline, device, dtype, controlnets)
 
 
 @contextmanager
@@ -143,15 +156,33 @@ def _from_pretrained(
     )
 
 
+def _load_controlnets(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any]:
+    from handler.loading.controlnets import load_controlnets
+
+    return load_controlnets(opened, dtype)
+
+
 def _load_loras(pipeline: Any, paths: Sequence[Path]) -> None:
     """Load the LoRAs that were packed, each as the adapter of its file's name; all are active."""
+    if not paths:
+        return
+    reader = LoraReader(pipeline)
     for path in paths:
-        state = map_tensors(Extent(path, 0, path.stat().st_size), str(path))
         try:
-            pipeline.load_lora_weights(state, adapter_name=path.stem)
-        except (AttributeError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            with path.open("rb") as file:
+                reader.check(read_header(file, path.stat().st_size, str(path)))
+            # By its path, for diffusers reads the scale out of the file's metadata.
+            pipeline.load_lora_weights(
+                os.fspath(path.parent),
+                weight_name=path.name,
+                adapter_name=path.stem,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        except (
+            *(ArchiveError, AttributeError, ValueError, RuntimeError, KeyError, ImportError),
+        ) as error:
             raise ArchiveError(
                 f"{path}: this LoRA does not fit the pipeline: {first_lines(error)}"
             ) from error
-    if paths:
-        pipeline.set_adapters([path.stem for path in paths])
+    pipeline.set_adapters([path.stem for path in paths])

@@ -4,6 +4,9 @@ They are found by what they do. Some put their own attention processors into the
 old ones back only where a call returns; some guiders hook into the denoiser for one of a step's
 forwards; a step cache of diffusers remembers the last forwards of one call, and skips some of the
 next.
+
+Pipelines with an autoencoder that overflows in float16 (SDXL's) cast it to float32 around each
+decoding, which needs no such care; but what ends a call in between leaves it there.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import Any
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance
 
-__all__ = ["SharedState", "swaps_processors"]
+__all__ = ["SharedState", "is_upcast", "swaps_processors"]
 
 _SWAPPING = frozenset({"set_attn_processor", "set_processor"})
 
@@ -35,6 +38,7 @@ class SharedState:
             if hasattr(attention, "processor") and hasattr(attention, "set_processor")
         ]
         self._caching = [m for m in modules if getattr(m, "is_cache_enabled", False)]
+        self._upcast = [(m, m.dtype) for m in modules if is_upcast(m, "encode")]
         hooks = any(isinstance(part, BaseGuidance) and _hooks_in(part) for part in parts)
         self.is_exclusive = swaps or hooks or bool(self._caching)
 
@@ -44,6 +48,19 @@ class SharedState:
             attention.set_processor(processor)
         for module in self._caching:
             module._reset_stateful_cache()
+        for module, dtype in self._upcast:
+            if module.dtype != dtype:
+                module.to(dtype)
+
+
+def is_upcast(module: Any, method: str) -> bool:
+    """Whether pipelines cast `module`, an autoencoder, to float32 around `method`, and back.
+
+    Around its decoding from float16 only, around its encoding whatever it is in.
+    """
+    wants_it = getattr(getattr(module, "config", None), "force_upcast", False)
+    halves = (torch.float16,) if method == "decode" else (torch.float16, torch.bfloat16)
+    return bool(wants_it) and module.dtype in halves
 
 
 def swaps_processors(kind: type) -> bool:

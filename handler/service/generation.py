@@ -1,7 +1,7 @@
 """Follow every request from its body to its reply: read, submit, wait, encode, answer exactly once.
 
-    open ─▶ read_call ─▶ EngineQueue ─▶ … ticks … ─▶ EncoderPool ─▶ take_replies
-            api          queueing       engine        encoder_pool
+    open ─▶ read_call ─▶ Decoding ─▶ EngineQueue ─▶ … ticks … ─▶ SideWork ─▶ take_replies
+            api          decoding    queueing       engine       side_work
 
 It knows neither TorchServe nor HTTP's framing; the handler maps ids and replies to its context.
 """
@@ -12,21 +12,32 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from handler.api.call import Call, CancelCall, read_call
+from handler.api.decoding import Pictures, decode_all
 from handler.api.replies import FLAGGED, Reply, cancel_reply, error_reply, success_reply
 from handler.api.request import GenerationRequest
 from handler.api.result import Result
 from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
+from handler.engine.device_faults import is_device_lost
 from handler.engine.ticket import State, Ticket
-from handler.errors import Cancelled, Conflict, Draining, EngineFault, NotFound, RequestError
+from handler.errors import (
+    Cancelled,
+    Conflict,
+    DeviceLost,
+    Draining,
+    EngineFault,
+    NotFound,
+    RequestError,
+)
 from handler.pipelines.preview import Previewer
 from handler.pipelines.safety import SafetyChecker
+from handler.service.decoding import Decoding
 from handler.service.draining import Drain, num_live_reply
-from handler.service.encoder_pool import EncoderPool
 from handler.service.event_stream import EventStream
 from handler.service.live_requests import LiveRequest, LiveRequests
 from handler.service.metrics import Load, Meter, Sample
@@ -35,9 +46,11 @@ from handler.service.reading import draw_seed, read_requests
 from handler.service.results import (
     as_request_error,
     checked_result,
+    device_lost,
     pipeline_fault,
     result_of,
 )
+from handler.service.side_work import SideWork, wait_for_any
 
 __all__ = ["GenerationService"]
 
@@ -48,11 +61,11 @@ _BACK_AFTER_S = 10
 
 
 class GenerationService:
-    """Serves requests on `engine`, all but the encoding of pictures in the caller's thread.
+    """Serves requests on `engine`, all but coding of pictures in the caller's thread.
 
     `pipeline` is what the engine serves. `checker` looks at its pictures in the threads that encode
     them, and is given back by `close`. `model_name` and `config` go into the replies, which
-    `encode` makes; `clock` is the engine's.
+    `encode` makes; `decode` makes the pictures that requests begin with; `clock` is the engine's.
     """
 
     def __init__(
@@ -65,6 +78,7 @@ class GenerationService:
         model_name: str,
         draw_seed: Callable[[], int] = draw_seed,
         encode: Callable[..., Reply] = success_reply,
+        decode: Callable[..., list[Pictures]] = decode_all,
         checker: SafetyChecker | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -77,13 +91,16 @@ class GenerationService:
         self._encode = encode
         self._checker = checker
         self._clock = clock
-        self._queue = EngineQueue(engine, traits.parameters, config.max_waiting)
+        self._queue = EngineQueue(engine, traits.tasks, config.max_waiting)
         self._live = LiveRequests()
         self._replies: dict[str, Reply] = {}
         self._previewer = Previewer(pipeline)
-        self._encoders = EncoderPool(self._success_reply, config.encode_threads)
+        self._decoding = Decoding(config, clock, decode)
+        self._encoders = SideWork[Reply]("encode", config.encode_threads)
         self._meter = Meter()
         self._drain: Drain | None = None
+        self.is_device_lost = False
+        """Whether the device failed for good: this process can only tell so, and end."""
 
     @property
     def live_ids(self) -> frozenset[str]:
@@ -92,9 +109,10 @@ class GenerationService:
 
     @property
     def load(self) -> Load:
-        """What the engine holds now."""
+        """What the engine holds now, and what waits for it."""
         engine = self._engine
-        return Load(engine.num_running, engine.num_waiting, engine.in_flight.rows)
+        num_waiting = engine.num_waiting + len(self._decoding.work.requests)
+        return Load(engine.num_running, num_waiting, engine.in_flight.rows)
 
     def samples(self) -> list[Sample]:
         """Return the metrics: what was counted since the last time, and the load."""
@@ -111,6 +129,8 @@ class GenerationService:
         """Take in one request; what is wrong with it becomes its reply, never an exception."""
         try:
             sent = read_call(body, headers, self.config, self.traits, draw_seed=self._draw_seed)
+            if self.is_device_lost:
+                raise device_lost()
             if isinstance(sent, CancelCall):
                 self._replies[request_id] = self._cancel(request_id, sent.request_id)
             elif self._drain is not None:
@@ -133,13 +153,14 @@ class GenerationService:
         """Tick until a request can be answered or `budget_s` is used; None: until all can be."""
         ends_s = None if budget_s is None else self._clock() + budget_s
         # Also when nothing is live: the engine is still to report what was cancelled since.
-        while self._live or self._engine.has_work:
+        while self._live or self._has_work:
             self._end_drained()
-            if self._engine.has_work:
+            if self._has_work:
                 self._step()
             else:
                 timeout_s = None if ends_s is None else max(0.0, ends_s - self._clock())
-                self._encoders.wait(timeout_s)
+                wait_for_any([self._decoding.work, self._encoders], timeout_s)
+            self._collect_decoded()
             self._collect_encoded()
             if ends_s is not None and (self._replies or self._clock() >= ends_s):
                 return
@@ -150,9 +171,12 @@ class GenerationService:
         return replies
 
     def stream_of(self, request_id: str) -> EventStream | None:
-        """Return the events of a live request that wants them; None for any other."""
+        """Return the events of a live request that wants them; None for any other.
+
+        Those of a request whose pictures are still decoded begin later: its status is not known.
+        """
         live = self._live.get(request_id)
-        return None if live is None else live.stream
+        return None if live is None or live in self._decoding.work else live.stream
 
     def drop(self, request_id: str) -> None:
         """End a request whose client went away; nobody is told."""
@@ -176,8 +200,11 @@ class GenerationService:
         Raises:
             RequestError: the first that failed.
         """
-        tickets = self._queue.submit(requests)
+        pictures = decode_all(requests, self.config, [""] * len(requests))
+        tickets = self._queue.submit(requests, pictures)
         while not all(ticket.ended for ticket in tickets):
+            if self.is_device_lost:
+                raise device_lost()
             self._step()
         for ticket in tickets:
             if ticket.error is not None:
@@ -188,6 +215,7 @@ class GenerationService:
         """End every request and give the pipeline back."""
         for request_id in self._live.ids:
             self.drop(request_id)
+        self._decoding.work.close()
         self._encoders.close()
         self._engine.close()
         if self._checker is not None:
@@ -200,17 +228,28 @@ class GenerationService:
                 "choose another or wait for its reply",
                 {"request_id": "is taken"},
             )
-        opened_s, stream = self._clock(), None
+        stream = None
         if sent.stream:
             stream = EventStream(self._previewer, sent.preview_every, self._clock)
+        live = LiveRequest(request_id, sent, self._clock(), stream)
+        if any(request.pictures for request in sent.requests):
+            if self._live:
+                self._queue.check_room()
+            self._decoding.start(live)
+        else:
+            self._submit(live, [{} for _ in sent.requests], is_limited=bool(self._live))
+        self._live.add(live)
+
+    def _submit(self, live: LiveRequest, pictures: Sequence[Pictures], *, is_limited: bool) -> None:
+        """Queue a request; alone it is taken in however long a line it forms by itself."""
         tickets = self._queue.submit(
-            sent.requests,
-            deadline_s=sent.deadline_s,
-            on_step=None if stream is None else stream.on_step,
-            # Alone it is taken in however long a line it forms by itself: it would never get in.
-            is_limited=bool(self._live),
+            live.sent.requests,
+            pictures,
+            deadline_s=None if live.deadline is None else live.deadline - self._clock(),
+            on_step=None if live.stream is None else live.stream.on_step,
+            is_limited=is_limited,
         )
-        self._live.add(LiveRequest(request_id, sent, opened_s, tickets, stream))
+        self._live.add_tickets(live, tickets)
 
     def _end_drained(self) -> None:
         """End what still runs when the time of a drain is up; what is drawn is delivered."""
@@ -233,8 +272,19 @@ class GenerationService:
         self._fail(live, Cancelled("the request was cancelled"))
         return cancel_reply(wanted, request_id=canceller_id)
 
+    @property
+    def _has_work(self) -> bool:
+        return self._engine.has_work and not self.is_device_lost
+
     def _step(self) -> None:
-        for ticket in self._engine.step():
+        try:
+            ended = self._engine.step()
+        except Exception as error:
+            if not is_device_lost(error):
+                raise
+            self._lose_device(error)
+            return
+        for ticket in ended:
             self._meter.steps_done(ticket.num_steps_done)
             live = self._live.take_ticket(ticket)
             # Tickets that end in one tick are all done when the first of them is looked at.
@@ -244,7 +294,11 @@ class GenerationService:
     def _on_ended(self, live: LiveRequest, ticket: Ticket) -> None:
         if ticket.state is State.FAILED:
             assert ticket.error is not None
-            self._fail(live, as_request_error(ticket.error, ticket.num_steps_done))
+            told = as_request_error(ticket.error, ticket.num_steps_done)
+            if isinstance(told, DeviceLost):
+                self._lose_device(ticket.error)
+            else:
+                self._fail(live, told)
         elif all(t.state is State.DONE for t in live.tickets):
             try:
                 results = self._results(live.tickets, live.sent.requests)
@@ -253,12 +307,22 @@ class GenerationService:
                 return
             for result in results:
                 self._meter.images_drawn(result)
-            self._encoders.start(live, results)
+            self._encoders.start(live, self._success_reply, results)
 
     def _results(
         self, tickets: Sequence[Ticket], requests: Sequence[GenerationRequest]
     ) -> list[Result]:
         return [result_of(t, r, self._pipeline) for t, r in zip(tickets, requests, strict=True)]
+
+    def _collect_decoded(self) -> None:
+        for live, decoded in self._decoding.take_ended():
+            try:
+                if isinstance(decoded, RequestError):
+                    raise decoded
+                live.sent = replace(live.sent, requests=decoded.requests)
+                self._submit(live, decoded.pictures, is_limited=len(self._live) > 1)
+            except RequestError as error:
+                self._fail(live, error)
 
     def _collect_encoded(self) -> None:
         for live, encoded in self._encoders.take_finished():
@@ -284,6 +348,16 @@ class GenerationService:
             config=self.config,
         )
 
+    def _lose_device(self, error: BaseException) -> None:
+        """Tell all whose pictures are not drawn; the engine's requests stay where they stand."""
+        logger.critical("the device is lost to this worker, which ends: %s", error, exc_info=error)
+        self.is_device_lost = True
+        for request_id in self._live.ids:
+            live = self._live.get(request_id)
+            if live is not None and live not in self._encoders:
+                self._live.remove(live)
+                self._answer(live, _error_reply(device_lost(), request_id), DeviceLost.code)
+
     def _checked(self, result: Result) -> Result:
         refuses = self.config.safety_checker == "refuse"
         return checked_result(result, self._checker, refuses=refuses)
@@ -304,6 +378,7 @@ class GenerationService:
     def _release(self, live: LiveRequest, reason: RequestError | None = None) -> None:
         """Forget the request; what still runs of it is cancelled."""
         self._live.remove(live)
+        self._decoding.work.discard(live)
         self._encoders.discard(live)
         for ticket in live.tickets:
             self._engine.cancel(ticket, reason)

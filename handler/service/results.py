@@ -7,13 +7,21 @@ from typing import Any
 
 from handler.api.request import GenerationRequest
 from handler.api.result import Result, Timings
+from handler.engine.device_faults import is_device_lost
 from handler.engine.forward import is_out_of_memory
 from handler.engine.ticket import Ticket
-from handler.errors import ContentFlagged, EngineFault, InvalidRequest, OutOfMemory, RequestError
+from handler.errors import (
+    ContentFlagged,
+    DeviceLost,
+    EngineFault,
+    InvalidRequest,
+    OutOfMemory,
+    RequestError,
+)
 from handler.pipelines.prompts import prompt_warnings
 from handler.pipelines.safety import SafetyChecker, verdicts_of
 
-__all__ = ["as_request_error", "checked_result", "pipeline_fault", "result_of"]
+__all__ = ["as_request_error", "checked_result", "device_lost", "pipeline_fault", "result_of"]
 
 
 def result_of(ticket: Ticket, request: GenerationRequest, pipeline: Any) -> Result:
@@ -42,7 +50,7 @@ def checked_result(result: Result, checker: SafetyChecker | None, *, refuses: bo
     Raises:
         ContentFlagged: a picture is flagged and `refuses`.
     """
-    if checker is not None:
+    if checker is not None and not any(result.flagged):
         images, flagged = checker.check(result.images)
         result = replace(result, images=tuple(images), flagged=flagged)
     if refuses and any(result.flagged):
@@ -67,7 +75,9 @@ def as_request_error(error: BaseException, num_steps_done: int) -> RequestError:
     if isinstance(error, RequestError):
         return error
     told: RequestError
-    if is_out_of_memory(error):
+    if is_device_lost(error):
+        told = device_lost()
+    elif is_out_of_memory(error):
         told = OutOfMemory(
             "the picture does not fit into the device's memory, even alone; ask for a smaller one"
         )
@@ -77,6 +87,14 @@ def as_request_error(error: BaseException, num_steps_done: int) -> RequestError:
         return pipeline_fault(error)
     told.__cause__ = error
     return told
+
+
+def device_lost() -> DeviceLost:
+    """Return what every client is told once the device has failed, whichever request caused it."""
+    return DeviceLost(
+        "the device failed and the worker starts again; this request may not be the cause of it: "
+        "send it again later, once"
+    )
 
 
 def pipeline_fault(error: BaseException) -> EngineFault:

@@ -265,6 +265,7 @@ def test_modules_of_a_pipeline_inside_another_are_parked() -> None:
         "prior_prior.forward",
     }
     assert {slot.name for slot in slots if not slot.is_denoiser} == {
+        "movq.encode",
         "movq.decode",
         "prior_image_encoder.forward",
         "prior_text_encoder.forward",
@@ -335,3 +336,24 @@ def test_half_precision_decodes_in_single_at_the_same_tick(exact: bool) -> None:
         assert min(differences) > 0.1
     assert pipeline.vae.dtype == torch.float16
     assert all(torch.equal(w, weights[name]) for name, w in pipeline.vae.state_dict().items())
+
+
+def test_an_autoencoder_that_fails_in_single_precision_is_half_again_for_the_others() -> None:
+    """What runs out of memory while decoding must not leave it where it was cast to."""
+    family = "stable_diffusion_xl"
+    pipeline = build(family).to(torch.float16)
+    expected = solo(pipeline, family, Request(1))
+
+    def run_out_of_memory(*args: Any) -> None:
+        hook.remove()
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    engine = InFlightEngine(pipeline)
+    hook = pipeline.vae.decoder.register_forward_pre_hook(run_out_of_memory)
+    failed = engine.submit(Request(2).kwargs(family))
+    beside = engine.submit(Request(1).kwargs(family))
+    engine.run()
+    engine.close()
+    assert isinstance(failed.error, torch.OutOfMemoryError)
+    assert difference(beside, expected) <= 1e-2
+    assert pipeline.vae.dtype == torch.float16

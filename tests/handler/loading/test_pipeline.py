@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
@@ -158,10 +159,16 @@ def test_a_damaged_lora_is_refused(tmp_path: Path) -> None:
     save_file({"other.weight": torch.ones(2)}, model_dir / name)
     (model_dir / "MAR-INF").mkdir()
     manifest = model_dir / "MAR-INF" / "PIPELINE.json"
-    digest = hashlib.sha256((model_dir / name).read_bytes()).hexdigest()
-    for sha256, words in ((digest, "does not fit"), ("0" * 64, "is damaged: it does not match")):
-        manifest.write_text(json.dumps({"members": {name: {"sha256": sha256}}}))
-        assert words in refusal(model_dir)
+    data = (model_dir / name).read_bytes()
+    for key, digest in (
+        ("blake3", blake3(data).hexdigest()),
+        ("sha256", hashlib.sha256(data).hexdigest()),  # as older archives have it
+    ):
+        for listed, words in ((digest, "does not fit"), ("0" * 64, "damaged: it does not match")):
+            manifest.write_text(json.dumps({"members": {name: {key: listed}}}))
+            assert words in refusal(model_dir)
+    manifest.write_text(json.dumps({"members": {name: {"crc32": 0}}}))
+    assert "PIPELINE.json is damaged" in refusal(model_dir)
     manifest.write_text("{}")
     assert "PIPELINE.json is damaged" in refusal(model_dir)
 
@@ -198,7 +205,15 @@ def test_device_with_cuda(
     monkeypatch: pytest.MonkeyPatch, configured: str | None, gpu_id: int | None, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device(configured, gpu_id) == torch.device(expected)
+
+
+def test_a_card_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match="'cuda:2', but torch finds only cuda:0 to cuda:1"):
+        choose_device("cuda:2", 0)
 
 
 def test_a_device_that_is_not_there_is_refused() -> None:
