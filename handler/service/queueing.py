@@ -110,7 +110,7 @@ class EngineQueue:
             return self._engine.submit(
                 arguments,
                 task=name,
-                scheduler=request.scheduler,
+                scheduler=request.sampler,
                 deadline_s=deadline_s,
                 on_step=on_step,
             )
