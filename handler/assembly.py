@@ -7,6 +7,8 @@ The one place that puts them together: what the worker serves and what the smoke
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from handler.acceleration.speed import SpeedUp, make_plan
@@ -15,11 +17,13 @@ from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.engine import BUCKETS, InFlightEngine
 from handler.errors import ConfigError, RequestError
+from handler.loading.lora_files import read_lora
 from handler.loading.pipeline import LoadedPipeline
 from handler.pipelines.arguments import pipeline_arguments
 from handler.pipelines.describe import describe
 from handler.pipelines.safety import SafetyChecker, has_safety_checker
 from handler.service.generation import GenerationService
+from handler.service.lora_shelf import LoraNames, LoraShelf
 from handler.service.reading import read_requests
 
 __all__ = ["assemble", "short_request"]
@@ -38,7 +42,10 @@ def assemble(
         ConfigError: the configuration does not fit the pipeline.
     """
     _check_safety(config, loaded.pipeline)
-    traits = describe(loaded.pipeline)
+    names = LoraNames(loaded.loras, _lora_folder(config))
+    traits = replace(describe(loaded.pipeline), loras=names)
+    if config.default_loras is None and loaded.loras:
+        config = replace(config, default_loras=dict.fromkeys(loaded.loras, 1.0))
     check_against_pipeline(config, traits)
     requests = _warm_up_requests(config, traits)
     plan = make_plan(config, loaded.pipeline, loaded.device, loaded.dtype)
@@ -58,10 +65,36 @@ def assemble(
         traits,
         model_name=model_name,
         checker=SafetyChecker.take_from(engine.pipelines.values()),
+        shelf=_shelf(engine, loaded, config, names),
     )
     if warm_up:
         speed_up.warm_up(engine, [pipeline_arguments(r, traits.parameters) for r in requests])
     return service
+
+
+def _lora_folder(config: HandlerConfig) -> Path | None:
+    if config.lora_dir is None:
+        return None
+    folder = Path(config.lora_dir)
+    if not folder.is_dir():
+        raise ConfigError(f"model-config.yaml: lora_dir: {config.lora_dir!r} is not a folder")
+    return folder
+
+
+def _shelf(
+    engine: InFlightEngine, loaded: LoadedPipeline, config: HandlerConfig, names: LoraNames
+) -> LoraShelf | None:
+    """Return what reads the LoRAs of a folder; None where there is no folder."""
+    reader = loaded.lora_reader
+    if reader is None or names.folder is None:
+        return None
+    return LoraShelf(
+        engine,
+        names,
+        lambda path: read_lora(reader, path, loaded.pipeline, loaded.device),
+        max_loras=config.max_loras,
+        max_bytes=config.max_lora_bytes,
+    )
 
 
 def _check_safety(config: HandlerConfig, pipeline: Any) -> None:

@@ -204,8 +204,8 @@ def _n_iter(value: object) -> Mapping[str, object]:
 _A1111, _OPENAI, _HF = "AUTOMATIC1111", "OpenAI", "Hugging Face"
 _DIFFUSERS, _STABILITY, _REPLICATE = "diffusers", "Stability AI", "Replicate"
 _NO_LORA = (
-    "a request cannot choose LoRAs or their strength; they are packed into the archive with"
-    " --lora FILE"
+    'LoRAs are named with their scales, "loras": {"style": 0.8}; a server has those packed with'
+    " --lora FILE and those in its lora_dir"
 )
 _NO_SIGMAS = "a request cannot choose how sigmas are spaced; leave it out"
 _LAST_LAYER = "the text encoder is read at its last layer"
@@ -361,9 +361,7 @@ def _entries() -> Iterable[ForeignName]:
     )
     yield from _refused(
         "several",
-        **dict.fromkeys(
-            ["lora", "loras", "lora_scale", "lora_scales", "lora_weights", "lora_path"], _NO_LORA
-        ),
+        **dict.fromkeys(["lora_scale", "lora_scales", "lora_weights", "lora_path"], _NO_LORA),
         schedule_type=_NO_SIGMAS,
         karras=_NO_SIGMAS,
         prompts=SEVERAL_PROMPTS,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from handler.api.fields import FieldReader
 from handler.api.images import SentPicture
+from handler.api.lora_names import lora_problem
 from handler.api.picture_sizes import choose_size
 from handler.api.schema import (
     MAX_SEED,
@@ -70,6 +71,12 @@ class GenerationRequest:
         """What the engine calls the task."""
         return engine_task(self.task, control="control_image" in self.pictures)
 
+    @property
+    def loras(self) -> Mapping[str, float] | None:
+        """The scale of each LoRA that it is drawn with; None: what the pipeline came with."""
+        found = self.extra.get("loras")
+        return found if isinstance(found, Mapping) else None
+
     def values(self) -> dict[str, Value]:
         """The fields by name, in the order of the table."""
         return {
@@ -106,6 +113,8 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
             f"num_inference_steps: {config.num_inference_steps} is too few for the default"
             f" scheduler; it needs at least {least}"
         )
+    if config.default_loras and (problem := lora_problem(config.default_loras, traits.loras)):
+        problems.append(f"default_loras: {problem}")
     if config.negative_prompt and "negative_prompt" not in traits.parameters:
         problems.append("negative_prompt: this pipeline takes none")
     if problems:
@@ -149,6 +158,7 @@ def parse_fields(
     values = {**_defaults(config, parameters), **{n: v for n, v in sent.items() if v is not None}}
     values["task"] = task or TEXT_TO_IMAGE
     values["scheduler"] = _resolve_scheduler(reader, values["scheduler"], traits)
+    _check_loras(reader, sent["loras"], traits)
     _size_by_picture(reader, values, sent, pictures, config, traits)
     extra = {name: value for name, value in values.items() if name not in _ATTRIBUTES}
     attributes = {name: values[name] for name in _ATTRIBUTES}
@@ -256,6 +266,12 @@ def _resolve_scheduler(reader: FieldReader, name: Value, traits: PipelineTraits)
     if class_name is None:
         reader.report("scheduler", scheduler_problem(name, traits))
     return class_name
+
+
+def _check_loras(reader: FieldReader, named: Value, traits: PipelineTraits) -> None:
+    problem = lora_problem(named, traits.loras) if isinstance(named, Mapping) else None
+    if problem is not None:
+        reader.report("loras", problem)
 
 
 def _check_num_images(

@@ -46,6 +46,10 @@ class LoadedPipeline:
     pipeline: Any
     device: torch.device
     dtype: torch.dtype
+    loras: tuple[str, ...] = ()
+    """The names of the LoRAs that were packed."""
+    lora_reader: LoraReader | None = None
+    """Reads more of them, where the configuration names a folder."""
 
 
 def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
@@ -105,7 +109,8 @@ def load_opened(
         try:
             left_out = ["safety_checker"] if config.safety_checker == "off" else []
             pipeline = _from_pretrained(opened, dtype, left_out)
-            _load_loras(pipeline, loras)
+            reader = LoraReader(pipeline) if loras or config.lora_dir else None
+            _load_loras(pipeline, loras, reader)
         except ArchiveError:
             raise
         except Exception as error:
@@ -114,7 +119,8 @@ def load_opened(
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cpu":
         pipeline.to(device)
-    return LoadedPipeline(pipeline, device, dtype)
+    names = tuple(path.stem for path in loras)
+    return LoadedPipeline(pipeline, device, dtype, names, reader)
 
 
 @contextmanager
@@ -149,11 +155,10 @@ def _from_pretrained(
     )
 
 
-def _load_loras(pipeline: Any, paths: Sequence[Path]) -> None:
+def _load_loras(pipeline: Any, paths: Sequence[Path], reader: LoraReader | None) -> None:
     """Load the LoRAs that were packed, each as the adapter of its file's name; all are active."""
-    if not paths:
+    if reader is None or not paths:
         return
-    reader = LoraReader(pipeline)
     for path in paths:
         try:
             with path.open("rb") as file:

@@ -96,6 +96,7 @@ class EngineQueue:
                 task=self._pipeline_of(request),
                 scheduler=request.scheduler,
                 deadline_s=deadline_s,
+                adapters=request.loras,
                 on_step=on_step,
             )
         except RequestError:

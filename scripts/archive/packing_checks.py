@@ -6,7 +6,7 @@ before it takes its name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -30,10 +30,12 @@ class Examined:
 
     skeleton: Skeleton
     defaults: Mapping[str, int | float]
+    loras: Collection[str] = ()
+    """The names of those that are packed with it."""
 
     def check_settings(self, config: HandlerConfig) -> None:
         """Refuse a configuration that the pipeline does not do. Raises: ArchiveError."""
-        _refuse([*check_settings(self.skeleton, config)])
+        _refuse([*check_settings(self.skeleton, config, self.loras)])
 
 
 class _Files:
@@ -66,7 +68,7 @@ def examine(
     names = [file.name for file in files]
     _refuse([*check_pipeline(index, names, skeleton, lora_headers)])
     assert skeleton.pipeline is not None
-    return Examined(skeleton, find_defaults(skeleton.pipeline))
+    return Examined(skeleton, find_defaults(skeleton.pipeline), lora_headers.keys())
 
 
 def check_written(archive: Path, *, is_smoke: bool = False) -> None:
