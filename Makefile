@@ -10,9 +10,16 @@ $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DT
 
 # The recipes put these between double quotes, where the shell would read such letters itself.
 unquotable := " ` \ $$
-$(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG SIGN KEY TO RUN_DIR STORE GATEWAY_DIR,\
+$(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY TO RUN_DIR STORE \
+	DEMO_PICTURE GATEWAY_DIR,\
 	$(foreach letter,$(unquotable),$(if $(findstring $(letter),$(value $(variable))),\
 	$(error $(variable) may not have any of $(unquotable) in it; rename it or move it))))
+
+# A prompt is any text, so it goes by the environment; of ARGS the shell is asked what it thinks.
+export MAKE_PROMPT := $(value PROMPT)
+export MAKE_ARGS   := $(value ARGS)
+CHECK_ARGS = bash -nc "true $$MAKE_ARGS" 2>/dev/null || { \
+	echo "make: ARGS cannot be read, is a quotation in it not closed? ARGS=$$MAKE_ARGS" >&2; exit 2; }
 
 VENV      ?= .venv
 RUN_DIR   ?= .run
@@ -59,7 +66,7 @@ help: ## List the targets
 		| while IFS='|' read -r target text; do printf '%-17s %s\n' "$$target" "$$text"; done
 
 demo: $(INSTALLED) ## Install, build, start TorchServe, draw demo.png; the server keeps running [PROMPT=]
-	@$(CLI) demo $(START) --out "$(DEMO_PICTURE)" $(if $(PROMPT),--prompt "$(PROMPT)")
+	@$(CLI) demo $(START) --out "$(DEMO_PICTURE)" $(if $(value PROMPT),--prompt "$$MAKE_PROMPT")
 
 setup: $(INSTALLED) ## Make .venv with the pinned packages (PIP_ARGS=… are passed to pip)
 
@@ -76,6 +83,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@touch $@
 
 archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=path | MODEL_ID=org/name REVISION= | FROM=archive] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key SMOKE=1 ARGS= FORCE=1]
+	@$(CHECK_ARGS)
 	@$(CLI) pack --out "$(STORE)" $(if $(NAME),--name "$(NAME)") \
 		$(if $(VERSION),--version "$(VERSION)") $(if $(FROM),--from "$(FROM)") \
 		$(if $(MODEL_ID),--model-id "$(MODEL_ID)") $(if $(REVISION),--revision "$(REVISION)") \
@@ -91,9 +99,11 @@ verify: $(INSTALLED) ## Check an archive without serving it [NAME= KEY=public-ke
 	@$(CLI) verify $(if $(KEY),--key "$(KEY)") $(if $(SMOKE),--smoke) $(CHOSEN)
 
 push: $(INSTALLED) ## Store an archive in an OCI registry: TO=registry/name:tag [NAME=]
+	@$(CHECK_ARGS)
 	@$(CLI) push $(CHOSEN) --to "$(TO)" $(ARGS)
 
 pull: $(INSTALLED) ## Fetch an archive from one: FROM=registry/name@sha256:… [NAME= FORCE=1]
+	@$(CHECK_ARGS)
 	@$(CLI) pull $(CHOSEN) --from "$(FROM)" $(if $(FORCE),--force) $(ARGS)
 
 serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]
@@ -106,6 +116,7 @@ up: $(INSTALLED) ## Serve with the gateway in front: http://127.0.0.1:8000 [GATE
 down: stop ## Stop both; the same as make stop
 
 key: $(INSTALLED) ## Make a key for the gateway, shown this once: NAME=… [ARGS='--max-steps 50 …']
+	@$(CHECK_ARGS)
 	@$(PY) -m gateway.keys --name "$(NAME)" $(ARGS)
 
 stop: ## Stop the server once its requests are finished; those that take longer get 503 [DRAIN_S=30]

@@ -14,7 +14,15 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway import health, models, openai_images, openapi, passing_on, picture_urls
+from gateway import (
+    health,
+    models,
+    openai_edits,
+    openai_images,
+    openapi,
+    passing_on,
+    picture_urls,
+)
 from gateway.errors import BadMethod, RouteNotFound, error_response
 from gateway.gateway import Gateway
 from gateway.settings import Settings
@@ -24,7 +32,7 @@ from handler.messages import show
 __all__ = ["make_app"]
 
 # In this order: `/v1/models/{name}:predict` before `/v1/models/{name}`.
-_ROOMS = (openai_images, passing_on, models, picture_urls, health, openapi)
+_ROOMS = (openai_images, openai_edits, passing_on, models, picture_urls, health, openapi)
 _EXPOSED = ("x-request-id", "x-seed", "retry-after", "warning", "location")
 
 

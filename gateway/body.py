@@ -13,10 +13,10 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from gateway.errors import TooSlow
-from handler.errors import InvalidRequest, TooLarge
+from handler.errors import InvalidRequest, QueueFull, TooLarge
 from handler.messages import show
 
-__all__ = ["ClientGone", "Sent", "read_body", "read_form", "read_sent"]
+__all__ = ["BodyBudget", "ClientGone", "Sent", "read_body", "read_form", "read_sent"]
 
 _MAX_FIELDS = 200
 _MAX_FILES = 32
@@ -36,29 +36,51 @@ class Sent:
     """The contents of uploaded files, by the name of their field."""
 
 
-async def read_body(request: Request, max_bytes: int, timeout_s: float) -> bytes:
-    """Return the body.
+async def read_body(request: Request, budget: BodyBudget) -> bytes:
+    """Return the body, which counts as held until the request is over.
 
     Raises:
-        TooLarge: it says that it is larger than `max_bytes`, or is; no more than that is read.
-        TooSlow: it takes longer than `timeout_s`.
+        TooLarge: it says that it is larger than it may be, or is; no more than that is read.
+        QueueFull: too much is held already.
+        TooSlow: it takes too long.
         ClientGone: the client left before its end.
     """
-    length = request.headers.get("content-length", "0")
-    if not length.isdigit() or int(length) > max_bytes:
-        raise _too_large(max_bytes)
+    length = request.headers.get("content-length")
+    if length is not None and (not length.isdigit() or int(length) > budget.max_bytes):
+        raise _too_large(budget.max_bytes)
+    budget.hold(request, budget.max_bytes if length is None else int(length))
     body = bytearray()
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout(budget.timeout_s):
             async for chunk in request.stream():
                 body += chunk
-                if len(body) > max_bytes:
-                    raise _too_large(max_bytes)
+                if len(body) > budget.max_bytes:
+                    raise _too_large(budget.max_bytes)
     except TimeoutError:
-        raise TooSlow(f"the body did not arrive within {timeout_s:g} s") from None
+        raise TooSlow(f"the body did not arrive within {budget.timeout_s:g} s") from None
     except ClientDisconnect:
         raise ClientGone from None
     return bytes(body)
+
+
+class BodyBudget:
+    """How large a body may be, how long it may take, and how many bytes of all are held."""
+
+    def __init__(self, max_bytes: int, max_total_bytes: int, timeout_s: float) -> None:
+        self.max_bytes = max_bytes
+        self.timeout_s = timeout_s
+        self._max_total_bytes = max_total_bytes
+        self._held: dict[int, int] = {}
+
+    def hold(self, request: Request, num_bytes: int) -> None:
+        """Count the body of `request`. Raises: QueueFull."""
+        if sum(self._held.values()) + num_bytes > self._max_total_bytes:
+            raise QueueFull("too many large requests are being served; try again a little later")
+        self._held[id(request)] = num_bytes
+
+    def release(self, request: Request) -> None:
+        """Count it no more, if it was counted."""
+        self._held.pop(id(request), None)
 
 
 def _too_large(max_bytes: int) -> TooLarge:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway.body import ClientGone
+from gateway.body import BodyBudget, ClientGone, read_body
 from gateway.errors import Unauthorized, error_response
 from gateway.keys import Key, KeyRing
 from gateway.limits import Limiter
@@ -57,9 +57,12 @@ Endpoint = Callable[[Call], Awaitable[Response]]
 class Door:
     """Lets requests in, and remembers those that draw, to cancel them by their id."""
 
-    def __init__(self, keys: KeyRing, limiter: Limiter, *, keys_required: bool) -> None:
+    def __init__(
+        self, keys: KeyRing, limiter: Limiter, bodies: BodyBudget, *, keys_required: bool
+    ) -> None:
         self._keys = keys
         self._limiter = limiter
+        self._bodies = bodies
         self._keys_required = keys_required
         self._running: dict[str, tuple[str, asyncio.Task[Any]]] = {}
 
@@ -77,6 +80,10 @@ class Door:
             return await self._enter(request, endpoint, keyless=keyless)
 
         return Route(path, enter, methods=list(methods))
+
+    async def read_body(self, call: Call) -> bytes:
+        """Return the body, bounded in size and time. Raises: RequestError, ClientGone."""
+        return await read_body(call.request, self._bodies)
 
     async def running(self, call: Call, work: Coroutine[Any, Any, _T]) -> _T:
         """Do `work` until it is done, its client has gone or somebody cancels it.
@@ -125,6 +132,8 @@ class Door:
         except Exception:
             _problems.exception("request %s", request_id)
             response = error_response(EngineFault("the gateway failed; its log says why"))
+        finally:
+            self._bodies.release(request)
         elapsed_ms = round(1000 * (time.monotonic() - started_s))
         response.headers["x-request-id"] = request_id
         response.headers["openai-processing-ms"] = str(elapsed_ms)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import aiohttp
 
+from gateway.body import BodyBudget
 from gateway.door import Door
 from gateway.forwarding import Forwarder
 from gateway.instances import FixedSource, RunDirSource, Source, WorkerCheck
@@ -65,7 +66,10 @@ class Gateway:
         pictures = PictureStore(
             state_dir / "pictures", settings.url_expires_s, settings.url_store_bytes
         )
-        door = Door(keys, Limiter(), keys_required=settings.keys_required)
+        bodies = BodyBudget(
+            settings.max_body_bytes, settings.max_bodies_bytes, settings.body_timeout_s
+        )
+        door = Door(keys, Limiter(), bodies, keys_required=settings.keys_required)
         gateway = cls(settings, keys, door, fleet, forwarder, pictures)
         await fleet.start()
         housekeeping = asyncio.create_task(gateway._keep_house(), name="housekeeping")

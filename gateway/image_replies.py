@@ -12,7 +12,7 @@ from typing import Any
 from gateway.errors import Refused
 from gateway.forwarding import Reply
 from gateway.image_request import ImageRequest
-from gateway.picture_size import picture_size
+from handler.api.picture_headers import read_header
 from handler.errors import RequestError
 
 __all__ = [
@@ -40,7 +40,10 @@ class Picture:
 
     def size(self, request: ImageRequest) -> tuple[int, int]:
         """(width, height), from the picture itself where it says."""
-        return picture_size(self.content) or (request.width_px, request.height_px)
+        try:
+            return read_header(self.content).size_px
+        except ValueError:
+            return request.width_px, request.height_px
 
 
 def picture_of(reply: Reply, request: ImageRequest) -> Picture:

@@ -82,13 +82,24 @@ class ImageRequest:
 
 def read_image_request(
     sent: Sent,
-    extra: Mapping[str, object],
     fleet: Fleet,
     settings: Settings,
     key: Key | None,
+    *,
     fields: Mapping[str, Field] = OPENAI_FIELDS,
+    pictures: Mapping[str, str] | None = None,
+    picture_px: tuple[int, int] | None = None,
 ) -> ImageRequest:
-    """Read what a client sent; `extra` are fields for the instance that it sent another way.
+    """Read what a client sent.
+
+    Args:
+        sent: the fields.
+        fleet: knows the models.
+        settings: say what a quality is.
+        key: may use some of them.
+        fields: OpenAI's, of this route.
+        pictures: in base64, by the fields of the instance; they beat those in `sent`.
+        picture_px: width and height that count where the client says none.
 
     Raises:
         InvalidRequest: with every problem, by field.
@@ -104,7 +115,7 @@ def read_image_request(
     rest = {name: value for name, value in reader.rest().items() if value is not None}
     if sent.is_form:
         rest = {name: _from_form(name, value) for name, value in rest.items()}
-    rest.update(extra)
+    rest.update(pictures or {})
     # Before the model is looked up: what is wrong is told first.
     size = _read_size(str(values["size"]), rest, reader)
     _check_stream(values, reader)
@@ -126,8 +137,9 @@ def read_image_request(
     if values["output_compression"] is not None and output_format != "png":
         rest["jpeg_quality"] = max(1, int(cast(int, values["output_compression"])))
         renamed["jpeg_quality"] = "output_compression"
-    height_px = _count(rest.get("height"), config.height)
-    width_px = _count(rest.get("width"), config.width)
+    own_width, own_height = picture_px or (config.width, config.height)
+    height_px = _count(rest.get("height"), own_height)
+    width_px = _count(rest.get("width"), own_width)
     sent_steps = next((rest[name] for name in _STEPS if name in rest), None)
     num_steps = _count(sent_steps, config.num_inference_steps)
     check_picture(key, height_px, width_px, num_steps)

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from gateway.body import read_body, read_sent
+from gateway.body import read_sent
 from gateway.door import Call
 from gateway.errors import error_body
 from gateway.events import DONE, encode_event
@@ -36,10 +36,8 @@ def routes(gateway: Gateway) -> list[Route]:
     """The routes of this module."""
 
     async def generate(call: Call) -> Response:
-        settings = gateway.settings
-        body = await read_body(call.request, settings.max_body_bytes, settings.body_timeout_s)
-        sent = await read_sent(body, call.request.headers)
-        request = read_image_request(sent, {}, gateway.fleet, settings, call.key)
+        sent = await read_sent(await gateway.door.read_body(call), call.request.headers)
+        request = read_image_request(sent, gateway.fleet, gateway.settings, call.key)
         return await reply_with_images(gateway, call, request, "image_generation")
 
     async def cancel(call: Call) -> Response:

@@ -117,7 +117,9 @@ def _body_schema(fields: Iterable[Field], config: HandlerConfig) -> dict[str, An
 def field_schema(each: Field, config: HandlerConfig) -> dict[str, Any]:
     """The JSON schema of one field of a table."""
     schema: dict[str, Any] = {"type": _TYPES.get(each.kind, "string"), "description": each.meaning}
-    if each.kind is Kind.CHOICE:
+    if each.kind is Kind.PICTURE:
+        schema["contentEncoding"] = "base64"
+    elif each.kind is Kind.CHOICE:
         schema["enum"] = list(each.choices)
     elif each.kind in (Kind.TEXT, Kind.INTEGER, Kind.NUMBER):
         low, high = bounds_of(each, config)

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway.body import read_body, read_form
+from gateway.body import read_form
 from gateway.door import Call
 from gateway.forwarding import Order, Reply
 from gateway.gateway import Gateway
@@ -48,8 +48,8 @@ def routes(gateway: Gateway) -> list[Route]:
 
 
 async def _pass_on(gateway: Gateway, call: Call, path: str) -> Response:
-    settings, headers = gateway.settings, call.request.headers
-    body = await read_body(call.request, settings.max_body_bytes, settings.body_timeout_s)
+    headers = call.request.headers
+    body = await gateway.door.read_body(call)
     model = gateway.fleet.model(call.request.path_params["name"])
     check_model(call.key, model.name)
     content_type = headers.get("content-type", "application/octet-stream")

@@ -162,10 +162,14 @@ class Settings:
     )
 
     max_body_bytes: int = _key(
-        1024 * 1024, allow.integer(256, 2**31 - 1), "bytes of a body without pictures"
+        17 * 1024 * 1024,
+        allow.integer(256, 2**31 - 1),
+        "bytes of a body; as an instance's max_request_size",
     )
-    max_upload_bytes: int = _key(
-        32 * 1024 * 1024, allow.integer(256, 2**31 - 1), "bytes of a body with pictures"
+    max_bodies_bytes: int = _key(
+        512 * 1024 * 1024,
+        allow.integer(256, 2**40),
+        "bytes of all bodies that are held at a time; beyond that 503",
     )
     body_timeout_s: float = _key(
         30.0, allow.number(0.1, 3600.0), "seconds that a body may take to arrive"
@@ -284,8 +288,8 @@ def _cross_problems(settings: Settings) -> Iterator[str]:
         )
     if not settings.run_dirs and not settings.instances:
         yield "run_dirs, instances: there is no instance to send anything to"
-    if settings.max_upload_bytes < settings.max_body_bytes:
-        yield f"max_upload_bytes: {settings.max_upload_bytes} is below max_body_bytes"
+    if settings.max_bodies_bytes < settings.max_body_bytes:
+        yield f"max_bodies_bytes: {settings.max_bodies_bytes} is below max_body_bytes"
 
 
 def _message(problems: list[str]) -> str:

@@ -160,7 +160,7 @@ class HandlerConfig:
         allow.optional(allow.loras()),
         "LoRAs that are on without being named, with their scales",
         left_out="all that are packed, at 1",
-        example="{style: 0.8}",
+        example='{"style":0.8}',
     )
     default_output: str = _key(
         "png",

@@ -30,6 +30,7 @@ from scripts.embedded import (
     mark_embedded,
 )
 from scripts.errors import UsageError
+from scripts.hints import to_run
 
 __all__ = ["PACK", "main", "pack_embedded"]
 
@@ -41,6 +42,7 @@ examples:
   %(prog)s --pipeline my-pipeline --name sd --dtype float16
   %(prog)s --pipeline my-pipeline --name sd \\
       --component vae=my-vae --lora style=style.safetensors --set height=512 --set width=512
+  %(prog)s --pipeline my-pipeline --name sd --controlnet canny=my-controlnet
   %(prog)s --pipeline checkpoint.safetensors --config-from my-pipeline
   %(prog)s --from model-store/sd.mar --config other.yaml --name sd-other
   %(prog)s --pipeline my-pipeline --name sd --sign private.pem
@@ -54,7 +56,8 @@ configuration does (default_loras).
 
 The model's own size, steps and guidance become the defaults of requests, unless --config or --set
 say otherwise; --from keeps the archive's. What could not be served is refused before it is packed:
-pipelines that give no pictures or want one, models whose weights do not fit, LoRAs of other models.
+pipelines that give no pictures or want what no request has, models whose weights do not fit, LoRAs
+and ControlNets of other models.
 """
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _NONE = "none"
@@ -117,7 +120,7 @@ def _run(arguments: argparse.Namespace) -> int:
         is_folder = packed.is_dir()
     out: Path = arguments.out / (name if is_folder else f"{name}.mar")
     if os.path.lexists(out) and not arguments.force:
-        raise UsageError(f"{out} exists; --force replaces it (make archive FORCE=1)")
+        raise UsageError(f"{out} exists; --force replaces it ({to_run('pack', force='1')})")
     loras, lora_scales = _loras(arguments.lora)
     plan = ArchivePlan(
         pipeline=packed or arguments.pipeline or _download_folder(arguments),
@@ -129,6 +132,7 @@ def _run(arguments: argparse.Namespace) -> int:
         components=_paths(_pairs("--component", arguments.component)),
         loras=_paths(loras),
         lora_scales=lora_scales,
+        controlnets=_paths(_pairs("--controlnet", arguments.controlnet)),
         smoke_prompt=arguments.smoke_prompt,
         sign_key=arguments.sign,
         is_folder=is_folder,
@@ -304,6 +308,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--set", "KEY=VALUE", "a setting of the handler: section; may be repeated"),
         ("--component", "NAME=PATH", "another folder or .safetensors; none leaves it out"),
         ("--lora", "[NAME=]FILE[:SCALE]", "a LoRA to pack, on at SCALE; NAME=none leaves one out"),
+        ("--controlnet", "NAME=FOLDER", "a ControlNet to choose by name; NAME=none leaves it out"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.errors import ArchiveError, ConfigError
-from handler.loading.contents import pickled
+from handler.loading.contents import CONTROLNET_FOLDER, controlnet_names, pickled
 from scripts.archive.checks import read_config, read_manifest
 from scripts.archive.manifest import CONFIG_NAME, TORCHSERVE_MANIFEST_NAME, component_facts
 from scripts.archive.reader import ArchiveView, open_archive
@@ -59,6 +59,7 @@ def inspect(path: Path) -> dict[str, Any]:
                 "parameters": num_parameters,
                 "weights_bytes": weights_bytes,
                 "components": components,
+                "tasks": _tasks(view),
             },
             "memory_bytes": {
                 "float32": num_parameters * 4,
@@ -72,10 +73,42 @@ def inspect(path: Path) -> dict[str, Any]:
                 key: manifest.get(key)
                 for key in (
                     *("source", "licence", "made_with", "tool", "converted_to"),
-                    *("replaced_components", "loras", "settings", "smoke_prompt"),
+                    *("replaced_components", "loras", "controlnets", "settings", "smoke_prompt"),
                 )
             },
         }
+
+
+def _tasks(view: ArchiveView) -> list[str] | None:
+    """Name the tasks that the worker will serve; None where the class is not known here."""
+    from handler.library_logs import quiet_libraries
+    from handler.loading.controlnets import controlnet_class
+    from handler.loading.pipeline_class import pipeline_class
+    from handler.pipelines.tasks import plan_tasks
+
+    model = view.model
+    names = controlnet_names(model.sizes)
+    channels = {}
+    try:
+        with quiet_libraries():
+            cls = pipeline_class(view.index)
+            for component in ("unet", "transformer"):
+                config = _read_config(view, f"{component}/config.json")
+                if isinstance(config.get("in_channels"), int):
+                    channels[component] = config["in_channels"]
+            configs = {name: f"{CONTROLNET_FOLDER}/{name}/config.json" for name in names}
+            controlnets = {
+                name: controlnet_class(model.read(config), config)
+                for name, config in configs.items()
+            }
+        return [*plan_tasks(cls, channels, controlnets)]
+    except ArchiveError:
+        return None
+
+
+def _read_config(view: ArchiveView, name: str) -> Mapping[str, Any]:
+    found = parse_json(view.model.read(name), name) if name in view.model.sizes else {}
+    return _mapping(found)
 
 
 def _size(path: Path) -> int:
@@ -131,6 +164,8 @@ def _page(facts: Mapping[str, Any]) -> Iterator[str]:
         yield _line("model", f"{model['modelName']} {model['modelVersion'] or ''}".strip())
     yield _line("pipeline", pipeline["class"])
     yield _line("parameters", f"{pipeline['parameters']:,}")
+    if pipeline["tasks"]:
+        yield _line("tasks", ", ".join(pipeline["tasks"]))
     yield ""
     yield "components"
     for name, each in pipeline["components"].items():
@@ -179,6 +214,7 @@ def _provenance(facts: Mapping[str, Any]) -> Iterator[str]:
         ("converted_to", "converted to"),
         ("replaced_components", "replaced"),
         ("loras", "LoRAs"),
+        ("controlnets", "ControlNets"),
         ("settings", "settings"),
         ("smoke_prompt", "smoke prompt"),
     ):

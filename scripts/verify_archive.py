@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from handler.errors import ArchiveError, ServingError
+from scripts.archive.bare import as_packed
 from scripts.archive.beside import beside
 from scripts.archive.checks import check_archive, check_models
 from scripts.archive.reader import ArchiveView, open_archive
@@ -26,6 +27,7 @@ examples:
   %(prog)s model-store/sd.mar --key public.pem      the signature too
   %(prog)s model-store/sd.mar --smoke               draws a small picture
   %(prog)s model-store/sd.mar --quick               its bytes alone, at gigabytes a second
+  %(prog)s my-pipeline                              a folder, as far as it would be packed
   %(prog)s model-store/sd.mar --json
 
 Checked: the zip's structure, every hash, no pickles, code, links or paths that climb out; that
@@ -51,14 +53,17 @@ def verify(
         except ServingError as error:
             problems.append(str(error))
     try:
-        with open_archive(path) as view:
+        with open_archive(path) as given, as_packed(given) as (view, notes, refusals):
+            for note in notes:
+                print(printable(note), file=sys.stderr)
+            problems += refusals
             # A picture is drawn in this process, with what the checks of the models import.
             is_slow = not is_smoke and not is_quick
             with (
                 beside(partial(_model_problems, view, is_quick), is_slow=is_slow) as models,
                 progress("checking", sum(view.model.sizes.values())) as report,
             ):
-                problems += check_archive(view, report)
+                problems += [each for each in check_archive(view, report) if each not in problems]
                 problems += [each for each in models() if each not in problems]
             if is_smoke and not problems:
                 problems += smoke_problems(view)

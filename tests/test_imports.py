@@ -50,8 +50,8 @@ TOP_MAY_IMPORT = {
 }
 # The table of fields, its reader and the checks of settings: plain data, nothing of torch.
 GATEWAY_MAY_IMPORT = {
-    *("handler.api.fields", "handler.api.schema", "handler.config", "handler.config_checks"),
-    *("handler.errors", "handler.messages"),
+    *("handler.api.fields", "handler.api.picture_headers", "handler.api.schema"),
+    *("handler.config", "handler.config_checks", "handler.errors", "handler.messages"),
 }
 
 

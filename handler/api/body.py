@@ -20,6 +20,7 @@ from handler.errors import InvalidRequest, TooLarge
 from handler.messages import show, shown_name
 
 __all__ = [
+    "ALONE",
     "HOW_TO_SEND",
     "MAX_FIELDS",
     "Payload",
@@ -33,6 +34,10 @@ HOW_TO_SEND = (
     " -d '{\"prompt\": \"a prompt\"}'), as text (curl -H 'Content-Type: text/plain'"
     " -d 'a prompt') or as a form (curl --data-urlencode 'prompt=a prompt');"
     " a bare curl -d 'a prompt' sends a form in which the prompt has no name"
+)
+ALONE = (
+    "is missing: the body is a picture; send both as a multipart form (curl -F 'prompt=a prompt'"
+    " -F image=@in.png), or the picture in base64 as the field image of JSON"
 )
 MAX_FIELDS = 256
 """More than there are fields, under every name that anybody gives them."""
@@ -53,6 +58,8 @@ class Payload:
     is_form: bool
     """Values are text whatever they mean, or the bytes of pictures: a form, or gRPC."""
     problems: Mapping[str, str] = field(default_factory=dict)
+    is_picture: bool = False
+    """The body has no fields: it is the file of a picture."""
 
 
 def media_type(headers: Mapping[str, str]) -> str:
@@ -96,7 +103,7 @@ def _open_content(content: object, media: str) -> Payload:
     if isinstance(content, (bytes, bytearray, memoryview)):
         content = bytes(content)
         if media.startswith("image/") or (media in _UNNAMED and identify(content)):
-            return Payload({"image": content}, is_form=False)
+            return Payload({"image": content}, is_form=False, is_picture=True)
         content = _decode(content, media)
     if isinstance(content, str):
         _refuse_json_as_text(content)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import cast
 
 from handler.api.accept import EVENT_STREAM, MEDIA_TYPES, negotiate
-from handler.api.body import HOW_TO_SEND, Payload, media_type, open_body
+from handler.api.body import ALONE, HOW_TO_SEND, Payload, media_type, open_body
 from handler.api.fields import ID_RULE, FieldReader, is_id
 from handler.api.kserve import Envelope, Message, open_message
 from handler.api.request import GenerationRequest, parse_fields
@@ -45,6 +45,8 @@ class Call:
     """A preview every so many steps; 0 is none."""
     envelope_id: str | None
     """The ``id`` of a KServe v2 request."""
+    jpeg_quality: int | None = None
+    """Of JPEG and WebP; None is the operator's."""
     paths: tuple[str, ...] = ()
     """Where each of `requests` stood in the body, for messages: ``instances[1].``, or nothing."""
 
@@ -63,6 +65,7 @@ class _Options:
     deadline_s: float | None
     stream: bool
     preview_every: int
+    jpeg_quality: int | None
 
 
 def read_call(
@@ -116,6 +119,7 @@ def read_call(
         deadline_s=options.deadline_s,
         stream=options.stream,
         preview_every=options.preview_every,
+        jpeg_quality=options.jpeg_quality,
         envelope_id=message.envelope_id,
         paths=tuple(paths),
     )
@@ -162,6 +166,7 @@ def _read_options(
         deadline_s=cast("float | None", deadline_s),
         stream=stream,
         preview_every=cast("int | None", sent["previews"]) or 0,
+        jpeg_quality=cast("int | None", sent["jpeg_quality"]),
     )
 
 
@@ -214,4 +219,6 @@ def _invalid(
     is_urlencoded = media_type(headers) == "application/x-www-form-urlencoded"
     if payload.is_form and is_urlencoded and problems.get("prompt") == "is missing":
         problems["prompt"] = HOW_TO_SEND
+    if payload.is_picture and "prompt" in problems:
+        problems["prompt"] = ALONE
     return InvalidRequest(summarise(problems), problems)

@@ -320,7 +320,7 @@ def _entries() -> Iterable[ForeignName]:
         " pictures are not kept under a URL",
         style="say it in the prompt",
         user="request_id is a name for a request",
-        output_compression="the operator sets jpeg_quality",
+        output_compression="jpeg_quality is the quality of JPEG and WebP",
         partial_images='"stream": true with previews, a picture every so many steps',
         moderation="nothing here moderates prompts",
     )

@@ -35,8 +35,10 @@ NO_FETCHING = (
 )
 _URL = re.compile(r"\s*(?!data:)[a-z][a-z0-9+.-]{1,20}:", re.IGNORECASE)
 _DATA_URI = re.compile(r"data:([^,;]{0,100})((?:;[^,;]{0,100}){0,8}),", re.IGNORECASE)
-_LINE_BREAKS = str.maketrans("", "", "\r\n\t")
-_URL_SAFE = str.maketrans("-_", "+/")
+# How a file begins that is base64 or a data: URI.
+_TEXT = re.compile(rb"\s*[\x21-\x7e][\x20-\x7e\r\n\t]{30}")
+# Line breaks, and the letters of the alphabet that is safe in URLs.
+_BASE64_VARIANTS = {"\r": "", "\n": "", "\t": "", "-": "+", "_": "/"}
 # What the three formats' magic numbers are in base64.
 _BASE64_STARTS = ("iVBORw0KGgo", "/9j/", "UklGR", "data:image/")
 _TURNS = {
@@ -155,12 +157,9 @@ def _content(value: object, max_bytes: int) -> bytes:
         value = value["b64"]
     if isinstance(value, (bytes, bytearray, memoryview)):
         content = bytes(value)
-        if len(content) > 2 * max_bytes or identify(content) or not content[:1000].isascii():
+        if len(content) > 2 * max_bytes or identify(content) or not _TEXT.match(content):
             return content
-        try:
-            value = content.decode("ascii")
-        except UnicodeDecodeError:
-            return content
+        value = content.decode("ascii", "replace")
     if not isinstance(value, str):
         raise BadPicture(
             f"must be one picture, in base64, as a data: URI or as a file, not {show(value)}"
@@ -176,7 +175,9 @@ def _from_text(text: str, max_bytes: int) -> bytes:
         text = text.lstrip()[uri.end() :]
     elif _URL.match(text[:40]):
         raise BadPicture(f"{show(text)} is a URL: {NO_FETCHING}")
-    text = text.strip().translate(_LINE_BREAKS)
+    text = text.strip()
+    for written, meant in _BASE64_VARIANTS.items():
+        text = text.replace(written, meant)
     num_bytes = len(text) * 3 // 4
     if num_bytes > max_bytes + 3:
         raise BadPicture(f"has {num_bytes} bytes; allowed are {max_bytes}")
@@ -185,9 +186,9 @@ def _from_text(text: str, max_bytes: int) -> bytes:
             "is base64 with spaces, as a form makes of +: send it with --data-urlencode, or the"
             " file itself as a part of a multipart form"
         )
+    padding = "" if text.endswith("=") else "=" * (-len(text) % 4)
     try:
-        padding = "" if text.endswith("=") else "=" * (-len(text) % 4)
-        return binascii.a2b_base64(text.translate(_URL_SAFE) + padding, strict_mode=True)
+        return binascii.a2b_base64(text + padding, strict_mode=True)
     except ValueError as error:
         raise BadPicture(f"{show(text)} is not base64 of a picture; {NO_FETCHING}") from error
 

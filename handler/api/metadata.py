@@ -79,4 +79,4 @@ def _text(value: object) -> str:
     """Write a setting; text is quoted where the line's own punctuation would break it."""
     if isinstance(value, str) and set(value) & set(',:\n"'):
         return json.dumps(value, ensure_ascii=False)
-    return f"{value:.17g}" if isinstance(value, float) else str(value)
+    return str(value).removesuffix(".0") if isinstance(value, float) else str(value)

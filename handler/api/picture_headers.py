@@ -15,6 +15,7 @@ __all__ = ["FORMATS", "PictureHeader", "identify", "read_header"]
 FORMATS = ("PNG", "JPEG", "WEBP")
 """What is decoded; the names are Pillow's."""
 
+_NAMES = {"PNG": "PNG", "JPEG": "JPEG", "WEBP": "WebP"}
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # Formats that people send and that are not decoded: named in the refusal.
 _OTHER_MAGIC = {
@@ -31,8 +32,10 @@ _OTHER_MAGIC = {
     b"\0\0\0\x0cjP  ": "a JPEG 2000",
 }
 _MEDIA_BRANDS = {b"avif": "an AVIF", b"avis": "an AVIF", b"heic": "a HEIC", b"mif1": "a HEIC"}
-# More than any encoder writes before its picture; a file of nothing but parts would take seconds.
-_MAX_PARTS = 20_000
+# More than encoders write (8 KiB of pixels each at the least). A file of nothing but empty parts
+# would keep Pillow busy for seconds.
+_MAX_PARTS = 10_000
+_TOO_MANY = f"is a {{}} of more than {_MAX_PARTS} parts"
 _MAX_EXIF_ENTRIES = 200
 _ORIENTATION = 0x0112
 # Markers of JPEG that stand alone, and the frame headers, which hold the size.
@@ -82,9 +85,9 @@ def read_header(content: bytes) -> PictureHeader:
     try:
         header = _READERS[found](content)
     except (struct.error, IndexError) as error:
-        raise ValueError(f"is a {found} whose header is cut short") from error
+        raise ValueError(f"is a {_NAMES[found]} whose header is cut short") from error
     if not (header.stored_width_px and header.stored_height_px):
-        raise ValueError(f"is a {found} without pixels")
+        raise ValueError(f"is a {_NAMES[found]} without pixels")
     return header
 
 
@@ -94,7 +97,8 @@ def _other_format(content: bytes) -> str:
     if content[4:8] == b"ftyp" and content[8:12] in _MEDIA_BRANDS:
         return _MEDIA_BRANDS[content[8:12]]
     start = content[:16].lstrip() if content[:1] in b" \t\r\n<" else content[:16]
-    return next((name for magic, name in _OTHER_MAGIC.items() if start.startswith(magic)), "none")
+    named = (name for magic, name in _OTHER_MAGIC.items() if start.startswith(magic))
+    return next(named, "no picture")
 
 
 def _read_png(content: bytes) -> PictureHeader:
@@ -118,6 +122,7 @@ def _png_chunks(content: bytes) -> Iterator[tuple[bytes, int, int]]:
         length, kind = struct.unpack_from(">I4s", content, position)
         yield kind, position + 8, length
         position += 12 + length
+    raise ValueError(_TOO_MANY.format("PNG"))
 
 
 def _read_jpeg(content: bytes) -> PictureHeader:
@@ -148,6 +153,7 @@ def _jpeg_segments(content: bytes) -> Iterator[tuple[int, int, int]]:
             (length,) = struct.unpack_from(">H", content, position + 2)
             yield marker, position + 4, length - 2
             position += 2 + max(length, 2)
+    raise ValueError(_TOO_MANY.format("JPEG"))
 
 
 def _read_webp(content: bytes) -> PictureHeader:
@@ -174,13 +180,13 @@ def _webp_orientation(content: bytes) -> int:
     position = 12
     for _ in range(_MAX_PARTS):
         if position + 8 > len(content):
-            break
+            return 1
         kind, length = struct.unpack_from("<4sI", content, position)
         if kind == b"EXIF":
             exif = content[position + 8 : position + 8 + length]
             return _orientation(exif.removeprefix(b"Exif\0\0"))
         position += 8 + length + length % 2
-    return 1
+    raise ValueError(_TOO_MANY.format("WebP"))
 
 
 def _orientation(exif: bytes) -> int:

@@ -6,7 +6,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -56,6 +56,8 @@ def success_reply(
     The body depends on the pictures and their parameters alone, so equal calls get equal bytes.
     """
     started_s = clock_s()
+    if call.jpeg_quality is not None:
+        config = replace(config, jpeg_quality=call.jpeg_quality)
     if call.envelope is Envelope.KSERVE_V1:
         content_type, body = _JSON, _kserve_v1_body(call, results, model_name, config)
     elif call.envelope is Envelope.KSERVE_V2:

@@ -249,7 +249,6 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
                 "img2img": IMAGE_TO_IMAGE,
                 "inpaint": INPAINTING,
             },
-            default=TEXT_TO_IMAGE,
             default_note="what the pictures sent make it",
             argument=None,
             meaning="what the request begins with; it follows from the pictures that are sent",
@@ -358,6 +357,14 @@ REPLY_FIELDS: Mapping[str, ReplyField] = _table(
             choices={**{name: name for name in OUTPUT_FORMATS}, "jpg": "jpeg"},
             default_note="what `Accept` asks for, else `default_output`",
             meaning="how the picture is encoded: see below; it outranks the `Accept` header",
+        ),
+        ReplyField(
+            name="jpeg_quality",
+            kind=Kind.INTEGER,
+            minimum=1,
+            maximum=100,
+            default=Setting("jpeg_quality"),
+            meaning="quality of JPEG and WebP",
         ),
         ReplyField(
             name="deadline_s",

@@ -79,6 +79,10 @@ class Proofs:
             _make_room(self._seen_marks)
             self._seen_marks[key] = self._seen_marks.get(key, frozenset()) | marks
 
+    def unseen(self, key: Hashable) -> Places:
+        """Where groups of this kind that was proven have not differed yet."""
+        return self._unseen.get(key, frozenset())
+
     def refuted(self, key: Hashable) -> None:
         """Remember that calls of this kind have to run alone."""
         _make_room(self.unmergeable)

@@ -36,7 +36,7 @@ from handler.batching.arguments import (
 )
 from handler.batching.fingerprints import Fingerprints
 
-__all__ = ["merge", "merge_key", "output_members", "split", "was_written"]
+__all__ = ["merge", "merge_key", "output_members", "rebuild", "split", "was_written"]
 
 
 def merge_key(
@@ -111,7 +111,7 @@ def merge(
             join((*path, k), parameter_of(name, k), [column[i][1] for column in columns])
             for i, (k, _) in enumerate(parts)
         ]
-        return _rebuild(first, joined)
+        return rebuild(first, joined)
 
     return {name: join((name,), name, [call[name] for call in calls]) for name in calls[0]}
 
@@ -155,7 +155,7 @@ def split(
         if parts is None:
             return [value] * len(rows)
         columns = [pieces(member) for _, member in parts]
-        return [_rebuild(value, [column[i] for column in columns]) for i in range(len(rows))]
+        return [rebuild(value, [column[i] for column in columns]) for i in range(len(rows))]
 
     return pieces(output)
 
@@ -195,7 +195,7 @@ def output_members(value: Any) -> list[tuple[Hashable, Any]] | None:
     return list(vars(value).items())
 
 
-def _rebuild(container: Any, values: Sequence[Any]) -> Any:
+def rebuild(container: Any, values: Sequence[Any]) -> Any:
     """A container like `container` with other values."""
     kind: Callable[..., Any] = type(container)
     if isinstance(container, Mapping):

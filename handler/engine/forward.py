@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from handler.batching.alteration import altered
 from handler.batching.arguments import Arguments, Layout, Path, is_listed
 from handler.batching.fingerprints import Fingerprints
 from handler.batching.invariance import Places, Proofs, agree, is_conclusive, witnesses
@@ -87,6 +89,9 @@ class BatchedForward:
     `buckets` are the row counts that forwards are padded to, ascending; none: no padding.
     `prepare` is called with the calls of every forward before it, and `adapters` applies theirs to
     it; the errors of both are those of the calls.
+    `prepare` is called with the calls of every forward before it; its errors are theirs. With
+    `proves_ahead`, whether a module keeps rows apart is seen once for each kind of group, on
+    arguments that are made to differ; else whenever a group's arguments differ as none did before.
     """
 
     clock: Callable[[], float]
@@ -94,6 +99,7 @@ class BatchedForward:
     buckets: Sequence[int] = ()
     prepare: Callable[[Sequence[ModuleCall]], None] = lambda calls: None
     adapters: CallAdapters = field(default_factory=lambda: _NoAdapters())
+    proves_ahead: bool = False
     counters: Counters = field(default_factory=Counters)
     _fingerprints: Fingerprints = field(default_factory=Fingerprints)
     _proofs: Proofs = field(default_factory=Proofs)
@@ -213,13 +219,17 @@ class BatchedForward:
             return self._recover(group, together)
         differences = self._differences(trial)
         alone: dict[int, Any] = {}
-        for i in witnesses(differences):
+        # The first call too, which is where a value of the last row that is read for all shows.
+        first = {0} if self.proves_ahead and any(differences) else set[int]()
+        for i in first.union(witnesses(differences)):
             alone[i] = self._alone(trial.calls[i])
             if isinstance(alone[i], Failure):
                 return together
         is_right = all(self._agree(trial, together[i], alone[i]) for i in alone)
         if is_right and all(is_conclusive(result) for result in alone.values()):
             self._confirm(trial, differences)
+            if self.proves_ahead and len(trial.calls) > 1:
+                self._prove_ahead(trial, together)
             return together
         results = [
             alone[i] if i in alone else self._alone(call) for i, call in enumerate(trial.calls)
@@ -227,6 +237,29 @@ class BatchedForward:
         if not all(self._agree(trial, *pair) for pair in zip(together, results, strict=True)):
             self._refute(group, results)
         return results
+
+    def _prove_ahead(self, group: Group, together: Sequence[Any]) -> None:
+        """Make the last call differ where no call of `group` did, whose results are `together`.
+
+        What that cannot show is left to the groups that come.
+        """
+        *others, last = group.calls
+        arguments, places = altered(last.bound.arguments, self._proofs.unseen(group.key))
+        if not places:
+            return
+        bound = BoundArguments(last.slot.signature, OrderedDict(arguments))
+        call = replace(last, bound=bound)
+        results = self._attempt(replace(group, calls=[*others, call]), is_trial=True)
+        alone = self._alone(call)
+        if isinstance(results, Failure) or isinstance(alone, Failure):
+            return
+        expected = [*together[:-1], alone]
+        pairs = zip(results, expected, strict=True)
+        if is_conclusive(alone) and all(self._agree(group, *pair) for pair in pairs):
+            first = group.calls[0]
+            self._proofs.proven(
+                group.key, first.bound.arguments, first.num_rows, places, group.layout
+            )
 
     def _refute(self, group: Group, alone: Sequence[Any]) -> None:
         """Read the group's calls in other ways; where none is right, they have to run alone.

@@ -39,6 +39,7 @@ from handler.errors import Cancelled, DeadlineExceeded
 from handler.pipelines.adapted_layers import LoraWeights
 from handler.pipelines.adapters import AdapterSets
 from handler.pipelines.cost import Cost
+from handler.pipelines.placement import is_asynchronous
 from handler.pipelines.shared_state import SharedState
 
 __all__ = ["BUCKETS", "InFlightEngine"]
@@ -61,6 +62,9 @@ class InFlightEngine:
         max_overtakes: how often a request that waits for room may be overtaken.
         exact: run every request's rows alone, bit-equal to the pipeline called directly.
         buckets: row counts to pad forwards to, such as `BUCKETS`; none: no padding.
+        proves_ahead: see once for each kind of group that rows are kept apart, not whenever one
+            differs in a new way, which has to look in every tick; by default where looking waits
+            for a device.
         wrappers: what makes the denoisers' forwards cheaper, the first nearest to the module.
         clock: seconds; deadlines and times are read from it and nothing else.
 
@@ -79,6 +83,7 @@ class InFlightEngine:
         max_overtakes: int = 16,
         exact: bool = False,
         buckets: Sequence[int] = (),
+        proves_ahead: bool | None = None,
         wrappers: Sequence[ForwardWrapper] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -91,9 +96,13 @@ class InFlightEngine:
         self.limits = Limits(max_rows, max_pixels, max_overtakes)
         # Up to the rows that may be in flight: a larger bucket would not fit either.
         capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
+        if proves_ahead is None:
+            proves_ahead = any(is_asynchronous(pipeline) for pipeline in named.values())
         self._adapters = AdapterSets(list(named.values()))
         adapters = RowAdapters(self._adapters)
-        self._forward = BatchedForward(clock, max_rows, capped, self._prepare, adapters)
+        self._forward = BatchedForward(
+            clock, max_rows, capped, self._prepare, adapters, proves_ahead
+        )
         shared_states = {task: SharedState(pipeline) for task, pipeline in named.items()}
         self._random = GlobalRandom(named.values())
         self._runs = Runs(shared_states, self.limits, adapters, clock, self.counters, self._random)
@@ -313,17 +322,28 @@ class InFlightEngine:
     def _tick(self) -> list[ModuleCall]:
         """Run one forward for every module call that may run, and let its request run on.
 
-        Returns those that a denoiser served.
+        Companions of the denoiser run first: so requests with and without a ControlNet, and those
+        that are half a step apart, meet in the denoiser's forward. Returns the calls that a
+        denoiser served.
         """
         self.counters.ticks += 1
         for ticket in policy.choose(list(self._runs.parked), self.limits):
             ticket.last_tick = self.counters.ticks
-        calls = [p for t, p in self._runs.parked.items() if t.last_tick == self.counters.ticks]
+        self._serve([call for call in self._chosen() if call.slot.is_companion])
+        calls = self._chosen()
         served = [call for call in calls if call.slot.is_denoiser]
+        self._serve(calls)
+        return served
+
+    def _chosen(self) -> list[ModuleCall]:
+        """The calls of those that this tick serves."""
+        parked = self._runs.parked.items()
+        return [call for ticket, call in parked if ticket.last_tick == self.counters.ticks]
+
+    def _serve(self, calls: Sequence[ModuleCall]) -> None:
         for group in self._forward.group(self._unanswered(calls)):
             for call, result in zip(group.calls, self._forward.run(group), strict=True):
                 self._resume(call, self._wrappers.after(call, result))
-        return served
 
     def _unanswered(self, calls: Sequence[ModuleCall]) -> list[ModuleCall]:
         """Those of `calls` that need their forward; the others run on with a wrapper's answer."""

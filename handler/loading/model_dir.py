@@ -99,7 +99,7 @@ def open_pipeline(model_dir: Path) -> Iterator[OpenedPipeline]:
             return
     raise ArchiveError(
         f"{model_dir}: holds neither {MODEL_ZIP} nor a pipeline folder model/: "
-        "pack one with python -m scripts.build_archive"
+        "pack one with make archive, or diffusers-torchserve pack"
     )
 
 
@@ -169,7 +169,7 @@ def _open_zip(reader: ZipReader, archive: Path, folder: Path) -> OpenedPipeline:
     if packed:
         reason = (
             f"{MODEL_ZIP} is deflated, so {len(packed)} weights files had to be unpacked first; "
-            "pack it with python -m scripts.build_archive to have them mapped in place"
+            "pack it with make archive, or diffusers-torchserve pack, to have them mapped in place"
         )
         logger.warning("slow start: %s", reason)
     return OpenedPipeline(folder, index, weights, is_whole=not stored, slow_reason=reason)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +41,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedPipeline:
-    """A diffusers pipeline on its device. `pipeline` is as untyped as diffusers is."""
+    """A diffusers pipeline on its device. `pipeline` is as untyped as diffusers is.
+
+    `controlnets` are those that were packed with it, by the names that requests choose them by.
+    """
 
     pipeline: Any
     device: torch.device
     dtype: torch.dtype
+    controlnets: Mapping[str, Any] = field(default_factory=dict)
     loras: tuple[str, ...] = ()
     """The names of the LoRAs that were packed."""
     lora_reader: LoraReader | None = None
@@ -111,6 +115,7 @@ def load_opened(
             pipeline = _from_pretrained(opened, dtype, left_out)
             reader = LoraReader(pipeline) if loras or config.lora_dir else None
             _load_loras(pipeline, loras, reader)
+            controlnets = _load_controlnets(opened, dtype)
         except ArchiveError:
             raise
         except Exception as error:
@@ -119,8 +124,10 @@ def load_opened(
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cpu":
         pipeline.to(device)
+        for controlnet in controlnets.values():
+            controlnet.to(device)
     names = tuple(path.stem for path in loras)
-    return LoadedPipeline(pipeline, device, dtype, names, reader)
+    return LoadedPipeline(pipeline, device, dtype, controlnets, names, reader)
 
 
 @contextmanager
@@ -153,6 +160,12 @@ def _from_pretrained(
         trust_remote_code=False,
         **components,
     )
+
+
+def _load_controlnets(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any]:
+    from handler.loading.controlnets import load_controlnets
+
+    return load_controlnets(opened, dtype)
 
 
 def _load_loras(pipeline: Any, paths: Sequence[Path], reader: LoraReader | None) -> None:

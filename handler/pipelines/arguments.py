@@ -12,7 +12,7 @@ from PIL import Image
 from handler.api.request import GenerationRequest
 from handler.api.schema import PICTURE_FIELDS
 
-__all__ = ["pipeline_arguments"]
+__all__ = ["name_control_picture", "pipeline_arguments"]
 
 
 def pipeline_arguments(
@@ -35,7 +35,14 @@ def pipeline_arguments(
     }
     arguments["generator"] = generators if request.num_images > 1 else generators[0]
     arguments["output_type"] = "pil"
-    arguments |= pictures
-    if "control_image" in pictures and "control_image" not in parameters:
-        arguments["image"] = pictures["control_image"]  # so called where there is no other picture
+    arguments |= name_control_picture(pictures, parameters)
     return {name: value for name, value in arguments.items() if name in parameters}
+
+
+def name_control_picture(
+    pictures: Mapping[str, Image.Image], parameters: frozenset[str]
+) -> Mapping[str, Image.Image]:
+    """`pictures` by the parameters' names: a ControlNet's is `image` where there is no other."""
+    if "control_image" in pictures and "control_image" not in parameters:
+        return {"image": pictures["control_image"]}
+    return pictures

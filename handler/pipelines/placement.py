@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["placement_problem"]
+__all__ = ["is_asynchronous", "placement_problem"]
 
 # Of diffusers' own hooks, the ones that bring weights to the device for each forward.
 _OFFLOADING_HOOKS = ("group_offloading", "lazy_prefetch_group_offloading")
@@ -48,6 +48,16 @@ def placement_problem(pipeline: Any) -> str | None:
             "all of them on one: load it without device_map, then pipeline.to(device)"
         )
     return None
+
+
+def is_asynchronous(pipeline: Any) -> bool:
+    """Whether the weights of `pipeline` are on a device that works while the host goes on."""
+    return any(
+        weight.device.type not in ("cpu", "meta")
+        for part in pipeline.components.values()
+        if isinstance(part, torch.nn.Module)
+        for weight in part.parameters()
+    )
 
 
 def _is_offloaded(module: Any) -> bool:

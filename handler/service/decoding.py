@@ -33,17 +33,22 @@ class Decoding:
     """Reads what live requests need; a deadline that passes meanwhile ends its request."""
 
     def __init__(
-        self, config: HandlerConfig, clock: Callable[[], float], shelf: LoraShelf | None = None
+        self,
+        config: HandlerConfig,
+        clock: Callable[[], float],
+        decode: Callable[..., list[Pictures]] = decode_all,
+        shelf: LoraShelf | None = None,
     ) -> None:
         self._config = config
         self._shelf = shelf
         self._clock = clock
+        self._decode = decode
         self.work = SideWork[Decoded]("decode", config.encode_threads)
 
     def start(self, live: LiveRequest) -> None:
         """Begin to decode the pictures of `live`, and to read the LoRAs that are not there yet."""
         missing = [] if self._shelf is None else self._shelf.missing(live.sent.requests)
-        self.work.start(live, self._decode, missing)
+        self.work.start(live, self._decoded, missing)
 
     def take_ended(self) -> list[tuple[LiveRequest, Decoded | RequestError]]:
         """Return what is decoded, has failed or is late, each once."""
@@ -56,10 +61,10 @@ class Decoding:
                 ended.append((live, late))
         return ended
 
-    def _decode(self, live: LiveRequest, missing: list[str]) -> Decoded:
+    def _decoded(self, live: LiveRequest, missing: list[str]) -> Decoded:
         """Run in a thread."""
         loras = {} if self._shelf is None else self._shelf.read(missing)
-        pictures = decode_all(live.sent.requests, self._config, live.sent.paths)
+        pictures = self._decode(live.sent.requests, self._config, live.sent.paths)
         return Decoded(tuple(map(forget_contents, live.sent.requests)), pictures, loras)
 
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from handler.api.call import Call, CancelCall, read_call
-from handler.api.decoding import Pictures, decode_pictures
+from handler.api.decoding import Pictures, decode_all
 from handler.api.replies import FLAGGED, Reply, cancel_reply, error_reply, success_reply
 from handler.api.request import GenerationRequest
 from handler.api.result import Result
@@ -66,7 +66,8 @@ class GenerationService:
 
     `pipeline` is what the engine serves. `checker` looks at its pictures in the threads that encode
     them, and is given back by `close`. `shelf` has the LoRAs of a folder. `model_name` and `config`
-    go into the replies, which `encode` makes; `clock` is the engine's.
+    go into the replies, which `encode` makes; `decode` makes the pictures that requests begin with;
+    `clock` is the engine's.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class GenerationService:
         model_name: str,
         draw_seed: Callable[[], int] = draw_seed,
         encode: Callable[..., Reply] = success_reply,
+        decode: Callable[..., list[Pictures]] = decode_all,
         checker: SafetyChecker | None = None,
         shelf: LoraShelf | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -97,7 +99,7 @@ class GenerationService:
         self._replies: dict[str, Reply] = {}
         self._previewer = Previewer(pipeline)
         self._shelf = shelf
-        self._decoding = Decoding(config, clock, shelf)
+        self._decoding = Decoding(config, clock, decode, shelf)
         self._encoders = SideWork[Reply]("encode", config.encode_threads)
         self._meter = Meter()
         self._drain: Drain | None = None
@@ -202,7 +204,7 @@ class GenerationService:
         Raises:
             RequestError: the first that failed.
         """
-        pictures = [decode_pictures(request, self.config) for request in requests]
+        pictures = decode_all(requests, self.config, [""] * len(requests))
         if self._shelf is not None:
             self._shelf.attach(self._shelf.read(self._shelf.missing(requests)))
         tickets = self._queue.submit(requests, pictures)

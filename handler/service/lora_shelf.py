@@ -16,7 +16,7 @@ from handler.api.request import GenerationRequest
 from handler.engine import InFlightEngine
 from handler.errors import ArchiveError, InvalidRequest, QueueFull
 
-__all__ = ["LoraNames", "LoraShelf", "named_by"]
+__all__ = ["Layers", "LoraNames", "LoraShelf", "named_by"]
 
 _SUFFIX = ".safetensors"
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from handler.api.decoding import Pictures
 from handler.api.request import GenerationRequest
 from handler.engine import InFlightEngine
 from handler.engine.ticket import StepEnd, Ticket
-from handler.errors import QueueFull, RequestError
+from handler.errors import InvalidRequest, QueueFull, RequestError
 from handler.pipelines.arguments import pipeline_arguments
+from handler.pipelines.cost import least_forwards
+from handler.pipelines.signature import call_defaults
+from handler.pipelines.tasks import pipeline_name
 from handler.service.results import as_request_error
 
 __all__ = ["EngineQueue"]
@@ -78,9 +82,18 @@ class EngineQueue:
         """The engine's name of the pipeline that draws `request`; None: it has only one."""
         if len(self._engine.pipelines) == 1:
             return None
-        control = request.extra.get("control")
-        named = f"{request.engine_task}:{control}"
-        return named if named in self._engine.pipelines else request.engine_task
+        return pipeline_name(request.engine_task, request.extra.get("control"))
+
+    def _check_steps(self, name: str | None, arguments: Mapping[str, Any]) -> None:
+        """Refuse a request that the pipeline's own strength leaves no step of."""
+        engine = self._engine
+        pipeline = engine.pipeline if name is None else engine.pipelines[name]
+        strength = call_defaults(pipeline).get("strength")
+        if isinstance(strength, float) and not least_forwards(pipeline, arguments):
+            num_steps = arguments.get("num_inference_steps")
+            strength = arguments.get("strength", strength)
+            problem = f"{strength:g} of {num_steps} steps is less than one step; ask for more"
+            raise InvalidRequest(f"strength: {problem}", {"strength": problem})
 
     def _submit_one(
         self,
@@ -90,10 +103,13 @@ class EngineQueue:
         deadline_s: float | None,
         on_step: Callable[[StepEnd], None] | None,
     ) -> Ticket:
+        name = self._pipeline_of(request)
+        arguments = pipeline_arguments(request, self._tasks[request.engine_task], pictures)
         try:
+            self._check_steps(name, arguments)
             return self._engine.submit(
-                pipeline_arguments(request, self._tasks[request.engine_task], pictures),
-                task=self._pipeline_of(request),
+                arguments,
+                task=name,
                 scheduler=request.scheduler,
                 deadline_s=deadline_s,
                 adapters=request.loras,

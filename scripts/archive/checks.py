@@ -149,6 +149,7 @@ def check_models(view: ArchiveView) -> Iterator[str]:
 
     The models are built around tensors that have a shape and no memory: nothing is loaded.
     """
+    from scripts.archive.controlnets import check_controlnets
     from scripts.archive.model_checks import check_pipeline, check_settings
     from scripts.archive.skeleton import build_skeleton
 
@@ -160,6 +161,8 @@ def check_models(view: ArchiveView) -> Iterator[str]:
     loras: dict[str, Header] = {}
     yield from _problems(lambda: loras.update(_lora_headers(view)))
     yield from check_pipeline(index, view.model.sizes, skeleton, loras)
+    if skeleton.pipeline is not None:
+        yield from check_controlnets(skeleton.pipeline, view.model, headers)
     try:
         config = read_config(view)
     except ConfigError:

@@ -127,6 +127,8 @@ def _is_of_the_kind(name: str, part: Any, wanted: Iterable[type]) -> bool:
 
 def _check_channels(pipeline: Any) -> Iterator[str]:
     """The denoiser must draw latents of as many channels as the autoencoder reads."""
+    from handler.pipelines.tasks import pictures_of, task_of
+
     vae = _config_of(pipeline, "vae")
     latents = vae.get("latent_channels") or vae.get("z_dim")
     if not isinstance(latents, int):
@@ -134,6 +136,8 @@ def _check_channels(pipeline: Any) -> Iterator[str]:
     for name in ("unet", "transformer"):
         config = _config_of(pipeline, name)
         channels = config.get("in_channels")
+        if pictures_of(task_of(type(pipeline))):  # which may come in as further channels
+            channels = config.get("out_channels") or channels
         if not isinstance(channels, int) or not hasattr(pipeline, "vae_scale_factor"):
             continue
         packed = latents * _PACKED_SIDE**2

@@ -14,6 +14,7 @@ from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ServingError
 from handler.loading.model_index import ModelIndex
 from scripts.archive.checks import check_archive
+from scripts.archive.controlnets import check_controlnets
 from scripts.archive.members import Member
 from scripts.archive.model_checks import check_pipeline, check_settings
 from scripts.archive.model_defaults import find_defaults
@@ -64,10 +65,12 @@ def examine(
     lora_headers = {
         PurePosixPath(each.name).stem: each.header for each in loras if each.header is not None
     }
-    skeleton = build_skeleton(index, _Files(files), headers)
+    small = _Files(files)
+    skeleton = build_skeleton(index, small, headers)
     names = [file.name for file in files]
     _refuse([*check_pipeline(index, names, skeleton, lora_headers)])
     assert skeleton.pipeline is not None
+    _refuse([*check_controlnets(skeleton.pipeline, small, headers)])
     return Examined(skeleton, find_defaults(skeleton.pipeline), lora_headers.keys())
 
 

@@ -22,6 +22,7 @@ from handler.loading.model_index import ModelIndex
 from handler.loading.safetensors_map import Header, parse_header
 from handler.zips.reader import CHUNK_BYTES, ZipReader
 from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
+from scripts.disk import check_space
 from scripts.hints import to_run
 
 __all__ = ["ArchiveView", "FolderReader", "Reader", "open_archive"]
@@ -208,11 +209,11 @@ def _open_file(path: Path, stack: ExitStack) -> ArchiveView:
         place = (path, member.offset, member.size_bytes)
         return ArchiveView(path, reader, _rooted(inner, label), place)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inspect-")))
-    reader.extract(member, folder / MODEL_ZIP)
-    inner = ZipReader(stack.enter_context((folder / MODEL_ZIP).open("rb")), label=label)
-    return ArchiveView(
-        path, reader, _rooted(inner, label), (folder / MODEL_ZIP, 0, member.size_bytes)
-    )
+    target = folder / MODEL_ZIP
+    check_space(target, member.size_bytes, f"{label}, which is deflated", "TMPDIR=")
+    reader.extract(member, target)
+    inner = ZipReader(stack.enter_context(target.open("rb")), label=label)
+    return ArchiveView(path, reader, _rooted(inner, label), (target, 0, member.size_bytes))
 
 
 def _check_place(reader: Reader, label: str) -> None:
@@ -221,7 +222,7 @@ def _check_place(reader: Reader, label: str) -> None:
     if prefix not in ("", "model/"):
         raise ArchiveError(
             f"{label}: its pipeline is in {prefix}, where no worker looks: it opens {MODEL_ZIP} "
-            "or model/; pack it with python -m scripts.build_archive"
+            f"or model/; {to_run('pack', pipeline=label)} packs it"
         )
 
 

@@ -11,10 +11,17 @@ from pathlib import Path
 
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError
-from handler.loading.contents import LORA_FOLDER, MODEL_ZIP, WEIGHTS_SUFFIX
+from handler.loading.contents import (
+    CONTROLNET_FOLDER,
+    LORA_FOLDER,
+    MODEL_ZIP,
+    WEIGHTS_SUFFIX,
+    controlnet_names,
+)
 from handler.loading.model_index import ModelIndex
 from scripts.archive.beside import beside
 from scripts.archive.checkpoint import Kind, kind_of, read_checkpoint
+from scripts.archive.controlnets import controlnet_files
 from scripts.archive.copying import Copier
 from scripts.archive.fitted_settings import describe_defaults
 from scripts.archive.folder_writer import FolderWriter
@@ -52,10 +59,10 @@ class ArchivePlan:
     `pipeline` is one in any form that scripts.archive.opening reads, with `revision` and
     `config_from`; where `is_repacked`, an archive whose configuration, LoRAs and options are kept.
     `settings` override keys of the configuration's ``handler:`` section; `dtype` None leaves the
-    weights as they are; a component or LoRA that is None is left out; `smoke_prompt` is what
-    scripts.verify_archive --smoke draws. Where it `is_checked`, what cannot be served is refused,
-    and the model's own defaults are configured; with `is_smoke` a picture is drawn before the
-    archive takes its name.
+    weights as they are; a component, LoRA or ControlNet that is None is left out; `smoke_prompt`
+    is what scripts.verify_archive --smoke draws. Where it `is_checked`, what cannot be served is
+    refused, and the model's own defaults are configured; with `is_smoke` a picture is drawn before
+    the archive takes its name.
     """
 
     pipeline: Path
@@ -68,6 +75,7 @@ class ArchivePlan:
     loras: Mapping[str, Path | None] = field(default_factory=dict)
     lora_scales: Mapping[str, float] = field(default_factory=dict)
     """At which those are on that are not on at 1."""
+    controlnets: Mapping[str, Path | None] = field(default_factory=dict)
     smoke_prompt: str | None = None
     sign_key: Path | None = None
     is_folder: bool = False
@@ -162,13 +170,17 @@ def _contents(plan: ArchivePlan, opened: Opened) -> Iterator[_Contents]:
         scales = {name: plan.lora_scales.get(name, 1.0) for name in sorted(loras)}
         plan = replace(plan, settings={"default_loras": scales, **plan.settings})
     packed_loras = [make_member(file) for _, file in sorted(loras.items())]
-    model = [make_member(file, opened.dtype) for file in pipeline.files]
+    controlnets = controlnet_files(
+        plan.controlnets, _kept_controlnets(opened), opened.dtype or "float16"
+    )
+    files = [*pipeline.files, *(controlnets[name] for name in sorted(controlnets))]
+    model = [make_member(file, opened.dtype) for file in files]
     unconverted = () if opened.dtype is None else _unconverted(model)
 
     def config() -> tuple[bytes, HandlerConfig]:
         examined = None
         if plan.is_checked:
-            examined = examine(pipeline.index, pipeline.files, model, packed_loras)
+            examined = examine(pipeline.index, files, model, packed_loras)
         return pack_config(plan.config, _kept_config(plan, opened), plan.settings, examined)
 
     # A picture is drawn in this process, with what the checks imported.
@@ -181,7 +193,13 @@ def _contents(plan: ArchivePlan, opened: Opened) -> Iterator[_Contents]:
             config=packed_config,
             origin=opened.source.origin,
             licence=find_licence(opened.source.files),
-            extras=_extras(plan, opened.kept, sorted(loras), is_converted=not unconverted),
+            extras=_extras(
+                plan,
+                opened.kept,
+                sorted(loras),
+                controlnet_names(controlnets),
+                is_converted=not unconverted,
+            ),
             unconverted=unconverted,
         )
 
@@ -191,6 +209,12 @@ def _kept_config(plan: ArchivePlan, opened: Opened) -> tuple[Path, bytes] | None
     if opened.kept is None or opened.kept.config is None:
         return None
     return plan.pipeline / CONFIG_NAME, opened.kept.config
+
+
+def _kept_controlnets(opened: Opened) -> dict[str, PipelineFile]:
+    """Return the files of the ControlNets in the archive that is packed again."""
+    files = opened.source.files if opened.kept is not None else {}
+    return {name: each for name, each in files.items() if name.startswith(f"{CONTROLNET_FOLDER}/")}
 
 
 def _loras(plan: ArchivePlan, kept: Kept | None) -> dict[str, PipelineFile]:
@@ -262,7 +286,12 @@ def _check_copied(source: Path, wanted: Sequence[Member], written: Sequence[Writ
 
 
 def _extras(
-    plan: ArchivePlan, kept: Kept | None, loras: Sequence[str], *, is_converted: bool
+    plan: ArchivePlan,
+    kept: Kept | None,
+    loras: Sequence[str],
+    controlnets: Sequence[str],
+    *,
+    is_converted: bool,
 ) -> dict[str, object]:
     """Return the manifest's entries about options: the plan's, else those that are kept."""
     extras = dict(kept.extras) if kept is not None else {}
@@ -275,11 +304,12 @@ def _extras(
         ("converted_to", plan.dtype if is_converted else None),
         ("replaced_components", _merged(extras.get("replaced_components"), replaced)),
         ("loras", list(loras)),
+        ("controlnets", list(controlnets)),
         ("settings", _merged(extras.get("settings"), plan.settings)),
         ("smoke_prompt", plan.smoke_prompt),
     ):
         before = extras.pop(key, None)  # each keeps its place
-        if key == "loras" or found:
+        if key in ("loras", "controlnets") or found:
             before = found
         if before:
             extras[key] = before

@@ -20,6 +20,7 @@ import psutil
 
 from handler.service.draining import Drain
 from scripts.errors import ServerError
+from scripts.hints import to_run
 from scripts.interrupts import signals_as_interrupts, signals_held
 from scripts.torchserve import health
 from scripts.torchserve.failures import has_failed_to_load, load_failure, refusal
@@ -37,6 +38,8 @@ from scripts.torchserve.options import (
 from scripts.torchserve.state import StateDir
 
 __all__ = ["READY_TIMEOUT_S", "TorchServer"]
+
+_RESTART = f"{to_run('stop')}, then {to_run('serve')}"
 
 POLL_S = 0.1
 QUIET_S = 0.5
@@ -157,7 +160,7 @@ class TorchServer:
         Raises: ServerError.
         """
         if TorchServer.find(self.state_dir) is not None:
-            raise ServerError(f"a server already runs in {self.state_dir}: make stop")
+            raise ServerError(f"a server already runs in {self.state_dir}: {to_run('stop')}")
         end_leftover(self.state)
         self.check()
         self.state.prepare()
@@ -232,22 +235,23 @@ class TorchServer:
         """
         model = self.model()
         if model is None and not self._is_new:
-            return "the frontend does not answer: make stop, then make serve; make logs says more"
+            return f"the frontend does not answer: {_RESTART}; {to_run('logs')} says more"
         if model is None or not model.is_ready:
             reason = refusal(self._log())
-            return f"no worker is READY: {reason or 'it is starting; make logs says how far it is'}"
+            starting = f"it is starting; {to_run('logs')} says how far it is"
+            return f"no worker is READY: {reason or starting}"
         if self.pid is not None and has_own_handler(self.options.archive):
             urls = (self.predictions_url, self.metrics_url)
             if health.stands_still(*urls, self.token(), self.pid, model.ready_pids):
                 return (
                     "TorchServe stands still: it takes requests and hands none of them to the "
-                    "worker. Only a restart heals it: make stop, then make serve"
+                    f"worker. Only a restart heals it: {_RESTART}"
                 )
         drain = Drain.read(self.drain_file, time.monotonic())
         if drain is not None:
             return (
-                "it is draining for make stop, and refuses new requests; should that have been "
-                "killed, make stop DRAIN_S=0 and make serve"
+                f"it is draining for {to_run('stop')}, and refuses new requests; should that have "
+                f"been killed, {to_run('stop', drain_s='0')} and {to_run('serve')}"
             )
         if len(model.workers) > 1:
             return refusal(self._log())

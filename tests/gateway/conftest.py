@@ -23,7 +23,8 @@ def gateway(
 ) -> Iterator[RunningGateway]:
     folder = tmp_path_factory.mktemp("gateway")
     aliases = {"dall-e-3": "stable_diffusion"}
-    with running_gateway(folder, [instance.state_dir], aliases=aliases) as running:
+    settings = {"aliases": aliases, "max_body_bytes": 1024 * 1024}
+    with running_gateway(folder, [instance.state_dir], **settings) as running:
         yield running
 
 

@@ -13,6 +13,7 @@ from handler.api.request import GenerationRequest
 from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
 from handler.pipelines.describe import describe
+from handler.pipelines.tasks import pipelines_of
 from handler.service.generation import GenerationService
 from tests.support.clock import Clock
 from tests.support.pipelines import build
@@ -90,14 +91,15 @@ def make_service(
             **settings,
         }
     )
+    pipelines = pipelines_of(pipeline)
     engine = InFlightEngine(
-        pipeline, max_rows=config.max_rows, max_pixels=engine_max_pixels, clock=clock
+        pipelines, max_rows=config.max_rows, max_pixels=engine_max_pixels, clock=clock
     )
     return GenerationService(
         engine,
         pipeline,
         config,
-        describe(pipeline),
+        describe(pipeline, pipelines),
         model_name="tiny",
         draw_seed=draw_seed,
         encode=encode,

@@ -264,6 +264,7 @@ def test_modules_of_a_pipeline_inside_another_are_parked() -> None:
         "prior_prior.forward",
     }
     assert {slot.name for slot in slots if not slot.is_denoiser} == {
+        "movq.encode",
         "movq.decode",
         "prior_image_encoder.forward",
         "prior_text_encoder.forward",
