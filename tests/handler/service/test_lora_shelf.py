@@ -48,7 +48,9 @@ def lora(seed: int) -> dict[str, torch.Tensor]:
 def serving(folder: Path, **settings: Any) -> Iterator[GenerationService]:
     pipeline = build(FAMILY)
     config = HandlerConfig(**{**SETTINGS, "lora_dir": str(folder), **settings})
-    loaded = LoadedPipeline(pipeline, torch.device("cpu"), torch.float32, (), LoraReader(pipeline))
+    loaded = LoadedPipeline(
+        pipeline, torch.device("cpu"), torch.float32, lora_reader=LoraReader(pipeline)
+    )
     service = assemble(loaded, config, model_name="tiny", warm_up=False)
     try:
         yield service
