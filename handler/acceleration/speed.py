@@ -116,7 +116,8 @@ def make_plan(
     return Plan(
         channels_last=True,
         slice_decoding=on_cuda,
-        fuse_projections=on_cuda and obstacle is None,
+        # Fused projections are not the layers that a LoRA adds to.
+        fuse_projections=on_cuda and obstacle is None and config.lora_dir is None,
         tf32=on_cuda and dtype is torch.float32,
         precision=torch.bfloat16 if halves else None,
         compile=obstacle is None and (on_cpu or on_cuda),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from handler.api.fields import FieldReader
 from handler.api.images import SentPicture
+from handler.api.lora_names import lora_problem
 from handler.api.picture_sizes import choose_size
 from handler.api.samplers import (
     SCHEDULES,
@@ -71,6 +72,12 @@ class GenerationRequest:
         """What the engine calls the task."""
         return engine_task(self.task, control="control_image" in self.pictures)
 
+    @property
+    def loras(self) -> Mapping[str, float] | None:
+        """The scale of each LoRA that it is drawn with; None: what the pipeline came with."""
+        found = self.extra.get("loras")
+        return found if isinstance(found, Mapping) else None
+
     def values(self) -> dict[str, Value]:
         """The fields by name, in the order of the table."""
         return {
@@ -113,6 +120,8 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
             f"num_inference_steps: {config.num_inference_steps} is too few for the default"
             f" scheduler; it needs at least {least}"
         )
+    if config.default_loras and (problem := lora_problem(config.default_loras, traits.loras)):
+        problems.append(f"default_loras: {problem}")
     if config.negative_prompt and "negative_prompt" not in traits.parameters:
         problems.append("negative_prompt: this pipeline takes none")
     if problems:
@@ -159,6 +168,7 @@ def parse_fields(
     values = {**_defaults(config, parameters), **{n: v for n, v in sent.items() if v is not None}}
     values["task"] = task or TEXT_TO_IMAGE
     values.update(_resolve_sampler(reader, sent, values, traits))
+    _check_loras(reader, sent["loras"], traits)
     _size_by_picture(reader, values, sent, pictures, config, traits)
     extra = {name: value for name, value in values.items() if name not in _ATTRIBUTES}
     attributes = {name: values[name] for name in _ATTRIBUTES}
@@ -288,6 +298,12 @@ def _resolve_sampler(
     is_own = name is None or (split is not None and not split[0])
     chosen = {} if sampler.sigmas is None else {"sigmas": sampler.sigmas}
     return {"scheduler": None if is_own else sampler.name, **chosen}
+
+
+def _check_loras(reader: FieldReader, named: Value, traits: PipelineTraits) -> None:
+    problem = lora_problem(named, traits.loras) if isinstance(named, Mapping) else None
+    if problem is not None:
+        reader.report("loras", problem)
 
 
 def _check_num_images(

@@ -51,6 +51,10 @@ class LoadedPipeline:
     device: torch.device
     dtype: torch.dtype
     controlnets: Mapping[str, Any] = field(default_factory=dict)
+    loras: tuple[str, ...] = ()
+    """The names of the LoRAs that were packed."""
+    lora_reader: LoraReader | None = None
+    """Reads more of them, where the configuration names a folder."""
 
 
 def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
@@ -110,7 +114,8 @@ def load_opened(
         try:
             left_out = ["safety_checker"] if config.safety_checker == "off" else []
             pipeline = _from_pretrained(opened, dtype, left_out)
-            _load_loras(pipeline, loras)
+            reader = LoraReader(pipeline) if loras or config.lora_dir else None
+            _load_loras(pipeline, loras, reader)
             controlnets = _load_controlnets(opened, dtype)
         except ArchiveError:
             raise
@@ -120,7 +125,8 @@ def load_opened(
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cpu":
         _move(pipeline, list(controlnets.values()), device)
-    return LoadedPipeline(pipeline, device, dtype, controlnets)
+    names = tuple(path.stem for path in loras)
+    return LoadedPipeline(pipeline, device, dtype, controlnets, names, reader)
 
 
 def _move(pipeline: Any, controlnets: Sequence[Any], device: torch.device) -> None:
@@ -179,11 +185,10 @@ def _load_controlnets(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, A
     return load_controlnets(opened, dtype)
 
 
-def _load_loras(pipeline: Any, paths: Sequence[Path]) -> None:
+def _load_loras(pipeline: Any, paths: Sequence[Path], reader: LoraReader | None) -> None:
     """Load the LoRAs that were packed, each as the adapter of its file's name; all are active."""
-    if not paths:
+    if reader is None or not paths:
         return
-    reader = LoraReader(pipeline)
     for path in paths:
         try:
             with path.open("rb") as file:

@@ -112,6 +112,7 @@ class EngineQueue:
                 task=name,
                 scheduler=request.sampler,
                 deadline_s=deadline_s,
+                adapters=request.loras,
                 on_step=on_step,
             )
         except RequestError:
