@@ -57,7 +57,7 @@ EMBEDDED        := $(STORE)/.embedded
 START = --run-dir "$(RUN_DIR)" --store "$(STORE)" --port $(PORT) --grpc-port $(GRPC_PORT) \
 	--address $(ADDRESS) --auth $(AUTH)
 
-.PHONY: help demo setup archive inspect verify push pull serve up down key stop status logs test test-fast lint format bench clean
+.PHONY: help demo setup archive inspect verify push pull serve up down key stop status logs test test-fast gpu-check lint format bench clean
 
 help: ## List the targets
 	@echo "make demo first; then your own curl."
@@ -136,6 +136,9 @@ test: $(INSTALLED) ## Everything that must pass, on the real TorchServe too [JOB
 
 test-fast: $(INSTALLED) ## The tests that need no server and little time
 	@$(PY) -m pytest $(PARALLEL) -m "not server and not slow"
+
+gpu-check: $(INSTALLED) ## On a machine with an NVIDIA GPU: its tests, a real server, short benchmarks; 8 minutes [ARGS=]
+	@$(PY) -m scripts.gpu_check $(ARGS)
 
 lint: $(INSTALLED) ## Report what ruff and mypy find; changes nothing
 	@$(PY) -m ruff check

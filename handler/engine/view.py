@@ -18,6 +18,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from handler.engine.ticket import StepEnd, Ticket
 from handler.pipelines.broken_pictures import watch_pictures
+from handler.pipelines.schedulers import seed_noise
 from handler.pipelines.signature import call_defaults
 
 __all__ = ["make_view"]
@@ -49,6 +50,7 @@ def make_view(pipeline: Any, ticket: Ticket) -> tuple[Any, dict[str, Any]]:
     if ticket.scheduler is not None:
         view.scheduler = ticket.scheduler
     kwargs = dict(ticket.kwargs)
+    seed_noise(getattr(view, "scheduler", None), kwargs.get("generator"))
     parameters = call_defaults(pipeline)
     if "callback_on_step_end" in parameters:
         theirs = kwargs.get("callback_on_step_end")

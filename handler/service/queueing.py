@@ -110,8 +110,9 @@ class EngineQueue:
             return self._engine.submit(
                 arguments,
                 task=name,
-                scheduler=request.scheduler,
+                scheduler=request.sampler,
                 deadline_s=deadline_s,
+                adapters=request.loras,
                 on_step=on_step,
             )
         except RequestError:
