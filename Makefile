@@ -6,16 +6,25 @@ SHELL := /bin/bash
 
 # These come from the command line alone: some shells export a NAME or a VERSION of their own.
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
-	FORCE SMOKE SBOM TO RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
+	FORCE SMOKE SBOM TO RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE GATEWAY_DIR GATEWAY_PORT GATEWAY_ADDRESS,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
 
 # The recipes put these between double quotes, where the shell would read such letters itself.
 unquotable := " ` \ $$
-$(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG SIGN KEY TO RUN_DIR STORE,\
+$(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY TO RUN_DIR STORE \
+	DEMO_PICTURE GATEWAY_DIR,\
 	$(foreach letter,$(unquotable),$(if $(findstring $(letter),$(value $(variable))),\
 	$(error $(variable) may not have any of $(unquotable) in it; rename it or move it))))
 
+# A prompt is any text, so it goes by the environment; of ARGS the shell is asked what it thinks.
+export MAKE_PROMPT := $(value PROMPT)
+export MAKE_ARGS   := $(value ARGS)
+CHECK_ARGS = bash -nc "true $$MAKE_ARGS" 2>/dev/null || { \
+	echo "make: ARGS cannot be read, is a quotation in it not closed? ARGS=$$MAKE_ARGS" >&2; exit 2; }
+
 VENV      ?= .venv
 RUN_DIR   ?= .run
+GATEWAY_DIR ?= $(RUN_DIR)-gateway
+GATEWAY_PORT ?= 8000
 STORE     ?= model-store
 PORT      ?= 8080
 GRPC_PORT ?= 7070
@@ -48,7 +57,7 @@ EMBEDDED        := $(STORE)/.embedded
 START = --run-dir "$(RUN_DIR)" --store "$(STORE)" --port $(PORT) --grpc-port $(GRPC_PORT) \
 	--address $(ADDRESS) --auth $(AUTH)
 
-.PHONY: help demo setup archive inspect verify push pull serve stop status logs test test-fast gpu-check lint format bench clean
+.PHONY: help demo setup archive inspect verify push pull serve up down key stop status logs test test-fast gpu-check lint format bench clean
 
 help: ## List the targets
 	@echo "make demo first; then your own curl."
@@ -57,7 +66,7 @@ help: ## List the targets
 		| while IFS='|' read -r target text; do printf '%-17s %s\n' "$$target" "$$text"; done
 
 demo: $(INSTALLED) ## Install, build, start TorchServe, draw demo.png; the server keeps running [PROMPT=]
-	@$(CLI) demo $(START) --out "$(DEMO_PICTURE)" $(if $(PROMPT),--prompt "$(PROMPT)")
+	@$(CLI) demo $(START) --out "$(DEMO_PICTURE)" $(if $(value PROMPT),--prompt "$$MAKE_PROMPT")
 
 setup: $(INSTALLED) ## Make .venv with the pinned packages (PIP_ARGS=… are passed to pip)
 
@@ -74,6 +83,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	@touch $@
 
 archive: $(INSTALLED) ## Pack a pipeline: [PIPELINE=path | MODEL_ID=org/name REVISION= | FROM=archive] [NAME= VERSION= CONFIG= DTYPE= FORMAT=dir SIGN=key SMOKE=1 ARGS= FORCE=1]
+	@$(CHECK_ARGS)
 	@$(CLI) pack --out "$(STORE)" $(if $(NAME),--name "$(NAME)") \
 		$(if $(VERSION),--version "$(VERSION)") $(if $(FROM),--from "$(FROM)") \
 		$(if $(MODEL_ID),--model-id "$(MODEL_ID)") $(if $(REVISION),--revision "$(REVISION)") \
@@ -89,16 +99,29 @@ verify: $(INSTALLED) ## Check an archive without serving it [NAME= KEY=public-ke
 	@$(CLI) verify $(if $(KEY),--key "$(KEY)") $(if $(SMOKE),--smoke) $(CHOSEN)
 
 push: $(INSTALLED) ## Store an archive in an OCI registry: TO=registry/name:tag [NAME=]
+	@$(CHECK_ARGS)
 	@$(CLI) push $(CHOSEN) --to "$(TO)" $(ARGS)
 
 pull: $(INSTALLED) ## Fetch an archive from one: FROM=registry/name@sha256:… [NAME= FORCE=1]
+	@$(CHECK_ARGS)
 	@$(CLI) pull $(CHOSEN) --from "$(FROM)" $(if $(FORCE),--force) $(ARGS)
 
 serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]
 	@$(CLI) serve $(START) $(if $(NAME),--name "$(NAME)")
 
+up: $(INSTALLED) ## Serve with the gateway in front: http://127.0.0.1:8000 [GATEWAY_PORT= GATEWAY_ADDRESS= NAME= …]
+	@$(CLI) up $(START) $(if $(NAME),--name "$(NAME)") --gateway-dir "$(GATEWAY_DIR)" \
+		--gateway-port $(GATEWAY_PORT) $(if $(GATEWAY_ADDRESS),--gateway-address $(GATEWAY_ADDRESS))
+
+down: stop ## Stop both; the same as make stop
+
+key: $(INSTALLED) ## Make a key for the gateway, shown this once: NAME=… [ARGS='--max-steps 50 …']
+	@$(CHECK_ARGS)
+	@$(PY) -m gateway.keys --name "$(NAME)" $(ARGS)
+
 stop: ## Stop the server once its requests are finished; those that take longer get 503 [DRAIN_S=30]
-	@[ ! -x $(PY) ] || $(CLI) stop --run-dir "$(RUN_DIR)" --drain-s $(DRAIN_S)
+	@[ ! -x $(PY) ] || $(CLI) stop --run-dir "$(RUN_DIR)" --drain-s $(DRAIN_S) \
+		--gateway-dir "$(GATEWAY_DIR)"
 
 status: ## Say what is served and whether it is ready
 	@$(IS_INSTALLED)
@@ -135,6 +158,8 @@ clean: stop ## Stop the server; remove its state, caches and the embedded archiv
 		cd "$(RUN_DIR)" && rm -rf tmp temp logs config.properties server.json sockets org; fi
 	@[ ! -d "$(RUN_DIR)" ] || rmdir -- "$(RUN_DIR)" 2>/dev/null || true
 	@rm -f -- "$(DEMO_PICTURE)"
+	@cd "$(GATEWAY_DIR)" 2>/dev/null && rm -rf pictures gateway.log gateway.json || true
+	@[ ! -d "$(GATEWAY_DIR)" ] || rmdir -- "$(GATEWAY_DIR)" 2>/dev/null || true
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@[ ! -e "$(EMBEDDED)" ] || rm -f -- "$(EMBEDDED)" "$(DEFAULT_ARCHIVE)"
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -7,26 +7,31 @@ from typing import Any
 
 from benchmarks.report import Figure, Spread
 
-__all__ = ["our_figures", "upstream_figures"]
+__all__ = ["our_figures", "packing_figures", "upstream_figures"]
 
 
 def our_figures(raw: dict[str, Any]) -> list[Figure]:
     """What ours needs, against cp and against the weights' size."""
-    return [*_packing(raw), *_opening(raw)]
+    return [*packing_figures(raw), *_opening(raw)]
 
 
-def _packing(raw: dict[str, Any]) -> list[Figure]:
+def packing_figures(raw: dict[str, Any]) -> list[Figure]:
+    """What packing and verifying need, with the checks of the model and without, against cp."""
     packing, checksums = raw["packing"], raw["checksums"]
     cp = Spread(tuple(packing["cp_s"]))
     return [
         Figure("pack: ours", Spread(tuple(packing["ours_s"])), "s"),
         Figure("pack: cp -r", cp, "s"),
-        Figure("pack: ours / cp -r", _ratios(packing, "s"), "x", at_most=1.5),
+        Figure("pack: ours / cp -r", _ratios(packing, "ours_s"), "x", at_most=2.0),
+        Figure("pack: ours, with checks", Spread(tuple(packing["checked_s"])), "s"),
+        Figure("pack: ours, with checks / cp -r", _ratios(packing, "checked_s"), "x", at_most=2.0),
+        Figure("pack: BLAKE3 alone, one core", _one(checksums["blake3_s"]), "s"),
         Figure("pack: SHA-256 alone, one core", _one(checksums["sha256_s"]), "s"),
         Figure("pack: CRC-32 alone, one core", _one(checksums["crc32_s"]), "s"),
-        Figure("pack: SHA-256 alone / cp -r", _one(checksums["sha256_s"] / cp.median), "x"),
         Figure("pack, on the disk: ours", Spread(tuple(packing["ours_on_disk_s"])), "s"),
-        Figure("pack, on the disk: ours / cp -r", _ratios(packing, "on_disk_s"), "x"),
+        Figure("pack, on the disk: ours / cp -r", _ratios(packing, "ours_on_disk_s"), "x"),
+        Figure("verify: bytes", _rates(packing, "verify_s"), "GB/s", at_least=3),
+        Figure("verify: bytes and models", Spread(tuple(packing["verify_models_s"])), "s"),
     ]
 
 
@@ -96,9 +101,15 @@ def _ready(raw: dict[str, Any], dtype: str) -> list[Figure]:
     ]
 
 
-def _ratios(packing: dict[str, list[float]], clock: str) -> Spread:
-    pairs = zip(packing[f"ours_{clock}"], packing[f"cp_{clock}"], strict=True)
+def _ratios(packing: dict[str, list[float]], key: str) -> Spread:
+    """How many times cp's of the same round each is."""
+    pairs = zip(packing[key], packing[f"cp_{key.partition('_')[2]}"], strict=True)
     return Spread(tuple(ours / cp for ours, cp in pairs))
+
+
+def _rates(packing: dict[str, list[float]], key: str) -> Spread:
+    pairs = zip(packing["archive_bytes"], packing[key], strict=True)
+    return Spread(tuple(size_bytes / 1e9 / took_s for size_bytes, took_s in pairs))
 
 
 def _times(upstream: float, ours: Iterable[float]) -> Spread:

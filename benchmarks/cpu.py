@@ -83,7 +83,9 @@ def measure_parts(repeats: int, *, with_compiled: bool = False) -> list[Figure]:
     safe = copy.deepcopy(plain)
     put_channels_last({"unet": safe.unet, "vae": safe.vae})
     half = copy.deepcopy(safe.unet).bfloat16()
-    latents = torch.zeros(1, 3, plain.unet.config.sample_size, plain.unet.config.sample_size)
+    unet_config = plain.unet.config
+    side = unet_config.sample_size
+    latents = torch.zeros(1, unet_config.in_channels, side, side)
     picture = plain("a red circle", height=SIZE_PX, width=SIZE_PX, num_inference_steps=2).images[0]
     pixels = plain.image_processor.preprocess(picture)
     parts: dict[str, Callable[[], object]] = {}

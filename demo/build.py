@@ -22,6 +22,9 @@ TEXT_WIDTH = 128
 NUM_VAE_LEVELS = 6
 # A power of two, and large: the decoder's tanh clamp is linear to 1e-5 for latents this small.
 LATENT_SCALE = 64.0
+NUM_COLOR_CHANNELS = 3
+# diffusers' inpainting takes latents of four channels, or nine. The fourth is zero.
+NUM_LATENT_CHANNELS = 4
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -43,14 +46,17 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_autoencoder() -> AutoencoderTiny:
-    """An analytic autoencoder: encoding averages 32×32 pixels, decoding repeats them, exactly."""
+    """An analytic autoencoder: encoding averages 32×32 pixels, decoding repeats them, exactly.
+
+    It writes zeros into the fourth latent channel and does not read it.
+    """
     width = 4
     vae = AutoencoderTiny(
         encoder_block_out_channels=(width,) * NUM_VAE_LEVELS,
         decoder_block_out_channels=(width,) * NUM_VAE_LEVELS,
         num_encoder_blocks=(0,) * NUM_VAE_LEVELS,
         num_decoder_blocks=(0,) * NUM_VAE_LEVELS,
-        latent_channels=3,
+        latent_channels=NUM_LATENT_CHANNELS,
         scaling_factor=LATENT_SCALE,
     )
     encoder = [layer for layer in vae.encoder.layers if isinstance(layer, nn.Conv2d)]
@@ -60,16 +66,16 @@ def build_autoencoder() -> AutoencoderTiny:
             conv.weight.zero_()
             if conv.bias is not None:
                 conv.bias.zero_()
-            for channel in range(3):
+            for channel in range(NUM_COLOR_CHANNELS):
                 if conv.stride == (2, 2):
                     conv.weight[channel, channel, 1:, 1:] = 0.25
                 else:
                     conv.weight[channel, channel, 1, 1] = 1.0
         # The layers work on [0, 1]; latents are [-1, 1] / LATENT_SCALE.
         encoder[-1].weight.mul_(2 / LATENT_SCALE)
-        encoder[-1].bias.fill_(-1 / LATENT_SCALE)
+        encoder[-1].bias[:NUM_COLOR_CHANNELS] = -1 / LATENT_SCALE
         decoder[0].weight.mul_(LATENT_SCALE / 2)
-        decoder[0].bias[:3] = 0.5
+        decoder[0].bias[:NUM_COLOR_CHANNELS] = 0.5
     return vae.eval()
 
 
@@ -98,8 +104,8 @@ def build_unet() -> UNet2DConditionModel:
     """
     unet = UNet2DConditionModel(
         sample_size=SIZE_PX,
-        in_channels=3,
-        out_channels=3,
+        in_channels=NUM_COLOR_CHANNELS,
+        out_channels=NUM_COLOR_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(64, 96, 96),
@@ -116,7 +122,31 @@ def build_unet() -> UNet2DConditionModel:
         # what random weights draw.
         unet.conv_out.weight.zero_()
         unet.conv_out.bias.zero_()
+    widen_unet(unet)
     return unet.eval()
+
+
+def widen_unet(unet: UNet2DConditionModel) -> None:
+    """Add latent channels of zero weights, as many as are missing. Mutates `unet`.
+
+    It reads nothing from them, and its v is zero there: no step of a sampler then makes the noise
+    that they begin with larger.
+    """
+    old_in, old_out = unet.conv_in, unet.conv_out
+    with torch.device("meta"):
+        new_in = nn.Conv2d(NUM_LATENT_CHANNELS, old_in.out_channels, 3, padding=1)
+        new_out = nn.Conv2d(old_out.in_channels, NUM_LATENT_CHANNELS, 3, padding=1)
+    new_in.weight, new_in.bias = _zero_padded(old_in.weight, dim=1), old_in.bias
+    new_out.weight = _zero_padded(old_out.weight, dim=0)
+    new_out.bias = _zero_padded(old_out.bias, dim=0)
+    unet.conv_in, unet.conv_out = new_in, new_out
+    unet.register_to_config(in_channels=NUM_LATENT_CHANNELS, out_channels=NUM_LATENT_CHANNELS)
+
+
+def _zero_padded(weight: nn.Parameter, dim: int) -> nn.Parameter:
+    shape = list(weight.shape)
+    shape[dim] = NUM_LATENT_CHANNELS - shape[dim]
+    return nn.Parameter(torch.cat([weight.detach(), weight.detach().new_zeros(shape)], dim=dim))
 
 
 def build_pipeline(seed: int = 0) -> StableDiffusionPipeline:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from demo.build import build_pipeline, save_pipeline
+from demo.build import NUM_LATENT_CHANNELS, build_pipeline, save_pipeline
 from demo.grammar import MOSTLY_NAMED, OFTEN_OPEN, Openness
 from demo.lesson import (
     Batch,
@@ -205,12 +205,17 @@ class Trainer:
         )
 
     def predict(self, noisy: Tensor, times: Tensor, prompts: list[str]) -> Tensor:
-        """The v, (N, 3, 24, 24), that the network says of noisy pictures with these prompts."""
+        """The v, (N, 3, 24, 24), that the network says of noisy pictures with these prompts.
+
+        The fourth latent channel is zero, and what the network says there is not read: so its
+        weights get no gradient, and stay zero.
+        """
         with torch.no_grad():
             states = self.text_encoder(tokenize(self.pipeline.tokenizer, prompts))[0]
+        latents = nn.functional.pad(noisy, (0, 0, 0, 0, 0, NUM_LATENT_CHANNELS - noisy.shape[1]))
         with torch.autocast("cpu", torch.bfloat16):
-            v: Tensor = self.unet(noisy, times, states, return_dict=False)[0]
-        return v.float()
+            v: Tensor = self.unet(latents, times, states, return_dict=False)[0]
+        return v[:, : noisy.shape[1]].float()
 
     def save(self, num_done: int) -> None:
         """Write the averaged weights as a pipeline folder, then what resuming needs.

@@ -21,6 +21,9 @@ __all__ = ["OUTPUT_FORMATS", "HandlerConfig", "Key", "keys"]
 OUTPUT_FORMATS = ("png", "jpeg", "webp", "npy", "json", "array")
 # Two prompts of 8000 characters are the most that fit the 64 KB that JPEG gives to its EXIF data.
 _MAX_PROMPT_CHARS = 8000
+# In base64 the three pictures of a request have four times the bytes of one; the rest is text.
+_BODY_BYTES_A_PICTURE_BYTE = 4
+_BODY_BYTES_BESIDE_PICTURES = 64 * 1024
 
 _T = TypeVar("_T")
 
@@ -99,6 +102,19 @@ class HandlerConfig:
         "how far forwards are made faster, see docs/performance.md",
         note="`max` may change pictures slightly",
     )
+    lora_dir: str | None = _key(
+        None,
+        allow.optional(allow.text()),
+        "folder of LoRAs, NAME.safetensors, that requests may name; read at first use",
+        left_out="none but those packed",
+        example="/srv/loras",
+    )
+    max_loras: int = _key(
+        16, allow.integer(1, 1000), "LoRAs of `lora_dir` that are kept; the longest unused goes"
+    )
+    max_lora_bytes: int = _key(
+        4 * 2**30, allow.integer(1024, 2**50), "bytes that these may occupy together"
+    )
     warm_up_sizes: tuple[tuple[int, int], ...] | None = _key(
         None,
         allow.optional(allow.sizes()),
@@ -139,6 +155,13 @@ class HandlerConfig:
         left_out="the pipeline's own",
         example="ddim",
     )
+    default_loras: Mapping[str, float] | None = _key(
+        None,
+        allow.optional(allow.loras()),
+        "LoRAs that are on without being named, with their scales",
+        left_out="all that are packed, at 1",
+        example='{"style":0.8}',
+    )
     default_output: str = _key(
         "png",
         allow.one_of(*OUTPUT_FORMATS),
@@ -170,11 +193,32 @@ class HandlerConfig:
         note="each may take two of `max_rows`",
     )
     max_instances: int = _key(8, allow.integer(1, 64), "prompts of one KServe request")
+    max_picture_bytes: int = _key(
+        4 * 1024 * 1024,
+        allow.integer(64, 2**28),
+        "bytes of a picture that is sent, before base64",
+        note="a request has up to three",
+    )
+    max_picture_pixels: int = _key(
+        4096 * 4096,
+        allow.integer(64, 2**26),
+        "pixels of a picture that is sent, height x width; it is scaled down to `max_pixels`",
+    )
     max_body_bytes: int = _key(
-        1024 * 1024,
+        17 * 1024 * 1024,
         allow.integer(256, 2**31 - 1),
         "bytes of a body",
-        note="see also `max_request_size` in config.properties",
+        span="four times `max_picture_bytes` and 65536, to 2147483647",
+        note="at most `max_request_size` in config.properties",
+    )
+
+    safety_checker: str = _key(
+        "flag",
+        allow.one_of("off", "flag", "refuse"),
+        "where the archive holds a safety checker: `off` loads none, `flag` replies with what"
+        " diffusers draws (black) and says so, `refuse` replies with status 422",
+        note="`refuse` needs a checker, and allows no previews",
+        section="Safety",
     )
 
     max_rows: int = _key(
@@ -211,7 +255,11 @@ class HandlerConfig:
     pad_to_buckets: bool = _key(
         False, allow.boolean(), "pad rows to a few counts, so that compiled forwards see few shapes"
     )
-    encode_threads: int = _key(2, allow.integer(1, 64), "threads that encode finished pictures")
+    encode_threads: int = _key(
+        2,
+        allow.integer(1, 64),
+        "threads that encode finished pictures, and as many that decode those that are sent",
+    )
 
     def __post_init__(self) -> None:
         problems = [
@@ -296,6 +344,15 @@ def _cross_problems(config: HandlerConfig) -> Iterator[str]:
         yield (
             f"max_rows: {config.max_rows} is too few for max_images, {config.max_images}: a guided"
             f" picture takes two rows; must be {2 * config.max_images} or more"
+        )
+    needed_bytes = (
+        _BODY_BYTES_A_PICTURE_BYTE * config.max_picture_bytes + _BODY_BYTES_BESIDE_PICTURES
+    )
+    if config.max_body_bytes < needed_bytes:
+        yield (
+            f"max_body_bytes: {config.max_body_bytes} is too few for three pictures of"
+            f" max_picture_bytes, {config.max_picture_bytes}, in base64; must be {needed_bytes} or"
+            " more"
         )
     if config.max_pixels_in_flight is not None and config.max_pixels_in_flight < config.max_pixels:
         yield (

@@ -6,8 +6,10 @@ ServingError
 │   ├── NotFound            404  no live request has this id
 │   ├── Conflict            409  the id is taken by a live request
 │   ├── TooLarge            413  larger than the server is configured to take
+│   ├── ContentFlagged      422  the safety checker flags what was drawn
 │   ├── Cancelled           499  somebody cancelled it
 │   ├── EngineFault         500  the pipeline raised
+│   │   └── PipelineFailed  500  what it drew is not finite
 │   ├── QueueFull           503  try again after ``retry_after_s``
 │   ├── Draining            503  the server is about to stop; try again after ``retry_after_s``
 │   ├── DeviceLost          503  the device failed, the worker starts again; try again later
@@ -26,6 +28,7 @@ __all__ = [
     "Cancelled",
     "ConfigError",
     "Conflict",
+    "ContentFlagged",
     "DeadlineExceeded",
     "DeviceLost",
     "Draining",
@@ -33,6 +36,7 @@ __all__ = [
     "InvalidRequest",
     "NotFound",
     "OutOfMemory",
+    "PipelineFailed",
     "QueueFull",
     "RequestError",
     "ServingError",
@@ -115,6 +119,12 @@ class TooLarge(RequestError):
     status, phrase, code = 413, "Content Too Large", "too_large"
 
 
+class ContentFlagged(RequestError):
+    """The safety checker flags what was drawn, and the operator refuses such pictures."""
+
+    status, phrase, code = 422, "Unprocessable Content", "content_flagged"
+
+
 class Cancelled(RequestError):
     """Somebody cancelled the request."""
 
@@ -125,6 +135,12 @@ class EngineFault(RequestError):
     """The pipeline failed, or the server; its log says why."""
 
     status, phrase, code = 500, "Internal Server Error", "engine_fault"
+
+
+class PipelineFailed(EngineFault):
+    """The picture is not finite: the pipeline's numbers overflowed; the message names remedies."""
+
+    code = "pipeline_failed"
 
 
 class QueueFull(RequestError):

@@ -16,6 +16,7 @@ from scripts.download_weights import DOWNLOAD
 from scripts.inspect_archive import INSPECT
 from scripts.pull_archive import PULL
 from scripts.push_archive import PUSH
+from scripts.up import GATEWAY, UP
 from scripts.verify_archive import VERIFY
 from scripts.zip_weights import ZIP
 
@@ -54,6 +55,8 @@ def make_parser(prog: str = _PROGRAM) -> argparse.ArgumentParser:
     for each in (DEMO, PACK, INSPECT, VERIFY):
         each.add_to(commands.add_parser)
     serve.add_commands(commands.add_parser)
+    for each in (UP, GATEWAY):
+        each.add_to(commands.add_parser)
     for each in (PUSH, PULL, DOWNLOAD, ZIP, _COMPLETION):
         each.add_to(commands.add_parser)
     return parser

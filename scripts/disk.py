@@ -18,15 +18,18 @@ __all__ = ["check_space", "full_disk", "staging_folder"]
 _SUFFIX = ".part"
 
 
-def check_space(target: Path, size_bytes: int, what: str) -> None:
-    """Raise ArchiveError unless the disk of `target`, yet to be made, has room for `size_bytes`."""
+def check_space(target: Path, size_bytes: int, what: str, elsewhere: str = "--out, STORE=") -> None:
+    """Raise ArchiveError unless the disk of `target`, yet to be made, has room for `size_bytes`.
+
+    `elsewhere` is what chooses another place.
+    """
     folder = _existing(target.absolute().parent)
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < size_bytes:
         raise ArchiveError(
             f"{target} needs {_shown(size_bytes)} for {what}, and the disk at "
             f"{_mount_point(folder)} has {_shown(free_bytes)} free: free some, or write elsewhere "
-            "(--out, STORE=)"
+            f"({elsewhere})"
         )
 
 

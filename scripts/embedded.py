@@ -59,8 +59,9 @@ def forget_embedded(archive: Path) -> None:
 def _sources() -> str:
     """Return a digest of all that goes into the archive."""
     digest = hashlib.sha256()
-    folders = (REPOSITORY / "handler", REPOSITORY / "config", EMBEDDED_PIPELINE)
-    for path in sorted(path for folder in folders for path in folder.rglob("*")):
+    folders = (REPOSITORY / "handler", EMBEDDED_PIPELINE)
+    packed = [path for folder in folders for path in folder.rglob("*")]
+    for path in sorted([*packed, REPOSITORY / "config" / "model-config.yaml"]):
         if path.is_file() and "__pycache__" not in path.parts:
             digest.update(f"{path.relative_to(REPOSITORY)}\0{path.stat().st_size}\0".encode())
             digest.update(path.read_bytes())

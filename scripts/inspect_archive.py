@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.errors import ArchiveError, ConfigError
-from handler.loading.contents import pickled
+from handler.loading.contents import CONTROLNET_FOLDER, controlnet_names, pickled
 from scripts.archive.checks import read_config, read_manifest
 from scripts.archive.manifest import CONFIG_NAME, TORCHSERVE_MANIFEST_NAME, component_facts
 from scripts.archive.reader import ArchiveView, open_archive
@@ -59,6 +59,7 @@ def inspect(path: Path) -> dict[str, Any]:
                 "parameters": num_parameters,
                 "weights_bytes": weights_bytes,
                 "components": components,
+                "tasks": _tasks(view),
             },
             "memory_bytes": {
                 "float32": num_parameters * 4,
@@ -67,15 +68,48 @@ def inspect(path: Path) -> dict[str, Any]:
             },
             "is_mapped": _is_mapped(view),
             "pickled": pickled(view.model.sizes),
+            "samplers": _samplers(view),
             **_settings(view),
             **{
                 key: manifest.get(key)
                 for key in (
                     *("source", "licence", "made_with", "tool", "converted_to"),
-                    *("replaced_components", "loras", "settings", "smoke_prompt"),
+                    *("replaced_components", "loras", "controlnets", "settings", "smoke_prompt"),
                 )
             },
         }
+
+
+def _tasks(view: ArchiveView) -> list[str] | None:
+    """Name the tasks that the worker will serve; None where the class is not known here."""
+    from handler.library_logs import quiet_libraries
+    from handler.loading.controlnets import controlnet_class
+    from handler.loading.pipeline_class import pipeline_class
+    from handler.pipelines.tasks import plan_tasks
+
+    model = view.model
+    names = controlnet_names(model.sizes)
+    channels = {}
+    try:
+        with quiet_libraries():
+            cls = pipeline_class(view.index)
+            for component in ("unet", "transformer"):
+                config = _read_config(view, f"{component}/config.json")
+                if isinstance(config.get("in_channels"), int):
+                    channels[component] = config["in_channels"]
+            configs = {name: f"{CONTROLNET_FOLDER}/{name}/config.json" for name in names}
+            controlnets = {
+                name: controlnet_class(model.read(config), config)
+                for name, config in configs.items()
+            }
+        return [*plan_tasks(cls, channels, controlnets)]
+    except ArchiveError:
+        return None
+
+
+def _read_config(view: ArchiveView, name: str) -> Mapping[str, Any]:
+    found = parse_json(view.model.read(name), name) if name in view.model.sizes else {}
+    return _mapping(found)
 
 
 def _size(path: Path) -> int:
@@ -110,15 +144,31 @@ def _torchserve(view: ArchiveView) -> dict[str, Any] | None:
 def _settings(view: ArchiveView) -> dict[str, Any]:
     """Return what a request gets by default and what it may ask for at most."""
     if view.outer is None or CONFIG_NAME not in view.outer.sizes:
-        return {"defaults": None, "limits": None}
+        return {"defaults": None, "limits": None, "default_loras": None}
     try:
         config = read_config(view)
     except ConfigError:
-        return {"defaults": None, "limits": None}
+        return {"defaults": None, "limits": None, "default_loras": None}
     return {
         "defaults": {name: getattr(config, name) for name in _DEFAULTS},
         "limits": {name: getattr(config, name) for name in _LIMITS},
+        "default_loras": config.default_loras,
     }
+
+
+def _samplers(view: ArchiveView) -> dict[str, list[str]]:
+    """Return the samplers that go with the pipeline, each with the sigmas it may have."""
+    if "scheduler" not in view.index.components:
+        return {}
+    from handler.api.samplers import samplers_of
+    from handler.loading.pipeline_class import component_class
+    from handler.pipelines.schedulers import compatible_with
+
+    try:
+        kind = component_class("scheduler", view.index)
+        return samplers_of(compatible_with(kind))
+    except (ArchiveError, AttributeError):  # of a diffusers that is not the installed one
+        return {}
 
 
 def _page(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -130,6 +180,8 @@ def _page(facts: Mapping[str, Any]) -> Iterator[str]:
         yield _line("model", f"{model['modelName']} {model['modelVersion'] or ''}".strip())
     yield _line("pipeline", pipeline["class"])
     yield _line("parameters", f"{pipeline['parameters']:,}")
+    if pipeline["tasks"]:
+        yield _line("tasks", ", ".join(pipeline["tasks"]))
     yield ""
     yield "components"
     for name, each in pipeline["components"].items():
@@ -153,6 +205,12 @@ def _page(facts: Mapping[str, Any]) -> Iterator[str]:
         if facts[title]:
             shown = [f"{key} {value}" for key, value in facts[title].items() if value is not None]
             yield _line(title, ", ".join(shown))
+    if facts["samplers"]:
+        yield _line("samplers", ", ".join(facts["samplers"]))
+        flags = ("karras", "exponential", "beta")
+        with_flags = [n for n, each in facts["samplers"].items() if {*flags} <= {*each}]
+        if with_flags:
+            yield _line("sigmas", f"{', '.join(flags)} with {', '.join(with_flags)}")
     if facts["pickled"]:
         yield _line("WARNING", f"pickled weights, which the worker refuses: {facts['pickled']}")
 
@@ -178,17 +236,26 @@ def _provenance(facts: Mapping[str, Any]) -> Iterator[str]:
         ("converted_to", "converted to"),
         ("replaced_components", "replaced"),
         ("loras", "LoRAs"),
+        ("controlnets", "ControlNets"),
         ("settings", "settings"),
         ("smoke_prompt", "smoke prompt"),
     ):
         value = facts[key]
         if isinstance(value, dict):
             value = [name if key != "settings" else f"{name}={value[name]}" for name in value]
+        if key == "loras" and isinstance(value, list):
+            value = [_lora(str(name), facts["default_loras"]) for name in value]
         if isinstance(value, list):
             value = ", ".join(str(each) for each in value)
         if value:
             yield _line(title, value)
     yield _line("signature", "beside it" if facts["is_signed"] else "none")
+
+
+def _lora(name: str, defaults: Mapping[str, float] | None) -> str:
+    """Say at which scale a LoRA is on without being named."""
+    scale = 1.0 if defaults is None else defaults.get(name)
+    return f"{name} (off)" if scale is None else name if scale == 1 else f"{name} (at {scale:g})"
 
 
 def _mapping(fact: object) -> Mapping[str, Any]:

@@ -14,17 +14,21 @@ from scripts.archive.store import choose_archive
 from scripts.command import add_run_dir
 from scripts.console import run_command
 from scripts.errors import ServerError
+from scripts.gateway_process import GatewayProcess
 from scripts.hints import to_run
 from scripts.torchserve.curl import curl_line
 from scripts.torchserve.draining import DRAIN_S, drain
+from scripts.torchserve.launch import end_leftover
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 from scripts.torchserve.state import StateDir
 
-__all__ = ["add_commands", "add_start_arguments", "main", "start"]
+__all__ = ["add_commands", "add_start_arguments", "gateway_dir_of", "main", "start"]
 
 MAX_DRAIN_S = 86400.0
 EXAMPLE_PROMPT = "A futuristic cityscape"
+# It closes its connections, and tells instances what it has cancelled.
+_GATEWAY_GRACE_S = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,13 +78,21 @@ def start(arguments: argparse.Namespace) -> int:
 
 
 def stop(arguments: argparse.Namespace) -> int:
-    """Finish what is in flight, then stop the instance, and remove what a killed one left."""
+    """Finish what is in flight, then stop the instance, and remove what a killed one left.
+
+    A gateway in front of it is stopped first: what it has sent still finishes.
+    """
+    gateway = GatewayProcess.find(gateway_dir_of(arguments).resolve())
+    if gateway is not None:
+        print(f"Stopping the gateway (process {gateway.pid}) ...", flush=True)
+        gateway.stop(arguments.drain_s + _GATEWAY_GRACE_S)
     server = TorchServer.find(arguments.run_dir)
     if server is None:
         state = StateDir(arguments.run_dir)
+        has_ended_one = state.is_ours and end_leftover(state)
         if state.is_ours:
             state.clean()
-        print("No server is running.")
+        print("Stopped." if has_ended_one else "No server is running.")
         return 0
     print(f"Stopping TorchServe (process {server.pid}) ...", flush=True)
     _drain(server, arguments.drain_s)
@@ -135,6 +147,14 @@ def logs(arguments: argparse.Namespace) -> int:
         return subprocess.run(tail, check=False).returncode
     except KeyboardInterrupt:
         return 0
+
+
+def gateway_dir_of(arguments: argparse.Namespace) -> Path:
+    """Return the state folder of the gateway that belongs to an instance, unless it is named."""
+    if arguments.gateway_dir is not None:
+        return Path(arguments.gateway_dir)
+    run_dir = Path(arguments.run_dir or ".run")
+    return run_dir.with_name(f"{run_dir.name}-gateway")
 
 
 def _introduce(server: TorchServer, verb: str, *, brief: bool) -> None:
@@ -229,11 +249,15 @@ def add_commands(
     server.add_argument("--name", help="which archive, when there are several")
     server.add_argument("--brief", action="store_true", help="say no more than the address")
     add_start_arguments(server)
-    add(stop, "finish what is in flight, then stop it").add_argument(
+    stopper = add(stop, "finish what is in flight, then stop it")
+    stopper.add_argument(
         "--drain-s",
         type=seconds,
         default=DRAIN_S,
         help="for requests in flight; 0 resets them (30)",
+    )
+    stopper.add_argument(
+        "--gateway-dir", type=Path, help="of the gateway, which is stopped too (RUN_DIR-gateway)"
     )
     add(status, "say what is served and whether it is ready").add_argument(
         "--json", action="store_true", help="for machines"

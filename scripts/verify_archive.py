@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 from handler.errors import ArchiveError, ServingError
+from scripts.archive.bare import as_packed
+from scripts.archive.beside import beside
 from scripts.archive.checks import check_archive, check_models
-from scripts.archive.reader import open_archive
+from scripts.archive.reader import ArchiveView, open_archive
 from scripts.archive.signing import check_signature, signature_path
 from scripts.archive.smoke import smoke_problems
 from scripts.archive.store import add_archive, chosen_archive
@@ -23,9 +26,11 @@ examples:
   %(prog)s model-store/sd.mar
   %(prog)s model-store/sd.mar --key public.pem      the signature too
   %(prog)s model-store/sd.mar --smoke               draws a small picture
+  %(prog)s model-store/sd.mar --quick               its bytes alone, at gigabytes a second
+  %(prog)s my-pipeline                              a folder, as far as it would be packed
   %(prog)s model-store/sd.mar --json
 
-Checked: the zip's structure, every SHA-256, no pickles, code, links or paths that climb out; that
+Checked: the zip's structure, every hash, no pickles, code, links or paths that climb out; that
 the pipeline draws pictures from text; its components and LoRAs, whose weights must fit by names and
 shapes, none missing and none left over; the versions of diffusers, transformers and torch; the
 configuration, by itself and with the pipeline. --smoke draws what the worker
@@ -34,8 +39,13 @@ it holds; 1: it does not, and every problem is named; 2: called wrongly.
 """
 
 
-def verify(path: Path, *, key: Path | None = None, is_smoke: bool = False) -> list[str]:
-    """Return every problem of the archive `path`; none means that it is whole."""
+def verify(
+    path: Path, *, key: Path | None = None, is_smoke: bool = False, is_quick: bool = False
+) -> list[str]:
+    """Return every problem of the archive `path`; none means that it is whole.
+
+    Where it `is_quick`, not of its models: whether it is what was packed, and that was checked.
+    """
     problems: list[str] = []
     if key is not None:
         try:
@@ -43,11 +53,18 @@ def verify(path: Path, *, key: Path | None = None, is_smoke: bool = False) -> li
         except ServingError as error:
             problems.append(str(error))
     try:
-        with open_archive(path) as view:
-            total = sum(view.model.sizes.values())
-            with progress("checking", total) as report:
-                problems += check_archive(view, report)
-            problems += [each for each in check_models(view) if each not in problems]
+        with open_archive(path) as given, as_packed(given) as (view, notes, refusals):
+            for note in notes:
+                print(printable(note), file=sys.stderr)
+            problems += refusals
+            # A picture is drawn in this process, with what the checks of the models import.
+            is_slow = not is_smoke and not is_quick
+            with (
+                beside(partial(_model_problems, view, is_quick), is_slow=is_slow) as models,
+                progress("checking", sum(view.model.sizes.values())) as report,
+            ):
+                problems += [each for each in check_archive(view, report) if each not in problems]
+                problems += [each for each in models() if each not in problems]
             if is_smoke and not problems:
                 problems += smoke_problems(view)
     except ServingError as error:
@@ -55,9 +72,13 @@ def verify(path: Path, *, key: Path | None = None, is_smoke: bool = False) -> li
     return problems
 
 
+def _model_problems(view: ArchiveView, is_quick: bool) -> list[str]:
+    return [] if is_quick else [*check_models(view)]
+
+
 def _run(arguments: argparse.Namespace) -> int:
     path = chosen_archive(arguments)
-    problems = verify(path, key=arguments.key, is_smoke=arguments.smoke)
+    problems = verify(path, key=arguments.key, is_smoke=arguments.smoke, is_quick=arguments.quick)
     if arguments.json:
         print(json.dumps({"archive": str(path), "is_whole": not problems, "problems": problems}))
     elif problems:
@@ -74,7 +95,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key", type=Path, metavar="FILE", help="public key (PEM) of its signature"
     )
-    parser.add_argument("--smoke", action="store_true", help="load it and draw one small picture")
+    depth = parser.add_mutually_exclusive_group()
+    depth.add_argument("--smoke", action="store_true", help="load it and draw one small picture")
+    depth.add_argument(
+        "--quick",
+        action="store_true",
+        help="not its models: whether it is still what was packed, after a copy or a download",
+    )
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 

@@ -19,6 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"config_checks", "errors", "messages"},
     "library_logs": set(),
     "watchdog": set(),
+    "cycle_messages": set(),
+    "cycle_pace": set(),
     "single_worker": {"errors"},
     "torchserve_logs": set(),
     "api": {"config", "errors", "messages"},
@@ -35,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cycle_replies": {"service", "api"},
     "diffusers_handler": {
-        *("assembly", "cycle_replies", "service", "loading", "api"),
+        *("assembly", "cycle_messages", "cycle_pace", "cycle_replies", "service", "loading", "api"),
         *("config", "errors", "library_logs", "single_worker", "torchserve_logs", "watchdog"),
     },
     "torchserve_entry": {"diffusers_handler"},
@@ -44,8 +46,14 @@ TOP_MAY_IMPORT = {
     "handler": set(),
     "scripts": {"handler"},
     "demo": {"handler"},
+    "gateway": {"handler"},
     "benchmarks": {"handler", "scripts", "demo"},
     "diffusers_torchserve": {"scripts"},
+}
+# The table of fields, its reader and the checks of settings: plain data, nothing of torch.
+GATEWAY_MAY_IMPORT = {
+    *("handler.api.fields", "handler.api.picture_headers", "handler.api.schema"),
+    *("handler.config", "handler.config_checks", "handler.errors", "handler.messages"),
 }
 
 
@@ -122,6 +130,12 @@ def test_folders_import_only_what_they_may(name: str) -> None:
     assert imported <= TOP_MAY_IMPORT[top]
 
 
+@pytest.mark.parametrize("name", [n for n in MODULES if n.split(".")[0] == "gateway"])
+def test_the_gateway_imports_only_the_table_of_the_handler(name: str) -> None:
+    imported = {module for module, _ in imports(name) if module.split(".")[0] == "handler"}
+    assert imported - {"handler"} <= GATEWAY_MAY_IMPORT
+
+
 @pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("handler.")])
 def test_packages_of_the_handler_import_downward_only(name: str) -> None:
     rooms = {_room(module) for module, _ in imports(name) if module != "handler"}
@@ -152,7 +166,7 @@ def test_no_module_imports_itself_through_others() -> None:
 
 
 @pytest.mark.parametrize("library", ["torch", "diffusers", "transformers", "ts"])
-@pytest.mark.parametrize("package", ["handler.api", "handler.config", "handler.errors"])
+@pytest.mark.parametrize("package", ["gateway", "handler.api", "handler.config", "handler.errors"])
 def test_what_needs_no_torch_imports_none(package: str, library: str) -> None:
     names = [name for name in MODULES if name == package or name.startswith(f"{package}.")]
     code = f"import sys, {', '.join(names)}; sys.exit({library!r} in sys.modules)"

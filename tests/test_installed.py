@@ -58,12 +58,18 @@ def call(command: Path, folder: Path, *arguments: str) -> subprocess.CompletedPr
     )
 
 
+WHAT_RUNS = (
+    *("gateway/**/*.py", "gateway/page/*", "handler/**/*.py", "scripts/**/*.py"),
+    *("config/*", "demo/pipeline/**/*"),
+)
+
+
 def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
     wanted = {
         f"diffusers_torchserve/repository/{path.relative_to(REPOSITORY).as_posix()}"
-        for pattern in ("handler/**/*.py", "scripts/**/*.py", "config/*", "demo/pipeline/**/*")
+        for pattern in WHAT_RUNS
         for path in REPOSITORY.glob(pattern)
         if path.is_file()
     }
@@ -91,6 +97,12 @@ def test_it_says_what_to_run_next_in_its_own_words(command: Path, tmp_path: Path
     assert answer.returncode == 2
     assert "`diffusers-torchserve pack` builds the embedded one" in answer.stderr
     assert "`diffusers-torchserve serve` starts one" in call(command, tmp_path, "status").stdout
+    model = call(command, tmp_path, "pack", "--pipeline", "org/name")
+    assert "packed by diffusers-torchserve pack --model-id org/name" in model.stderr
+    (tmp_path / "model-store").mkdir()
+    (tmp_path / "model-store" / "name.mar").touch()
+    again = call(command, tmp_path, "pack", "--pipeline", "org/name", "--name", "name")
+    assert "replaces it (diffusers-torchserve pack --force)" in again.stderr
 
 
 def test_shells_complete_it(command: Path, tmp_path: Path) -> None:

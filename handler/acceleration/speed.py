@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -85,13 +86,16 @@ class Plan:
 
 def make_plan(
     config: HandlerConfig,
-    pipeline: Any,
+    pipelines: Any,
     device: torch.device,
     dtype: torch.dtype,
     *,
     has_bfloat16: bool | None = None,
 ) -> Plan:
-    """What `config.speed` means for `pipeline` on its device; with `exact`, nothing."""
+    """What `config.speed` means for `pipelines` on their device; with `exact`, nothing.
+
+    One pipeline, or several that share modules, by the names of their tasks.
+    """
     if config.speed == "off" or config.exact:
         return Plan()
     on_cpu, on_cuda = (device.type == kind for kind in ("cpu", "cuda"))
@@ -101,17 +105,19 @@ def make_plan(
         return Plan(channels_last=True, slice_decoding=on_cuda, warm_up=on_cuda or asked)
     if has_bfloat16 is None:
         has_bfloat16 = cpu_has_bfloat16()
-    obstacle = _obstacle(pipeline)
+    obstacle = next(filter(None, map(_obstacle, _several(pipelines))), None)
     if obstacle is not None:
         logger.warning("speed: max compiles nothing here: %s", obstacle)
     # A precision that the operator chose stays. Without a text encoder the denoiser's precision
     # becomes that of the latents, which the VAE would not take.
-    has_encoder = any(name.startswith("text_encoder") for name in _modules(pipeline))
+    first = _several(pipelines)[0]
+    has_encoder = any(name.startswith("text_encoder") for name in _modules(first))
     halves = on_cpu and has_bfloat16 and config.dtype is None and has_encoder
     return Plan(
         channels_last=True,
         slice_decoding=on_cuda,
-        fuse_projections=on_cuda and obstacle is None,
+        # Fused projections are not the layers that a LoRA adds to.
+        fuse_projections=on_cuda and obstacle is None and config.lora_dir is None,
         tf32=on_cuda and dtype is torch.float32,
         precision=torch.bfloat16 if halves else None,
         compile=obstacle is None and (on_cpu or on_cuda),
@@ -137,14 +143,15 @@ def _obstacle(pipeline: Any) -> str | None:
 
 
 class SpeedUp:
-    """Applies `plan` to `pipeline`, which cannot be undone; then tells an engine what it needs.
+    """Applies `plan` to `pipelines`, which cannot be undone; then tells an engine what it needs.
 
-    Mutates the pipeline's modules. `compiler` and `record` are for forwards that are prepared.
+    Mutates their modules, what they share once: one pipeline, or several by the names of their
+    tasks. `compiler` and `record` are for forwards that are prepared.
     """
 
     def __init__(
         self,
-        pipeline: Any,
+        pipelines: Any,
         plan: Plan,
         max_rows: int,
         *,
@@ -156,7 +163,7 @@ class SpeedUp:
         self._max_rows = max_rows
         self._compiler = compiler or compile_forward
         self._record = record
-        _apply(pipeline, plan)
+        _apply(_several(pipelines), plan)
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -172,8 +179,15 @@ class SpeedUp:
         """For the engine: what runs the prepared forwards, if any are."""
         return (CompiledForwards(self._prepare),) if self.plan.prepares else ()
 
-    def warm_up(self, engine: InFlightEngine, calls: Sequence[Mapping[str, Any]]) -> None:
+    def warm_up(
+        self,
+        engine: InFlightEngine,
+        calls: Sequence[Mapping[str, Any]],
+        tasks: Sequence[str] = (),
+    ) -> None:
         """Draw `calls`; meanwhile forwards are prepared for all that look like theirs.
+
+        `tasks` name the pipeline of each call; where there is no name, it is the engine's first.
 
         Raises:
             Exception: what a call failed with, where memory ran out or the device is lost: nothing
@@ -184,10 +198,10 @@ class SpeedUp:
         started_s = time.monotonic()
         self._set_warming(True)
         try:
-            for kwargs in calls:
-                error = _drawn(engine, kwargs)
+            for kwargs, task in itertools.zip_longest(calls, tasks):
+                error = _drawn(engine, kwargs, task)
                 if error is not None and is_out_of_memory(error) and self._forget_graphs():
-                    error = _drawn(engine, kwargs)
+                    error = _drawn(engine, kwargs, task)
                 if error is None:
                     continue
                 if is_out_of_memory(error) or is_device_lost(error):
@@ -235,9 +249,11 @@ class SpeedUp:
             torch.backends.cudnn.benchmark = is_warming
 
 
-def _drawn(engine: InFlightEngine, kwargs: Mapping[str, Any]) -> BaseException | None:
+def _drawn(
+    engine: InFlightEngine, kwargs: Mapping[str, Any], task: str | None
+) -> BaseException | None:
     """Draw one picture; what it failed with, if it did."""
-    ticket = engine.submit(kwargs)
+    ticket = engine.submit(kwargs, task=task)
     engine.run()
     return ticket.error
 
@@ -257,22 +273,31 @@ def compile_forward(forward: Forward) -> Forward:
     return compiled
 
 
-def _apply(pipeline: Any, plan: Plan) -> None:
+def _apply(pipelines: Sequence[Any], plan: Plan) -> None:
     if plan.channels_last:
-        put_channels_last(_modules(pipeline))
-    if plan.slice_decoding and hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
-        pipeline.vae.enable_slicing()
-    if plan.fuse_projections and hasattr(pipeline, "fuse_qkv_projections"):
+        done = set[int]()
+        for pipeline in pipelines:
+            modules = {name: m for name, m in _modules(pipeline).items() if id(m) not in done}
+            put_channels_last(modules)
+            done |= {id(module) for module in modules.values()}
+    first = pipelines[0]
+    if plan.slice_decoding and hasattr(getattr(first, "vae", None), "enable_slicing"):
+        first.vae.enable_slicing()
+    if plan.fuse_projections and hasattr(first, "fuse_qkv_projections"):
         try:
-            pipeline.fuse_qkv_projections()
+            first.fuse_qkv_projections()
         except ValueError as error:
             logger.info("projections stay apart: %s", error)
     if plan.tf32:
         torch.set_float32_matmul_precision("high")
     if plan.precision is not None:
-        for slot in find_slots(pipeline):
+        for slot in find_slots(*pipelines):
             if slot.is_denoiser:
                 _compute_in(slot.module, plan.precision)
+
+
+def _several(pipelines: Any) -> list[Any]:
+    return list(pipelines.values()) if isinstance(pipelines, Mapping) else [pipelines]
 
 
 def _modules(pipeline: Any) -> dict[str, torch.nn.Module]:

@@ -12,12 +12,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from handler.api.foreign_names import DRAWS_FROM_TEXT, is_picture_input
+from handler.api.foreign_names import HOW_PICTURES_ARE_SENT, is_picture_input
+from handler.api.picture_headers import identify
 from handler.api.schema import PICTURE_NAMES
+from handler.api.translation import holds_picture
 from handler.errors import InvalidRequest, TooLarge
 from handler.messages import show, shown_name
 
 __all__ = [
+    "ALONE",
     "HOW_TO_SEND",
     "MAX_FIELDS",
     "Payload",
@@ -32,9 +35,15 @@ HOW_TO_SEND = (
     " -d 'a prompt') or as a form (curl --data-urlencode 'prompt=a prompt');"
     " a bare curl -d 'a prompt' sends a form in which the prompt has no name"
 )
+ALONE = (
+    "is missing: the body is a picture; send both as a multipart form (curl -F 'prompt=a prompt'"
+    " -F image=@in.png), or the picture in base64 as the field image of JSON"
+)
 MAX_FIELDS = 256
 """More than there are fields, under every name that anybody gives them."""
 _FIELDS_OF_JSON = PICTURE_NAMES | {"instances", "parameters"}
+# What says nothing about what a body is.
+_UNNAMED = ("", "application/octet-stream")
 _FORMS = ("application/x-www-form-urlencoded", "multipart/form-data")
 _READABLE = "application/json, text/plain, a form, or no Content-Type at all"
 # Clients that post JSON without saying so are common, prompts that begin like this are not.
@@ -43,12 +52,14 @@ _LOOKS_LIKE_JSON_OBJECT = re.compile(r'\s*\{\s*(["}]|\Z)')
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """The fields of a body; a bare prompt is the field ``prompt``."""
+    """The fields of a body; a bare prompt is the field ``prompt``, a bare picture ``image``."""
 
     fields: Mapping[str, object]
     is_form: bool
-    """Values are text whatever they mean: a form, or gRPC."""
+    """Values are text whatever they mean, or the bytes of pictures: a form, or gRPC."""
     problems: Mapping[str, str] = field(default_factory=dict)
+    is_picture: bool = False
+    """The body has no fields: it is the file of a picture."""
 
 
 def media_type(headers: Mapping[str, str]) -> str:
@@ -90,7 +101,10 @@ def check_number_of_fields(fields: Mapping[str, object], name: str) -> None:
 
 def _open_content(content: object, media: str) -> Payload:
     if isinstance(content, (bytes, bytearray, memoryview)):
-        content = _decode(bytes(content), media)
+        content = bytes(content)
+        if media.startswith("image/") or (media in _UNNAMED and identify(content)):
+            return Payload({"image": content}, is_form=False, is_picture=True)
+        content = _decode(content, media)
     if isinstance(content, str):
         _refuse_json_as_text(content)
         return Payload({"prompt": content}, is_form=False)
@@ -105,7 +119,7 @@ def _open_content(content: object, media: str) -> Payload:
 def _decode(content: bytes, media: str) -> object:
     """Bytes to text or, where they were sent as JSON or look like a JSON object, its value."""
     is_json = media in ("application/json", "text/json") or media.endswith("+json")
-    if not (is_json or media.startswith("text/") or media in ("", "application/octet-stream")):
+    if not (is_json or media.startswith("text/") or media in _UNNAMED):
         raise _unreadable("Content-Type", f"{show(media)} cannot be read; send {_READABLE}")
     try:
         text = content.decode("utf-8-sig")
@@ -144,11 +158,13 @@ def _open_form(form: Mapping[str, object]) -> Payload:
     problems: dict[str, str] = {}
     for name, value in form.items():
         if isinstance(value, (bytes, bytearray, memoryview)):
+            value = bytes(value)
             try:
-                value = bytes(value).decode("utf-8-sig")
+                # Whether it is the picture itself or base64 is seen where it is read.
+                value = value if holds_picture(name) else value.decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                is_picture = is_picture_input(name)
-                problems[shown_name(name)] = DRAWS_FROM_TEXT if is_picture else _not_utf8(error)
+                is_alike = is_picture_input(name)
+                problems[shown_name(name)] = HOW_PICTURES_ARE_SENT if is_alike else _not_utf8(error)
                 continue
         fields[name] = value
     return Payload(fields, is_form=True, problems=problems)

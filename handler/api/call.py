@@ -8,16 +8,17 @@ Here are the fields that steer the reply: output format, id, deadline, stream, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 from handler.api.accept import EVENT_STREAM, MEDIA_TYPES, negotiate
-from handler.api.body import HOW_TO_SEND, Payload, media_type, open_body
+from handler.api.body import ALONE, HOW_TO_SEND, Payload, media_type, open_body
 from handler.api.fields import ID_RULE, FieldReader, is_id
+from handler.api.images import SentPicture
 from handler.api.kserve import Envelope, Message, open_message
 from handler.api.request import GenerationRequest, parse_fields
-from handler.api.schema import REPLY_FIELDS, Value
+from handler.api.schema import REPLY_FIELDS, SENT_PICTURES, Value
 from handler.api.traits import PipelineTraits
 from handler.api.translation import names_for
 from handler.config import HandlerConfig
@@ -45,6 +46,10 @@ class Call:
     """A preview every so many steps; 0 is none."""
     envelope_id: str | None
     """The ``id`` of a KServe v2 request."""
+    jpeg_quality: int | None = None
+    """Of JPEG and WebP; None is the operator's."""
+    paths: tuple[str, ...] = ()
+    """Where each of `requests` stood in the body, for messages: ``instances[1].``, or nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,7 @@ class _Options:
     deadline_s: float | None
     stream: bool
     preview_every: int
+    jpeg_quality: int | None
 
 
 def read_call(
@@ -84,7 +90,8 @@ def read_call(
         return _read_cancel(reader, message)
     options = _read_options(reader, headers, message.envelope, config)
     problems = {**message.problems, **reader.problems}
-    requests = []
+    requests, paths = [], []
+    pictures: dict[int, SentPicture] = {}
     for instance in message.instances:
         for name in REPLY_FIELDS.keys() & instance.fields.keys():
             problems[instance.path + name] = "counts for the whole body: put it beside instances"
@@ -95,6 +102,7 @@ def read_call(
                 traits,
                 is_form=payload.is_form,
                 draw_seed=draw_seed,
+                known_pictures=pictures,
             )
         except InvalidRequest as error:
             for name, problem in error.fields.items():
@@ -102,7 +110,9 @@ def read_call(
                 problems.setdefault(path + name, problem)
         else:
             requests.append(request)
+            paths.append(instance.path)
             _check_image_count(request, options, message.envelope, problems)
+    _check_all_pictures(pictures.values(), message.envelope, config, problems)
     if problems:
         raise _invalid(problems, payload, headers)
     return Call(
@@ -113,7 +123,9 @@ def read_call(
         deadline_s=options.deadline_s,
         stream=options.stream,
         preview_every=options.preview_every,
+        jpeg_quality=options.jpeg_quality,
         envelope_id=message.envelope_id,
+        paths=tuple(paths),
     )
 
 
@@ -147,6 +159,10 @@ def _read_options(
         reader.report("stream", "only plain requests are streamed, not KServe's")
     if sent["previews"] and not stream:
         reader.report("previews", f'needs "stream": true or Accept: {EVENT_STREAM}')
+    if sent["previews"] and config.safety_checker == "refuse":
+        reader.report(
+            "previews", "not here: nothing checks previews, and flagged pictures are refused"
+        )
     deadline_s = config.deadline_s if sent["deadline_s"] is None else sent["deadline_s"]
     return _Options(
         output_format=output_format,
@@ -154,6 +170,7 @@ def _read_options(
         deadline_s=cast("float | None", deadline_s),
         stream=stream,
         preview_every=cast("int | None", sent["previews"]) or 0,
+        jpeg_quality=cast("int | None", sent["jpeg_quality"]),
     )
 
 
@@ -192,6 +209,22 @@ def _check_image_count(
         )
 
 
+def _check_all_pictures(
+    pictures: Collection[SentPicture],
+    envelope: Envelope,
+    config: HandlerConfig,
+    problems: dict[str, str],
+) -> None:
+    """Bound what one body makes the server decode: a small file may have many pixels."""
+    pixels = sum(each.width_px * each.height_px for each in pictures)
+    allowed = len(SENT_PICTURES) * config.max_picture_pixels
+    if pixels > allowed:
+        name = "inputs" if envelope is Envelope.KSERVE_V2 else "instances"
+        problems[name] = (
+            f"have {len(pictures)} pictures of {pixels} pixels together; allowed are {allowed}"
+        )
+
+
 def _without_reply_fields(fields: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in fields.items() if name not in REPLY_FIELDS}
 
@@ -206,4 +239,6 @@ def _invalid(
     is_urlencoded = media_type(headers) == "application/x-www-form-urlencoded"
     if payload.is_form and is_urlencoded and problems.get("prompt") == "is missing":
         problems["prompt"] = HOW_TO_SEND
+    if payload.is_picture and "prompt" in problems:
+        problems["prompt"] = ALONE
     return InvalidRequest(summarise(problems), problems)

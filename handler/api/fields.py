@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 
+from handler.api.images import BadPicture, SentPicture, read_picture
+from handler.api.lora_names import read_loras
 from handler.api.schema import Field, Kind, Value, bounds_of
 from handler.config import HandlerConfig
 from handler.messages import nearest, number_range, show, shown_name
@@ -80,11 +82,46 @@ class FieldReader:
         if field.kind is Kind.ID:
             return self.id(name)
         low, high = bounds_of(field, config)
+        if field.kind is Kind.LORAS:
+            return self.loras(name, aliases, low=low, high=high)
         if field.kind is Kind.NUMBER:
             return self.number(name, aliases, low=low, high=high)
         if field.kind is Kind.INTEGER:
             return self.integer(name, aliases, low=int(low), high=int(high))
         return self.text(name, aliases, min_chars=int(low), max_chars=int(high))
+
+    def picture(
+        self, field: Field, config: HandlerConfig, known: dict[int, SentPicture]
+    ) -> SentPicture | None:
+        """The picture sent for a field, checked by its header; None when absent or wrong.
+
+        `known` are those that other prompts of the body have read, by the identity of what was
+        sent: megabytes of base64 that all prompts share are read once. Mutates `known`.
+        """
+        value = self.take(field.name, field.aliases)
+        if value is None:
+            return None
+        max_bytes, max_pixels = int(bounds_of(field, config)[1]), config.max_picture_pixels
+        try:
+            if id(value) not in known:
+                known[id(value)] = read_picture(value, max_bytes=max_bytes, max_pixels=max_pixels)
+            return known[id(value)]
+        except BadPicture as problem:
+            self.report(field.name, str(problem))
+            return None
+
+    def loras(
+        self, name: str, aliases: Sequence[str], *, low: float, high: float
+    ) -> dict[str, float] | None:
+        """The scale of each LoRA by its name, in any of the forms that these are sent in."""
+        value = self.take(name, aliases)
+        if value is None:
+            return None
+        try:
+            return read_loras(value, low=low, high=high)
+        except ValueError as error:
+            self.report(name, str(error))
+            return None
 
     def text(
         self, name: str, aliases: Sequence[str] = (), *, min_chars: int = 0, max_chars: int

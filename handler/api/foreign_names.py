@@ -11,36 +11,28 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from handler.api.images import NO_FETCHING
 from handler.messages import show
 
 __all__ = [
-    "DRAWS_FROM_TEXT",
     "FOREIGN_NAMES",
+    "HOW_PICTURES_ARE_SENT",
     "SEVERAL_PROMPTS",
     "ForeignName",
     "is_picture_input",
 ]
 
-DRAWS_FROM_TEXT = "this archive draws from text only; leave it out"
+HOW_PICTURES_ARE_SENT = (
+    "is no field; a picture to begin with is sent as image, a mask as mask_image, a ControlNet's as"
+    " control_image"
+)
 SEVERAL_PROMPTS = (
     'several prompts are sent as {"instances": [{"prompt": "a"}, {"prompt": "b"}]},'
     " several pictures of one prompt as num_images"
 )
-# Names of the pictures that other tasks begin with, and of what goes with them.
-_PICTURE_INPUTS = frozenset(
-    [
-        *("image", "images", "image_url", "image_urls", "image_base64", "input_image"),
-        *("init_image", "init_images", "init_img", "source_image", "reference_image"),
-        *("mask", "mask_image", "mask_img", "mask_url", "mask_blur", "inpainting_fill"),
-        *("control_image", "conditioning_image", "controlnet_image", "controlnet_units"),
-        *("controlnet_conditioning_scale", "ip_adapter_image", "strength", "image_strength"),
-        *("image_guidance_scale", "video"),
-    ]
-)
-
 _SIZE = re.compile(r"\s*([0-9]{1,5})\s*[xX]\s*([0-9]{1,5})\s*", re.ASCII)
 
-# Names of the same kind that are in no list; those of counts and sizes are not.
+# Names that are in no list; those of counts and sizes are not.
 _PICTURE_LIKE = re.compile(r"image|img|mask|photo|video")
 _NOT_PICTURE_LIKE = re.compile(
     r"num|count|size|width|height|per_|(^|_)n_|format|quality|seed|steps"
@@ -61,13 +53,14 @@ class ForeignName:
     translate: Translation
     targets: tuple[str, ...] = ()
     """The fields that it may become."""
+    counts_with: str | None = None
+    """The field without which it says nothing, whatever its value."""
 
 
 def is_picture_input(name: str) -> bool:
     """Whether a field that is not ours holds a picture to begin with, or belongs to one."""
     lower = name[:100].lower()
-    is_alike = _PICTURE_LIKE.search(lower) and not _NOT_PICTURE_LIKE.search(lower)
-    return name in _PICTURE_INPUTS or bool(is_alike)
+    return bool(_PICTURE_LIKE.search(lower) and not _NOT_PICTURE_LIKE.search(lower))
 
 
 def _renamed(apis: str, **targets: str) -> Iterable[ForeignName]:
@@ -119,6 +112,26 @@ def _refusal(problem: str) -> Translation:
         raise ValueError(problem)
 
     return convert
+
+
+def _one_picture(target: str) -> Translation:
+    """A list of one picture is that picture."""
+
+    def convert(value: object) -> Mapping[str, object]:
+        if isinstance(value, list | tuple):
+            if len(value) != 1:
+                raise ValueError(f"is {show(value)}; a request begins with one picture")
+            value = value[0]
+        return {target: value}
+
+    return convert
+
+
+def _strengths(apis: str, names: Iterable[str]) -> Iterable[ForeignName]:
+    """Names of our strength that clients send without a picture, too."""
+    for name in names:
+        meaning = "`strength` with a picture; without one it is accepted without effect"
+        yield ForeignName(name, apis, meaning, _to("strength"), ("strength",), "image")
 
 
 def _plain(value: object) -> object:
@@ -180,6 +193,16 @@ def _override_settings(value: object) -> Mapping[str, object]:
     return {}
 
 
+def _flag_of(sigmas: str) -> Translation:
+    def convert(value: object) -> Mapping[str, object]:
+        value = _plain(value)
+        if not isinstance(value, bool):
+            raise ValueError(f"{show(value)} is neither true nor false")
+        return {"sigmas": sigmas} if value else {}
+
+    return convert
+
+
 def _n_iter(value: object) -> Mapping[str, object]:
     if _plain(value) != 1:
         raise ValueError(
@@ -191,10 +214,13 @@ def _n_iter(value: object) -> Mapping[str, object]:
 _A1111, _OPENAI, _HF = "AUTOMATIC1111", "OpenAI", "Hugging Face"
 _DIFFUSERS, _STABILITY, _REPLICATE = "diffusers", "Stability AI", "Replicate"
 _NO_LORA = (
-    "a request cannot choose LoRAs or their strength; they are packed into the archive with"
-    " --lora FILE"
+    'LoRAs are named with their scales, "loras": {"style": 0.8}; a server has those packed with'
+    " --lora FILE and those in its lora_dir"
 )
-_NO_SIGMAS = "a request cannot choose how sigmas are spaced; leave it out"
+_NO_SIGMAS = (
+    "a request cannot list its steps; sigmas names a schedule, such as karras, normal (evenly"
+    " spaced) or sgm_uniform (trailing)"
+)
 _LAST_LAYER = "the text encoder is read at its last layer"
 _OVERRIDES = {
     "CLIP_stop_at_last_layers": _LAST_LAYER,
@@ -248,7 +274,7 @@ def _entries() -> Iterable[ForeignName]:
     yield from _ignored(
         _A1111,
         [
-            *("subseed", "denoising_strength", "firstphase_width", "firstphase_height"),
+            *("subseed", "firstphase_width", "firstphase_height", "inpaint_full_res_padding"),
             *("hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y"),
             *("hr_checkpoint_name", "hr_sampler_name", "hr_scheduler", "hr_prompt"),
             *("hr_negative_prompt", "refiner_switch_at", "override_settings_restore_afterwards"),
@@ -261,6 +287,34 @@ def _entries() -> Iterable[ForeignName]:
         ["do_not_save_samples", "do_not_save_grid"],
         "the server keeps no pictures",
     )
+    yield from _strengths(_A1111, ["denoising_strength"])
+    yield ForeignName("init_images", _A1111, "`image`, one", _one_picture("image"), ("image",))
+    yield from _renamed(_A1111, image_cfg_scale="image_guidance_scale")
+    yield from _idle(
+        _A1111,
+        ["mask_blur", "mask_blur_x", "mask_blur_y"],
+        [0],
+        "blur the mask that you send",
+    )
+    yield from _idle(
+        _A1111, ["inpainting_fill"], [1], "what is masked begins as it is in the picture"
+    )
+    yield from _idle(_A1111, ["inpainting_mask_invert"], [0], "white is drawn anew")
+    yield from _idle(
+        _A1111, ["inpaint_full_res"], [False, 0], "padding_mask_crop draws only what is masked"
+    )
+    yield from _idle(
+        _A1111,
+        ["resize_mode"],
+        [0],
+        "pictures are stretched to height and width; crop or fill the one that you send",
+    )
+    yield from _idle(
+        _A1111, ["initial_noise_multiplier"], [1], "noise is as strong as the scheduler makes it"
+    )
+    yield from _ignored(
+        _A1111, ["include_init_images"], "the reply holds the pictures that were drawn"
+    )
     yield _converted(
         "size", _OPENAI, ("width", "height"), "`width` and `height`, as `512x768`", _size
     )
@@ -270,6 +324,7 @@ def _entries() -> Iterable[ForeignName]:
         ["auto", "standard"],
         "more num_inference_steps are what costs time here",
     )
+    yield ForeignName("image[]", _OPENAI, "`image`, one", _one_picture("image"), ("image",))
     yield from _idle(_OPENAI, ["background"], ["auto", "opaque"], "pictures have no transparency")
     yield from _refused(
         _OPENAI,
@@ -278,7 +333,7 @@ def _entries() -> Iterable[ForeignName]:
         " pictures are not kept under a URL",
         style="say it in the prompt",
         user="request_id is a name for a request",
-        output_compression="the operator sets jpeg_quality",
+        output_compression="jpeg_quality is the quality of JPEG and WebP",
         partial_images='"stream": true with previews, a picture every so many steps',
         moderation="nothing here moderates prompts",
     )
@@ -310,24 +365,39 @@ def _entries() -> Iterable[ForeignName]:
         cross_attention_kwargs=_NO_LORA,
         attention_kwargs=_NO_LORA,
         joint_attention_kwargs=_NO_LORA,
-        use_karras_sigmas=_NO_SIGMAS,
-        use_exponential_sigmas=_NO_SIGMAS,
-        use_beta_sigmas=_NO_SIGMAS,
         timestep_spacing=_NO_SIGMAS,
-        sigmas=_NO_SIGMAS,
         timesteps=_NO_SIGMAS,
     )
     yield from _refused(
         "several",
-        **dict.fromkeys(
-            ["lora", "loras", "lora_scale", "lora_scales", "lora_weights", "lora_path"], _NO_LORA
-        ),
-        schedule_type=_NO_SIGMAS,
-        karras=_NO_SIGMAS,
+        **dict.fromkeys(["lora_scale", "lora_scales", "lora_weights", "lora_path"], _NO_LORA),
         prompts=SEVERAL_PROMPTS,
         instances='KServe\'s; it is read in JSON: {"instances": [{"prompt": "a"}]}',
-        **dict.fromkeys(sorted(_PICTURE_INPUTS), DRAWS_FROM_TEXT),
+        **dict.fromkeys(
+            ["image_url", "image_urls", "init_image_url", "mask_url", "control_image_url"],
+            NO_FETCHING,
+        ),
+        image_strength="strength is 1 less that: 1 draws all of the picture anew",
+        **dict.fromkeys(
+            ["reference_image", "ip_adapter_image", "controlnet_units"], HOW_PICTURES_ARE_SENT
+        ),
+        video="this archive draws pictures",
     )
+    for name in ("images", "image_base64", "init_img", "source_image"):
+        yield ForeignName(name, "several", "`image`, one", _one_picture("image"), ("image",))
+    yield from _renamed("several", mask_img="mask_image", mask_image_base64="mask_image")
+    yield from _renamed(
+        "several", conditioning_image="control_image", controlnet_image="control_image"
+    )
+    yield from _renamed(f"{_A1111}, several", schedule_type="sigmas")
+    for name, sigmas in (
+        ("use_karras_sigmas", "karras"),
+        ("use_exponential_sigmas", "exponential"),
+        ("use_beta_sigmas", "beta"),
+        ("karras", "karras"),
+    ):
+        meaning = f'true is `sigmas: "{sigmas}"`'
+        yield _converted(name, f"{_DIFFUSERS}, several", ("sigmas",), meaning, _flag_of(sigmas))
     yield from _renamed(_STABILITY, samples="num_images", sampler="scheduler")
     yield from _refused(
         _STABILITY,
@@ -335,6 +405,7 @@ def _entries() -> Iterable[ForeignName]:
         ' {"prompt": "a"}',
     )
     yield from _renamed(_REPLICATE, num_outputs="num_images")
+    yield from _strengths(_REPLICATE, ["prompt_strength"])
     yield from _refused(
         _REPLICATE, input='its fields stand at the top of the body: {"prompt": "a"}'
     )

@@ -6,7 +6,7 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -18,7 +18,10 @@ from handler.api.result import Result
 from handler.config import HandlerConfig
 from handler.errors import RequestError
 
-__all__ = ["Reply", "cancel_reply", "error_reply", "success_reply"]
+__all__ = ["FLAGGED", "Reply", "cancel_reply", "error_reply", "success_reply"]
+
+FLAGGED = "X-Content-Flagged"
+"""The header that says of each picture whether the safety checker flags it, where it flags one."""
 
 _JSON = "application/json"
 # Enough for all the warnings below with every character escaped: none is cut in its quotes.
@@ -53,6 +56,8 @@ def success_reply(
     The body depends on the pictures and their parameters alone, so equal calls get equal bytes.
     """
     started_s = clock_s()
+    if call.jpeg_quality is not None:
+        config = replace(config, jpeg_quality=call.jpeg_quality)
     if call.envelope is Envelope.KSERVE_V1:
         content_type, body = _JSON, _kserve_v1_body(call, results, model_name, config)
     elif call.envelope is Envelope.KSERVE_V2:
@@ -66,6 +71,9 @@ def success_reply(
     }
     if call.envelope is Envelope.PLAIN:
         headers["X-Seed"] = ", ".join(map(str, results[0].request.seeds))
+    if any(flag for result in results for flag in result.flagged):
+        flags = (flag for result in results for flag in result.flagged)
+        headers[FLAGGED] = ", ".join("true" if flag else "false" for flag in flags)
     warnings = dict.fromkeys(warning for result in results for warning in result.warnings)
     if warnings:
         headers["Warning"] = _warning_header(warnings)
@@ -126,6 +134,15 @@ def _kserve_v2_body(
     }
     seeds_output = {"name": "seeds", "shape": [len(seeds)], "datatype": "INT64", "data": seeds}
     outputs = [images_output, seeds_output]
+    if flags := [flag for result in results for flag in result.flagged]:
+        outputs.append(
+            {
+                "name": "content_flagged",
+                "shape": [len(flags)],
+                "datatype": "BOOL",
+                "data": flags,
+            }
+        )
     return _json_bytes({"model_name": model_name, **identity, "outputs": outputs})
 
 
@@ -137,6 +154,7 @@ def _result_object(
         "images": [_base64(picture) for picture in pictures],
         "content_type": MEDIA_TYPES[image_format],
         "seeds": list(result.request.seeds),
+        **({"content_flagged": list(result.flagged)} if result.flagged else {}),
         "parameters": request_parameters(result.request),
         "warnings": list(result.warnings),
     }
@@ -147,8 +165,9 @@ def _encode(
 ) -> list[bytes]:
     request = result.request
     encoded = []
-    for seed, image in zip(request.seeds, result.images, strict=True):
-        metadata = ImageMetadata(request, seed, model_name) if config.embed_metadata else None
+    flags = result.flagged or (False,) * len(result.images)
+    for seed, image, flag in zip(request.seeds, result.images, flags, strict=True):
+        metadata = ImageMetadata(request, seed, model_name, flag) if config.embed_metadata else None
         encoded.append(encode_image(image, image_format, metadata, config.jpeg_quality))
     return encoded
 

@@ -11,22 +11,30 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from handler.api.fields import FieldReader
+from handler.api.images import SentPicture
+from handler.api.lora_names import lora_problem
+from handler.api.picture_sizes import choose_size
+from handler.api.samplers import (
+    SCHEDULES,
+    find_sampler,
+    offered,
+    sampler_problem,
+    split_schedule,
+)
 from handler.api.schema import (
     MAX_SEED,
     PICTURE_FIELDS,
     PICTURE_NAMES,
     REPLY_FIELDS,
+    SENT_PICTURES,
+    Kind,
     PictureField,
     Value,
     default_of,
 )
-from handler.api.traits import (
-    PipelineTraits,
-    scheduler_choices,
-    scheduler_class,
-    scheduler_problem,
-    short_name,
-)
+from handler.api.task_choice import check_together, choose_control, choose_task
+from handler.api.tasks import TEXT_TO_IMAGE, engine_task
+from handler.api.traits import PipelineTraits
 from handler.api.translation import translate
 from handler.config import HandlerConfig
 from handler.errors import ConfigError, InvalidRequest
@@ -52,8 +60,23 @@ class GenerationRequest:
     width: int
     num_images: int
     scheduler: str | None
-    """A diffusers class name; None is the pipeline's own."""
+    """A sampler's name, or a diffusers class; None is the pipeline's own."""
     extra: Mapping[str, Value] = field(default_factory=dict, hash=False)
+    task: str = TEXT_TO_IMAGE
+    """Without what a control picture adds; see `engine_task`."""
+    pictures: Mapping[str, SentPicture] = field(default_factory=dict, hash=False)
+    """What was sent to begin with, by field."""
+
+    @property
+    def engine_task(self) -> str:
+        """What the engine calls the task."""
+        return engine_task(self.task, control="control_image" in self.pictures)
+
+    @property
+    def loras(self) -> Mapping[str, float] | None:
+        """The scale of each LoRA that it is drawn with; None: what the pipeline came with."""
+        found = self.extra.get("loras")
+        return found if isinstance(found, Mapping) else None
 
     def values(self) -> dict[str, Value]:
         """The fields by name, in the order of the table."""
@@ -64,12 +87,21 @@ class GenerationRequest:
         }
 
     @property
+    def sampler(self) -> str | None:
+        """The scheduler with its sigmas, under one name; None is the pipeline's own as it is."""
+        named = [each for each in (self.scheduler, self.extra.get("sigmas")) if each is not None]
+        return " ".join(map(str, named)) or None
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """The seed of every picture."""
         return tuple(range(self.seed, self.seed + self.num_images))
 
 
-_ATTRIBUTES = frozenset(each.name for each in dataclasses.fields(GenerationRequest)) - {"extra"}
+_ATTRIBUTES = frozenset(each.name for each in dataclasses.fields(GenerationRequest)) - {
+    "extra",
+    "pictures",
+}
 
 
 def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> None:
@@ -79,8 +111,8 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
     for name, size_px in (("height", config.height), ("width", config.width)):
         if size_px % multiple:
             problems.append(f"{name}: {_not_a_multiple(size_px, multiple)}")
-    if config.scheduler is not None and scheduler_class(config.scheduler, traits) is None:
-        choices = ", ".join(scheduler_choices(traits))
+    if config.scheduler is not None and not find_sampler(config.scheduler, traits.schedulers):
+        choices = ", ".join(offered(traits.schedulers))
         problems.append(f"scheduler: {show(config.scheduler)} is not one of {choices}")
     least = traits.least_steps_with(config.scheduler)
     if config.num_inference_steps < least:
@@ -88,6 +120,8 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
             f"num_inference_steps: {config.num_inference_steps} is too few for the default"
             f" scheduler; it needs at least {least}"
         )
+    if config.default_loras and (problem := lora_problem(config.default_loras, traits.loras)):
+        problems.append(f"default_loras: {problem}")
     if config.negative_prompt and "negative_prompt" not in traits.parameters:
         problems.append("negative_prompt: this pipeline takes none")
     if problems:
@@ -102,10 +136,12 @@ def parse_fields(
     *,
     is_form: bool,
     draw_seed: Callable[[], int],
+    known_pictures: dict[int, SentPicture] | None = None,
 ) -> GenerationRequest:
     """Check the fields of one request and fill in the configured defaults.
 
     `draw_seed` is called once if, and only if, the request is valid and has no seed.
+    `known_pictures` are those that other requests of the body have read, see `FieldReader.picture`.
 
     Raises:
         InvalidRequest: with every problem, by field.
@@ -114,68 +150,167 @@ def parse_fields(
     reader = FieldReader(fields, allow_text=is_form)
     for name, problem in problems.items():
         reader.report(name, problem)
-    sent = {name: reader.read(each, config) for name, each in PICTURE_FIELDS.items()}
+    sent = {
+        name: reader.read(each, config)
+        for name, each in PICTURE_FIELDS.items()
+        if each.kind is not Kind.PICTURE
+    }
     if sent["prompt"] is None and "prompt" not in reader.problems:
         reader.report("prompt", "is missing")
-    _refuse_what_the_pipeline_lacks(reader, fields, traits)
-    values = {**_defaults(config, traits), **{n: v for n, v in sent.items() if v is not None}}
-    values["scheduler"] = _resolve_scheduler(reader, values["scheduler"], traits)
+    present = {name for name in SENT_PICTURES if _is_sent(name, fields)}
+    task = choose_task(reader, sent["task"], present, traits)
+    known = {} if known_pictures is None else known_pictures
+    pictures = _read_pictures(reader, config, known, is_wanted=task is not None)
+    sent["control"] = choose_control(reader, sent["control"], present, traits)
+    has_size = {"image", "control_image"} & present
+    parameters = _parameters(task, present, traits) | ({"height", "width"} if has_size else set())
+    _refuse_what_the_pipeline_lacks(reader, fields, traits, parameters)
+    values = {**_defaults(config, parameters), **{n: v for n, v in sent.items() if v is not None}}
+    values["task"] = task or TEXT_TO_IMAGE
+    values.update(_resolve_sampler(reader, sent, values, traits))
+    _check_loras(reader, sent["loras"], traits)
+    _size_by_picture(reader, values, sent, pictures, config, traits)
     extra = {name: value for name, value in values.items() if name not in _ATTRIBUTES}
     attributes = {name: values[name] for name in _ATTRIBUTES}
     # The table's kinds are those of the attributes; what is wrong has its default until the end.
-    request = GenerationRequest(**attributes, extra=extra)  # type: ignore[arg-type]
-    _check_num_images(reader, request, traits)
+    request = GenerationRequest(**attributes, extra=extra, pictures=pictures)  # type: ignore[arg-type]
+    _check_num_images(reader, request, parameters)
     _check_size(reader, request, config, traits)
     _check_steps(reader, request, config, traits)
     _check_all_pixels(reader, request, config)
+    check_together(reader, extra, pictures, request.num_inference_steps)
     reader.refuse_rest(PICTURE_NAMES | REPLY_FIELDS.keys())
     if reader.problems:
         raise InvalidRequest(summarise(reader.problems), reader.problems)
     return request if sent["seed"] is not None else replace(request, seed=draw_seed())
 
 
-def _defaults(config: HandlerConfig, traits: PipelineTraits) -> dict[str, Value]:
+def _is_sent(name: str, fields: Mapping[str, object]) -> bool:
+    return any(fields.get(each) is not None for each in PICTURE_FIELDS[name].names)
+
+
+def _read_pictures(
+    reader: FieldReader,
+    config: HandlerConfig,
+    known: dict[int, SentPicture],
+    *,
+    is_wanted: bool,
+) -> dict[str, SentPicture]:
+    """The pictures by field. They are only taken where they are not wanted: they may be large."""
+    pictures = {}
+    for name in SENT_PICTURES:
+        each = PICTURE_FIELDS[name]
+        if not is_wanted:
+            reader.take(name, each.aliases)
+        elif (picture := reader.picture(each, config, known)) is not None:
+            pictures[name] = picture
+    return pictures
+
+
+def _parameters(task: str | None, present: set[str], traits: PipelineTraits) -> frozenset[str]:
+    """The parameters of the task's pipeline; of all where there is none, which is a problem."""
+    if task is None:
+        return traits.parameters.union(*traits.tasks.values())
+    return traits.tasks[engine_task(task, control="control_image" in present)]
+
+
+def _size_by_picture(
+    reader: FieldReader,
+    values: dict[str, Value],
+    sent: Mapping[str, Value],
+    pictures: Mapping[str, SentPicture],
+    config: HandlerConfig,
+    traits: PipelineTraits,
+) -> None:
+    """Set height and width in `values` where a picture says them."""
+    name = next((each for each in ("image", "control_image") if each in pictures), None)
+    if name is None:
+        return
+    size = choose_size(
+        reader,
+        (sent["height"], sent["width"]),
+        name,
+        pictures[name],
+        config,
+        traits.size_multiple_px,
+    )
+    if size is not None:
+        values["height"], values["width"] = size
+
+
+def _defaults(config: HandlerConfig, parameters: frozenset[str]) -> dict[str, Value]:
     """What counts for every field that is not sent; extra fields have an entry if they have one."""
     values: dict[str, Value] = {"seed": 0}  # drawn at the end
     for name, each in PICTURE_FIELDS.items():
         value = default_of(each, config)
         if name in _ATTRIBUTES:
             values.setdefault(name, value)
-        elif value is not None and not _is_lacking(each, traits):
+        elif value is not None and not _is_lacking(each, parameters):
             values[name] = value
-    if _is_lacking(PICTURE_FIELDS["negative_prompt"], traits):
+    if _is_lacking(PICTURE_FIELDS["negative_prompt"], parameters):
         values["negative_prompt"] = None
     return values
 
 
-def _is_lacking(each: PictureField, traits: PipelineTraits) -> bool:
-    return each.argument is not None and each.argument not in traits.parameters
+def _is_lacking(each: PictureField, parameters: frozenset[str]) -> bool:
+    return each.argument is not None and each.argument not in parameters
 
 
 def _refuse_what_the_pipeline_lacks(
-    reader: FieldReader, fields: Mapping[str, object], traits: PipelineTraits
+    reader: FieldReader,
+    fields: Mapping[str, object],
+    traits: PipelineTraits,
+    parameters: frozenset[str],
 ) -> None:
     for name, each in PICTURE_FIELDS.items():
-        is_sent = any(fields.get(n) is not None for n in each.names)
-        if is_sent and each.is_refused_without_argument and _is_lacking(each, traits):
-            reader.report(name, "this pipeline has no such parameter")
+        if each.kind is Kind.PICTURE or not each.is_refused_without_argument:
+            continue
+        if _is_sent(name, fields) and _is_lacking(each, parameters):
+            others = [task for task, has in traits.tasks.items() if each.argument in has]
+            needed = f"; {', '.join(others)} has it" if others else ""
+            what = "this task" if others else "this pipeline"
+            reader.report(name, f"{what} has no such parameter{needed}")
 
 
-def _resolve_scheduler(reader: FieldReader, name: Value, traits: PipelineTraits) -> str | None:
-    """The class name for the name that was sent or configured."""
-    if not isinstance(name, str):
-        return None
-    class_name = scheduler_class(name, traits)
-    if class_name is None:
-        reader.report("scheduler", scheduler_problem(name, traits))
-    return class_name
+def _resolve_sampler(
+    reader: FieldReader,
+    sent: Mapping[str, Value],
+    values: Mapping[str, Value],
+    traits: PipelineTraits,
+) -> dict[str, Value]:
+    """The fields `scheduler` and `sigmas` for what was sent or configured of them."""
+    name, sigmas = values["scheduler"], values.get("sigmas")
+    assert name is None or isinstance(name, str)
+    assert sigmas is None or isinstance(sigmas, str)
+    split = split_schedule(name or "")
+    said = split[1] if sent["scheduler"] is not None and split is not None else None
+    if said is not None and sigmas is not None and said != SCHEDULES[sigmas].name:
+        reader.report("sigmas", f"{show(sigmas)}, but the scheduler says {said}: send one")
+    if name is None and sigmas is None:
+        return {"scheduler": None}
+    sampler = find_sampler(name, traits.schedulers, sigmas)
+    if sampler is None:
+        is_named = name is not None and find_sampler(name, traits.schedulers) is None
+        own = next(iter(traits.schedulers), "")
+        problem = sampler_problem(name or own, traits.schedulers, None if is_named else sigmas)
+        reader.report("scheduler" if is_named else "sigmas", problem)
+        return {"scheduler": None}
+    is_own = name is None or (split is not None and not split[0])
+    chosen = {} if sampler.sigmas is None else {"sigmas": sampler.sigmas}
+    return {"scheduler": None if is_own else sampler.name, **chosen}
+
+
+def _check_loras(reader: FieldReader, named: Value, traits: PipelineTraits) -> None:
+    problem = lora_problem(named, traits.loras) if isinstance(named, Mapping) else None
+    if problem is not None:
+        reader.report("loras", problem)
 
 
 def _check_num_images(
-    reader: FieldReader, request: GenerationRequest, traits: PipelineTraits
+    reader: FieldReader, request: GenerationRequest, parameters: frozenset[str]
 ) -> None:
     """Check that there may be several, and that the seeds of all of them stay exact in JSON."""
-    if request.num_images > 1 and _is_lacking(PICTURE_FIELDS["num_images"], traits):
+    if request.num_images > 1 and _is_lacking(PICTURE_FIELDS["num_images"], parameters):
         reader.report("num_images", "this pipeline draws one picture a request")
     high = MAX_SEED - request.num_images + 1
     if request.seed > high:
@@ -205,11 +340,11 @@ def _not_a_multiple(size_px: int, multiple: int) -> str:
 def _check_steps(
     reader: FieldReader, request: GenerationRequest, config: HandlerConfig, traits: PipelineTraits
 ) -> None:
-    num_steps, least = request.num_inference_steps, traits.least_steps_with(request.scheduler)
+    num_steps, least = request.num_inference_steps, traits.least_steps_with(request.sampler)
     if num_steps < least and not {"num_inference_steps", "scheduler"} & reader.problems.keys():
         reader.report(
             "num_inference_steps",
-            f"{num_steps} is too few for {short_name(request.scheduler or traits.schedulers[0])};"
+            f"{num_steps} is too few for {request.scheduler or traits.schedulers[0]};"
             f" allowed: {least} to {config.max_num_inference_steps}",
         )
 

@@ -28,3 +28,5 @@ class Result:
     images: tuple[Image.Image, ...]
     timings: Timings
     warnings: tuple[str, ...] = ()
+    flagged: tuple[bool, ...] = ()
+    """Whether the safety checker flags each picture; empty where none looked at them."""

@@ -16,6 +16,8 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TypeVar
 
+from handler.api.samplers import SCHEDULES
+from handler.api.tasks import IMAGE_TO_IMAGE, INPAINTING, TASKS, TEXT_TO_IMAGE
 from handler.config import OUTPUT_FORMATS, HandlerConfig
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "PICTURE_FIELDS",
     "PICTURE_NAMES",
     "REPLY_FIELDS",
+    "SENT_PICTURES",
+    "SENT_PICTURE_NAMES",
     "Field",
     "Kind",
     "PictureField",
@@ -36,7 +40,7 @@ __all__ = [
 # The largest integer that every JSON reader keeps exact.
 MAX_SEED = 2**53 - 1
 
-Value = str | int | float | bool | None
+Value = str | int | float | bool | Mapping[str, float] | None
 """What a field may hold once it is checked."""
 
 
@@ -49,6 +53,8 @@ class Kind(Enum):
     BOOLEAN = "boolean"
     CHOICE = "one of its choices"
     ID = "id"
+    PICTURE = "a picture"
+    LORAS = "LoRAs by name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +68,10 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """What every field has; bounds are of a number, or of the characters of a text."""
+    """What every field has.
+
+    Bounds are of a number, a text's characters, a picture's bytes or the scale of a LoRA.
+    """
 
     name: str
     kind: Kind
@@ -152,8 +161,24 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             default_note="the pipeline's own",
             argument=None,
             label="Sampler",
-            meaning="`ddim`, `dpm++`, `euler`, `euler_a`, `heun`, `unipc` …, or the name of a"
-            " diffusers class; those that go with the pipeline's own",
+            meaning="a sampler by the name that AUTOMATIC1111, ComfyUI or k-diffusion has for it"
+            " (`DPM++ 2M Karras`, `Euler a`, `dpmpp_2m_sde`, `unipc`), or the name of a diffusers"
+            " class; those that go with the pipeline's own",
+        ),
+        PictureField(
+            name="sigmas",
+            kind=Kind.CHOICE,
+            choices={
+                alias: key
+                for key, schedule in SCHEDULES.items()
+                for alias in (key, schedule.name.lower(), *schedule.aliases)
+                if len(alias) > 2
+            },
+            default_note="the sampler's own",
+            argument=None,
+            label="Schedule type",
+            meaning="the schedule of sigmas, as at the end of a sampler's name: `karras`,"
+            " `exponential`, `beta`, `sgm_uniform`, `simple`, `normal` or `ddim_uniform`",
         ),
         PictureField(
             name="guidance_scale",
@@ -176,6 +201,20 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             is_recorded=False,
             label="Seed",
             meaning="the same seed, the same picture; picture k of a request has the seed + k",
+        ),
+        PictureField(
+            name="loras",
+            aliases=("lora",),
+            kind=Kind.LORAS,
+            minimum=-10,
+            maximum=10,
+            default=Setting("default_loras"),
+            default_note="those packed",
+            argument=None,
+            label="Lora",
+            meaning='the LoRAs to draw with, and no others: `{"style": 0.8}`, `["style"]`,'
+            ' `[{"name": "style", "scale": 0.8}]` or `"style:0.8, ink"`; `{}` is none. Names only:'
+            " of what is packed or in the server's `lora_dir`; an unknown name is told them all",
         ),
         PictureField(
             name="height",
@@ -218,10 +257,113 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             meaning="η of DDIM: 0 is deterministic, 1 adds as much noise as DDPM; other"
             " schedulers ignore it",
         ),
+        PictureField(
+            name="task",
+            kind=Kind.CHOICE,
+            choices={
+                **{name: name for name in TASKS},
+                "txt2img": TEXT_TO_IMAGE,
+                "img2img": IMAGE_TO_IMAGE,
+                "inpaint": INPAINTING,
+            },
+            default_note="what the pictures sent make it",
+            argument=None,
+            meaning="what the request begins with; it follows from the pictures that are sent",
+        ),
+        PictureField(
+            name="image",
+            aliases=("init_image", "input_image"),
+            kind=Kind.PICTURE,
+            maximum=Setting("max_picture_bytes"),
+            argument="image",
+            is_recorded=False,
+            meaning="the picture to begin with; without `height` and `width` its size counts",
+        ),
+        PictureField(
+            name="mask_image",
+            aliases=("mask",),
+            kind=Kind.PICTURE,
+            maximum=Setting("max_picture_bytes"),
+            argument="mask_image",
+            is_recorded=False,
+            meaning="with `image`: what to draw anew, white, and what to keep, black",
+        ),
+        PictureField(
+            name="control_image",
+            kind=Kind.PICTURE,
+            maximum=Setting("max_picture_bytes"),
+            argument="control_image",
+            is_recorded=False,
+            meaning="the picture that a ControlNet follows, as it wants it: edges, depth …",
+        ),
+        PictureField(
+            name="control",
+            kind=Kind.TEXT,
+            minimum=1,
+            maximum=100,
+            default_note="the only one",
+            argument=None,
+            meaning="with `control_image`: the ControlNet's name, where several are packed",
+        ),
+        PictureField(
+            name="strength",
+            kind=Kind.NUMBER,
+            maximum=1,
+            default_note="the pipeline's own",
+            argument="strength",
+            label="Denoising strength",
+            meaning="with `image`: how much of it is drawn anew, 1 is all; so many of the steps are"
+            " done, and at least one must be",
+        ),
+        PictureField(
+            name="image_guidance_scale",
+            kind=Kind.NUMBER,
+            maximum=Setting("max_guidance_scale"),
+            default_note="the pipeline's own",
+            argument="image_guidance_scale",
+            meaning="with pipelines that edit `image` by an instruction: how closely it is kept",
+        ),
+        PictureField(
+            name="controlnet_conditioning_scale",
+            kind=Kind.NUMBER,
+            maximum=2,
+            default_note="the pipeline's own",
+            argument="controlnet_conditioning_scale",
+            meaning="with `control_image`: how closely it is followed",
+        ),
+        PictureField(
+            name="control_guidance_start",
+            kind=Kind.NUMBER,
+            maximum=1,
+            default_note="the pipeline's own",
+            argument="control_guidance_start",
+            meaning="with `control_image`: the part of the steps after which it begins to count",
+        ),
+        PictureField(
+            name="control_guidance_end",
+            kind=Kind.NUMBER,
+            maximum=1,
+            default_note="the pipeline's own",
+            argument="control_guidance_end",
+            meaning="with `control_image`: the part of the steps after which it ends to count",
+        ),
+        PictureField(
+            name="padding_mask_crop",
+            kind=Kind.INTEGER,
+            maximum=Setting("max_size_px"),
+            default_note="all of the picture is drawn",
+            argument="padding_mask_crop",
+            meaning="with `mask_image`: only what it masks is drawn, with so many pixels around it,"
+            " in the size that is asked for, and laid into the picture",
+        ),
     ]
 )
 PICTURE_NAMES = frozenset(name for each in PICTURE_FIELDS.values() for name in each.names)
 """Every name that a field of a picture may be sent under."""
+SENT_PICTURES = tuple(n for n, each in PICTURE_FIELDS.items() if each.kind is Kind.PICTURE)
+"""The fields that are pictures themselves."""
+SENT_PICTURE_NAMES = frozenset(name for n in SENT_PICTURES for name in PICTURE_FIELDS[n].names)
+"""Every name that those may be sent under."""
 
 REPLY_FIELDS: Mapping[str, ReplyField] = _table(
     [
@@ -232,6 +374,14 @@ REPLY_FIELDS: Mapping[str, ReplyField] = _table(
             choices={**{name: name for name in OUTPUT_FORMATS}, "jpg": "jpeg"},
             default_note="what `Accept` asks for, else `default_output`",
             meaning="how the picture is encoded: see below; it outranks the `Accept` header",
+        ),
+        ReplyField(
+            name="jpeg_quality",
+            kind=Kind.INTEGER,
+            minimum=1,
+            maximum=100,
+            default=Setting("jpeg_quality"),
+            meaning="quality of JPEG and WebP",
         ),
         ReplyField(
             name="deadline_s",

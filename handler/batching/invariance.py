@@ -23,6 +23,7 @@ _ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}
 _ROUNDING_HALF = 5e-2
 
 _MAX_KEYS = 4096
+_MARK = "beside the arguments"
 
 Places = frozenset[Path]
 """Edges of arguments: `handler.batching.arguments.edges`."""
@@ -34,20 +35,28 @@ class Proofs:
     def __init__(self) -> None:
         self.unmergeable: set[Hashable] = set()
         self._unseen: dict[Hashable, Places] = {}
+        self._seen_marks: dict[Hashable, Places] = {}
 
     def differences(
-        self, key: Hashable, calls: Sequence[Arguments], rows: Sequence[int], layout: Layout
+        self,
+        key: Hashable,
+        calls: Sequence[Arguments],
+        rows: Sequence[int],
+        layout: Layout,
+        marks: Sequence[frozenset[Hashable]] = (),
     ) -> list[Places] | None:
         """Where each call differs from the first, as far as that was not proven before.
 
         None if nothing is left to prove. Rows are compared at their first and last: one that a
-        module might read for all.
+        module might read for all. `marks` are what each call has beside its arguments; two of them
+        differ in all that they hold, unless they are one object.
         """
         unseen = self._unseen.get(key)
-        if unseen is not None and (not unseen or len(calls) == 1):
+        beside = self._marked(key, marks)
+        if unseen is not None and not any(beside) and (not unseen or len(calls) == 1):
             return None
         wanted = edges(calls[0], rows[0], layout) if unseen is None else unseen
-        different: list[set[Path]] = [set() for _ in calls]
+        different: list[set[Path]] = [set(each) for each in beside or [frozenset()] * len(calls)]
         for place in wanted:
             differing = _differ([row_at(call, place) for call in calls])
             for found, differs in zip(different, differing, strict=True):
@@ -66,6 +75,9 @@ class Proofs:
             unseen = edges(call, rows, layout)
             _make_room(self._unseen)
         self._unseen[key] = unseen - places
+        if marks := frozenset(place for place in places if place[0] is _MARK):
+            _make_room(self._seen_marks)
+            self._seen_marks[key] = self._seen_marks.get(key, frozenset()) | marks
 
     def unseen(self, key: Hashable) -> Places:
         """Where groups of this kind that was proven have not differed yet."""
@@ -75,6 +87,18 @@ class Proofs:
         """Remember that calls of this kind have to run alone."""
         _make_room(self.unmergeable)
         self.unmergeable.add(key)
+
+    def _marked(self, key: Hashable, marks: Sequence[frozenset[Hashable]]) -> list[Places]:
+        """The marks that tell each call from the first and that were not seen to be kept apart."""
+        if all(each is marks[0] for each in marks):
+            return []
+        seen = self._seen_marks.get(key, frozenset())
+        return [
+            frozenset()
+            if each is marks[0]
+            else frozenset((_MARK, mark) for mark in each | marks[0]) - seen
+            for each in marks
+        ]
 
 
 def witnesses(differences: Sequence[Places]) -> list[int]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from inspect import BoundArguments
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,7 +20,16 @@ from handler.batching.merging import merge, merge_key, split, was_written
 from handler.engine.parking import ModuleCall
 from handler.engine.ticket import release_frames
 
-__all__ = ["BatchedForward", "Counters", "Failure", "Group", "is_out_of_memory"]
+__all__ = [
+    "BatchedForward",
+    "CallAdapters",
+    "Counters",
+    "Failure",
+    "Group",
+    "is_out_of_memory",
+]
+
+_NO_MARKS: frozenset[Hashable] = frozenset()
 
 
 @dataclass(slots=True)
@@ -58,6 +68,8 @@ class Group:
     key: Hashable | None
     calls: list[ModuleCall]
     layout: Layout = field(default_factory=dict)
+    apart: bool = False
+    """Whether the calls have one set of LoRAs, because those of several may not be mixed."""
 
     @property
     def arguments(self) -> list[Arguments]:
@@ -75,6 +87,8 @@ class BatchedForward:
     """Groups module calls and runs them, one forward a group where that is right.
 
     `buckets` are the row counts that forwards are padded to, ascending; none: no padding.
+    `prepare` is called with the calls of every forward before it, and `adapters` applies theirs to
+    it; the errors of both are those of the calls.
     `prepare` is called with the calls of every forward before it; its errors are theirs. With
     `proves_ahead`, whether a module keeps rows apart is seen once for each kind of group, on
     arguments that are made to differ; else whenever a group's arguments differ as none did before.
@@ -84,6 +98,7 @@ class BatchedForward:
     max_rows: int
     buckets: Sequence[int] = ()
     prepare: Callable[[Sequence[ModuleCall]], None] = lambda calls: None
+    adapters: CallAdapters = field(default_factory=lambda: _NoAdapters())
     proves_ahead: bool = False
     counters: Counters = field(default_factory=Counters)
     _fingerprints: Fingerprints = field(default_factory=Fingerprints)
@@ -99,15 +114,17 @@ class BatchedForward:
         filling: dict[Hashable, Group] = {}
         for call in calls:
             layout = self._layouts.of(id(call.slot))
-            key = self._key(call, layout)
+            key, apart = self._key(call, layout)
             group = filling.get(key) if key is not None else None
             if group is not None and sum(group.rows) + call.num_rows <= self.max_rows:
                 group.calls.append(call)
                 continue
-            group = Group(key, [call], layout)
+            group = Group(key, [call], layout, apart)
             groups.append(group)
             if key is not None:
                 filling[key] = group
+        for group in groups:
+            self._put_sets_together(group.calls)
         return groups
 
     def run(self, group: Group) -> list[Any]:
@@ -119,8 +136,7 @@ class BatchedForward:
         is_plain = len(group.calls) == 1 and self._padded(group) == sum(group.rows)
         if is_plain or group.key is None:
             return self._run(group)
-        differences = self._proofs.differences(group.key, group.arguments, group.rows, group.layout)
-        return self._run(group) if differences is None else self._prove(group)
+        return self._run(group) if self._unproven(group) is None else self._prove(group)
 
     def _run(self, group: Group) -> list[Any]:
         results = self._attempt(group)
@@ -163,14 +179,17 @@ class BatchedForward:
         slot, total, padded = calls[0].slot, sum(rows), self._padded(group)
         self.prepare(calls)
         if len(calls) == 1 and padded == total:
-            # Faster code is for batches: what runs alone is exact, or there to compare with.
-            run = slot.plain if group.key is None else slot.real
-            results = [self._timed(run, calls[0].bound)]
+            with self.adapters.applied(calls, padded) as is_adapted:
+                # Faster code is for batches: what runs alone is exact, or there to compare with.
+                run = slot.plain if group.key is None or is_adapted else slot.real
+                results = [self._timed(run, calls[0].bound)]
         else:
             merged = merge(
                 group.arguments, rows, pad_to=padded, layout=group.layout, copies=is_trial
             )
-            output = self._timed(slot.real, type(calls[0].bound)(slot.signature, merged))
+            bound = type(calls[0].bound)(slot.signature, merged)
+            with self.adapters.applied(calls, padded) as is_adapted:
+                output = self._timed(slot.plain if is_adapted else slot.real, bound)
             if is_trial and was_written(merged):
                 raise TypeError(
                     "the module writes into its arguments, which have to be a call's own"
@@ -270,10 +289,15 @@ class BatchedForward:
         self._proofs.proven(trial.key, first.bound.arguments, first.num_rows, seen, trial.layout)
 
     def _read_as(self, group: Group, layout: Layout) -> Group:
-        return replace(group, key=self._key_as(group.calls[0], layout), layout=layout)
+        key = self._key_as(group.calls[0], layout, apart=group.apart)
+        return replace(group, key=key, layout=layout)
+
+    def _unproven(self, group: Group) -> list[Places] | None:
+        marks = [self.adapters.marks_of(call) for call in group.calls]
+        return self._proofs.differences(group.key, group.arguments, group.rows, group.layout, marks)
 
     def _differences(self, group: Group) -> list[Places]:
-        found = self._proofs.differences(group.key, group.arguments, group.rows, group.layout)
+        found = self._unproven(group)
         return [frozenset() for _ in group.calls] if found is None else found
 
     def _agree(self, group: Group, together: Any, alone: Any) -> bool:
@@ -282,20 +306,37 @@ class BatchedForward:
     def _alone(self, call: ModuleCall) -> Any:
         return self._run(Group(None, [call]))[0]
 
-    def _key(self, call: ModuleCall, layout: Layout) -> Hashable | None:
-        """What a call has in common with those that may share its forward; None: with none."""
-        if call.ticket.exact or call.num_rows == 0:
-            return None
-        key = self._key_as(call, layout)
-        return None if key in self._proofs.unmergeable else key
+    def _key(self, call: ModuleCall, layout: Layout) -> tuple[Hashable | None, bool]:
+        """What a call has in common with those that may share its forward; None: with none.
 
-    def _key_as(self, call: ModuleCall, layout: Layout) -> Hashable:
-        adapters = call.ticket.adapters
+        And whether only those of its own set of LoRAs may.
+        """
+        if call.ticket.exact or call.num_rows == 0:
+            return None, False
+        for apart in (False, True):
+            key = self._key_as(call, layout, apart=apart)
+            if key not in self._proofs.unmergeable:
+                return key, apart
+        return None, False
+
+    def _key_as(self, call: ModuleCall, layout: Layout, *, apart: bool) -> Hashable:
+        slot = call.slot
+        # Where there is faster code, rows without LoRAs run it: those with them cannot.
+        is_adapted = slot.real is not slot.plain and bool(self.adapters.marks_of(call))
         return (
-            id(call.slot),
-            None if adapters is None else tuple(sorted(adapters.items())),
+            id(slot),
+            self.adapters.key_of(call, apart=apart),
+            is_adapted,
             merge_key(call.bound.arguments, call.num_rows, self._fingerprints, layout),
         )
+
+    def _put_sets_together(self, calls: list[ModuleCall]) -> None:
+        """Let calls of the same LoRAs stand side by side, for these are then added at once."""
+        if len({call.ticket.adapter_set for call in calls}) > 1:
+            first: dict[Any, int] = {}
+            for place, call in enumerate(calls):
+                first.setdefault(call.ticket.adapter_set, place)
+            calls.sort(key=lambda call: first[call.ticket.adapter_set])
 
     def _padded(self, group: Group) -> int:
         """The rows that the group's forward runs."""
@@ -304,6 +345,36 @@ class BatchedForward:
         if group.key is None or not group.calls[0].slot.is_denoiser:
             return rows
         return next((bucket for bucket in self.buckets if bucket >= rows), rows)
+
+
+class CallAdapters(Protocol):
+    """What module calls have to do with LoRAs."""
+
+    def key_of(self, call: ModuleCall, *, apart: bool) -> Hashable:
+        """Equal for calls that may share a forward; `apart`: only where their sets are equal."""
+        ...
+
+    def marks_of(self, call: ModuleCall) -> frozenset[Hashable]:
+        """What tells its LoRAs from those of others, the same object for the same ones."""
+        ...
+
+    def applied(self, calls: Sequence[ModuleCall], padded: int) -> AbstractContextManager[bool]:
+        """Run the forward of `calls` within this; yields whether it needs the module's own code."""
+        ...
+
+
+class _NoAdapters:
+    """Tickets may name sets of LoRAs, and nobody applies them."""
+
+    def key_of(self, call: ModuleCall, *, apart: bool) -> Hashable:
+        adapters = call.ticket.adapters
+        return None if adapters is None else tuple(sorted(adapters.items()))
+
+    def marks_of(self, call: ModuleCall) -> frozenset[Hashable]:
+        return _NO_MARKS
+
+    def applied(self, calls: Sequence[ModuleCall], padded: int) -> AbstractContextManager[bool]:
+        return nullcontext(False)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -29,13 +29,15 @@ from handler.engine.global_random import GlobalRandom
 from handler.engine.lead import Lead, cuda_marker
 from handler.engine.parking import ModuleCall, denoisers_of, find_slots
 from handler.engine.policy import Limits
+from handler.engine.row_adapters import RowAdapters
 from handler.engine.runs import Runs
 from handler.engine.submission import Intake, Served, Submission
 from handler.engine.tick_times import Pace
 from handler.engine.ticket import State, StepEnd, Ticket
 from handler.engine.wrappers import UNANSWERED, ForwardWrapper, Wrappers
 from handler.errors import Cancelled, DeadlineExceeded
-from handler.pipelines.adapters import AdapterSets, scales_adapters
+from handler.pipelines.adapted_layers import LoraWeights
+from handler.pipelines.adapters import AdapterSets
 from handler.pipelines.cost import Cost
 from handler.pipelines.placement import is_asynchronous
 from handler.pipelines.shared_state import SharedState
@@ -96,16 +98,15 @@ class InFlightEngine:
         capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
         if proves_ahead is None:
             proves_ahead = any(is_asynchronous(pipeline) for pipeline in named.values())
-        self._forward = BatchedForward(
-            clock, max_rows, capped, self._prepare, proves_ahead=proves_ahead
-        )
         self._adapters = AdapterSets(list(named.values()))
+        adapters = RowAdapters(self._adapters)
+        self._forward = BatchedForward(
+            clock, max_rows, capped, self._prepare, adapters, proves_ahead
+        )
         shared_states = {task: SharedState(pipeline) for task, pipeline in named.items()}
         self._random = GlobalRandom(named.values())
+        self._runs = Runs(shared_states, self.limits, adapters, clock, self.counters, self._random)
         self._lead = Lead(cuda_marker(named.values()))
-        self._runs = Runs(
-            shared_states, self.limits, self._adapters, clock, self.counters, self._random
-        )
         self._waiting: list[Ticket] = []
         self._is_at_work = False
         self._closed = False
@@ -198,6 +199,31 @@ class InFlightEngine:
         ticket = self._intake.ticket(served, asked, self.limits)
         self._waiting.append(ticket)
         return ticket
+
+    @property
+    def loras(self) -> Mapping[str, int]:
+        """The LoRAs that `attach_lora` added, and the bytes of each."""
+        return self._adapters.loaded
+
+    @property
+    def loras_in_use(self) -> frozenset[str]:
+        """The LoRAs that requests in flight, or waiting to be, have named."""
+        tickets = [*self._waiting, *self._runs.parked]
+        return frozenset(name for ticket in tickets for name in ticket.adapters or ())
+
+    def attach_lora(self, name: str, layers: Mapping[str, Mapping[str, LoraWeights]]) -> None:
+        """Let requests name a LoRA that adds to these layers, by component and the layer's path.
+
+        No module is changed, and no request that does not name it sees anything of it.
+
+        Raises:
+            ValueError: the name is taken, or a layer is not there.
+        """
+        self._adapters.attach(name, layers)
+
+    def detach_lora(self, name: str) -> None:
+        """Forget a LoRA that was attached; requests that have named it keep it."""
+        self._adapters.detach(name)
 
     def step(self) -> list[Ticket]:
         """One tick: drop who is out of time, admit, one forward a group. Returns who ended."""
@@ -296,17 +322,28 @@ class InFlightEngine:
     def _tick(self) -> list[ModuleCall]:
         """Run one forward for every module call that may run, and let its request run on.
 
-        Returns those that a denoiser served.
+        Companions of the denoiser run first: so requests with and without a ControlNet, and those
+        that are half a step apart, meet in the denoiser's forward. Returns the calls that a
+        denoiser served.
         """
         self.counters.ticks += 1
         for ticket in policy.choose(list(self._runs.parked), self.limits):
             ticket.last_tick = self.counters.ticks
-        calls = [p for t, p in self._runs.parked.items() if t.last_tick == self.counters.ticks]
+        self._serve([call for call in self._chosen() if call.slot.is_companion])
+        calls = self._chosen()
         served = [call for call in calls if call.slot.is_denoiser]
+        self._serve(calls)
+        return served
+
+    def _chosen(self) -> list[ModuleCall]:
+        """The calls of those that this tick serves."""
+        parked = self._runs.parked.items()
+        return [call for ticket, call in parked if ticket.last_tick == self.counters.ticks]
+
+    def _serve(self, calls: Sequence[ModuleCall]) -> None:
         for group in self._forward.group(self._unanswered(calls)):
             for call, result in zip(group.calls, self._forward.run(group), strict=True):
                 self._resume(call, self._wrappers.after(call, result))
-        return served
 
     def _unanswered(self, calls: Sequence[ModuleCall]) -> list[ModuleCall]:
         """Those of `calls` that need their forward; the others run on with a wrapper's answer."""
@@ -328,8 +365,5 @@ class InFlightEngine:
         self._runs.unwind(ticket)
 
     def _prepare(self, calls: Sequence[ModuleCall]) -> None:
-        """What the forward of `calls` runs under: their adapters, and whose random numbers."""
+        """Whose random numbers the forward of `calls` draws."""
         self._random.enter(calls[0].ticket if len(calls) == 1 else None)
-        scaled = any(scales_adapters(call.ticket.kwargs) for call in calls)
-        first = calls[0].ticket
-        self._adapters.activate(first.pipeline, first.adapters, scaled=scaled)

@@ -21,6 +21,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from handler.batching.arguments import num_rows
 from handler.engine.ticket import Ticket
 from handler.pipelines.adapters import scales_adapters
+from handler.pipelines.broken_pictures import check_decoded
 from handler.pipelines.placement import placement_problem
 from handler.pipelines.shared_state import is_upcast
 
@@ -35,6 +36,8 @@ _PARKS = "_parks_requests"
 
 # Combined pipelines put the name of the pipeline inside in front: prior_prior, decoder_vqgan.
 _DENOISERS = re.compile(r"(\w+_)?(unet|transformer|prior|decoder)(_\d+)?$")
+# Their forward comes before the denoiser's in every step.
+_COMPANIONS = re.compile(r"(\w+_)?controlnet(_\d+)?$")
 _ENCODERS = re.compile(r"(\w+_)?(controlnet|text_encoder|image_encoder|adapter)(_\d+)?$")
 _AUTOENCODERS = re.compile(r"(\w+_)?(vae|movq|vqvae|vqgan)$")
 
@@ -75,6 +78,8 @@ class Slot:
     signature: inspect.Signature
     attribute: Callable[..., Any] | None
     """What the module itself had under this name; None where its class has the method."""
+    is_companion: bool = False
+    """Whether each of its calls is followed by one of the denoiser, as a ControlNet's is."""
     plain: Callable[..., Any] = field(init=False)
     """The module's own method, for calls that must not differ from the pipeline called alone."""
 
@@ -150,7 +155,10 @@ def park(slot: Slot, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     assert engine is not None
     bound = slot.bind(args, kwargs)
     rows = num_rows(bound.arguments) or 0
-    return engine.switch(ModuleCall(slot, ticket, bound, rows))
+    output = engine.switch(ModuleCall(slot, ticket, bound, rows))
+    if slot.method == "decode":
+        check_decoded(output)
+    return output
 
 
 def find_slots(*pipelines: Any, names: Iterable[str] | None = None) -> list[Slot]:
@@ -223,6 +231,7 @@ def _make_slot(modules: dict[str, torch.nn.Module], name: str) -> Slot:
         module=module,
         method=method,
         is_denoiser=method == "forward" and _ENCODERS.match(component) is None,
+        is_companion=method == "forward" and _COMPANIONS.match(component) is not None,
         real=real,
         signature=inspect.signature(getattr(original, method)),
         attribute=module.__dict__.get(method),
@@ -233,9 +242,12 @@ def _default_names(modules: dict[str, torch.nn.Module]) -> Iterable[str]:
     for name, module in modules.items():
         if _DENOISERS.match(name) or _ENCODERS.match(name):
             yield name
-        # A request that parked while it is cast would leave it in the wrong precision for others.
-        elif _AUTOENCODERS.match(name) and hasattr(module, "decode") and not is_upcast(module):
-            yield f"{name}.decode"
+        elif _AUTOENCODERS.match(name):
+            for method in ("encode", "decode"):
+                # A request that parked while it is cast would leave it in the wrong precision for
+                # the others.
+                if hasattr(module, method) and not is_upcast(module, method):
+                    yield f"{name}.{method}"
 
 
 def _is_hooked(module: torch.nn.Module, pipeline: Any) -> bool:

@@ -14,10 +14,10 @@ from handler.engine.forward import Counters, Failure
 from handler.engine.global_random import GlobalRandom
 from handler.engine.parking import ModuleCall, RequestGreenlet
 from handler.engine.policy import Limits
+from handler.engine.row_adapters import RowAdapters
 from handler.engine.ticket import State, Ticket, release_frames
 from handler.engine.view import make_view
 from handler.errors import Cancelled, TooLarge
-from handler.pipelines.adapters import AdapterSets, scales_adapters
 from handler.pipelines.shared_state import SharedState
 
 __all__ = ["Runs"]
@@ -33,7 +33,7 @@ class Runs:
         self,
         shared_states: Mapping[str, SharedState],
         limits: Limits,
-        adapters: AdapterSets,
+        adapters: RowAdapters,
         clock: Callable[[], float],
         counters: Counters,
         random: GlobalRandom,
@@ -52,8 +52,7 @@ class Runs:
         """Run the pipeline's ``__call__`` until it parks for the first time."""
 
         def call() -> Any:
-            scaled = scales_adapters(ticket.kwargs)
-            self._adapters.activate(ticket.pipeline, ticket.adapters, scaled=scaled)
+            self._adapters.check_present(ticket)
             view, kwargs = make_view(ticket.pipeline, ticket)
             return view(**kwargs)
 
@@ -91,7 +90,9 @@ class Runs:
         self._random.enter(ticket)
         started_s = self._clock()
         try:
-            reached = switch(*value)
+            # What it runs of its modules without parking is under its own set of LoRAs too.
+            with self._adapters.applied_to(ticket):
+                reached = switch(*value)
         except BaseException as error:
             release_frames(error)
             self._end(ticket, State.FAILED, ticket.cancelling or error)

@@ -15,7 +15,7 @@ from handler.engine.ticket import StepEnd, Ticket
 from handler.errors import DeadlineExceeded, TooLarge
 from handler.pipelines.adapters import AdapterSets
 from handler.pipelines.cost import Cost, estimate_cost, least_forwards
-from handler.pipelines.schedulers import make_scheduler
+from handler.pipelines.schedulers import check_num_steps, make_scheduler
 from handler.pipelines.signature import unknown_arguments
 
 __all__ = ["Intake", "Served", "Submission"]
@@ -58,6 +58,7 @@ class Intake:
 
         Raises:
             ValueError: an argument, the scheduler or an adapter that the pipeline does not have.
+            InvalidRequest: more steps than the scheduler has.
             TooLarge: it would never fit.
             DeadlineExceeded: it would surely be late.
         """
@@ -69,10 +70,13 @@ class Intake:
             if isinstance(asked.scheduler, str)
             else copy.deepcopy(asked.scheduler)
         )
+        own = getattr(pipeline, "scheduler", None) if scheduler is None else scheduler
+        check_num_steps(own, kwargs.get("num_inference_steps"))
         cost = estimate_cost(pipeline, kwargs)
         if not limits.hold(cost):
             raise TooLarge(limits.refusal(cost))
         self._check_deadline(served, asked, cost)
+        adapters = self.adapter_sets.checked(pipeline, asked.adapters, kwargs)
         return Ticket(
             kwargs=dict(kwargs),
             cost=cost,
@@ -83,7 +87,8 @@ class Intake:
             scheduler=scheduler,
             deadline=None if asked.deadline_s is None else now_s + asked.deadline_s,
             exact=asked.exact,
-            adapters=self.adapter_sets.checked(pipeline, asked.adapters, kwargs),
+            adapters=None if adapters is None else adapters.weights,
+            adapter_set=adapters,
             on_step=asked.on_step,
             submitted_s=now_s,
         )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from greenlet import greenlet
 
+from handler.pipelines.adapters import AdapterSet
 from handler.pipelines.cost import Cost
 
 __all__ = ["State", "StepEnd", "Ticket", "release_frames"]
@@ -58,6 +59,9 @@ class Ticket:
     deadline: float | None = None
     exact: bool = False
     adapters: Mapping[str, float] | None = None
+    """LoRAs by name with their scales; None is what was active at first."""
+    adapter_set: AdapterSet | None = None
+    """The same, with what they add to which layers."""
     on_step: Callable[[StepEnd], None] | None = None
 
     serial: int = field(default_factory=lambda: next(_serial_numbers))
@@ -112,6 +116,7 @@ class Ticket:
         self.state, self._outcome, self.ended_s = state, outcome, now_s
         self.kwargs = {}
         self.memory = {}
+        self.adapter_set = None
         self.scheduler = self.on_step = self.run = self.cancelling = self.random_states = None
 
 

@@ -17,6 +17,8 @@ from transformers import FeatureExtractionMixin, PreTrainedTokenizerBase, Proces
 from transformers.image_processing_base import ImageProcessingMixin
 
 from handler.engine.ticket import StepEnd, Ticket
+from handler.pipelines.broken_pictures import watch_pictures
+from handler.pipelines.schedulers import seed_noise
 from handler.pipelines.signature import call_defaults
 
 __all__ = ["make_view"]
@@ -48,6 +50,7 @@ def make_view(pipeline: Any, ticket: Ticket) -> tuple[Any, dict[str, Any]]:
     if ticket.scheduler is not None:
         view.scheduler = ticket.scheduler
     kwargs = dict(ticket.kwargs)
+    seed_noise(getattr(view, "scheduler", None), kwargs.get("generator"))
     parameters = call_defaults(pipeline)
     if "callback_on_step_end" in parameters:
         theirs = kwargs.get("callback_on_step_end")
@@ -75,6 +78,7 @@ def _private_copy(pipeline: Any, memo: dict[int, Any] | None = None) -> Any:
         elif not isinstance(part, _STATELESS):
             vars(view)[name] = _own(part, memo)
     view.set_progress_bar_config(disable=True)
+    watch_pictures(view)
     return view
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from handler.errors import ArchiveError
 from handler.loading.leftovers import scaling_problem
-from handler.loading.model_dir import Extent, OpenedPipeline
+from handler.loading.model_dir import OpenedPipeline
 from handler.loading.pipeline_class import component_class
 from handler.loading.safetensors_map import map_tensors
 from handler.loading.variants import select_weights
@@ -23,6 +23,7 @@ __all__ = [
     "build_model",
     "check_vocabulary",
     "load_components",
+    "load_model",
 ]
 
 logger = logging.getLogger(__name__)
@@ -32,26 +33,23 @@ class NotMappableError(Exception):
     """This component wants diffusers' own loading; the message says why."""
 
 
-def load_components(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any]:
+def load_components(
+    opened: OpenedPipeline, dtype: torch.dtype, *, left_out: Collection[str] = ()
+) -> dict[str, Any]:
     """Return every model of the pipeline, built; the rest is left to from_pretrained.
 
-    Raises: ArchiveError.
+    Components that are `left_out` are None. Raises: ArchiveError.
     """
-    components = {}
+    components: dict[str, Any] = {}
     for name in opened.index.components:
+        if name in left_out:
+            components[name] = None
+            continue
         cls = component_class(name, opened.index)
         check_vocabulary(name, cls, (each.name for each in (opened.folder / name).glob("*")))
         if not issubclass(cls, torch.nn.Module):
             continue
-        extents = {
-            path: extent for path, extent in opened.weights.items() if path.startswith(f"{name}/")
-        }
-        if not extents:
-            raise ArchiveError(
-                f"{name}: has no safetensors weights; "
-                "save the pipeline with safe_serialization=True"
-            )
-        components[name] = _load_component(opened, name, cls, extents, dtype)
+        components[name] = load_model(opened, name, cls, dtype)
     return components
 
 
@@ -75,13 +73,15 @@ def check_vocabulary(name: str, cls: type, files: Iterable[str]) -> None:
         )
 
 
-def _load_component(
-    opened: OpenedPipeline,
-    name: str,
-    cls: type,
-    extents: Mapping[str, Extent],
-    dtype: torch.dtype,
-) -> Any:
+def load_model(opened: OpenedPipeline, name: str, cls: type, dtype: torch.dtype) -> Any:
+    """Return the model `cls` out of the folder `name` of a pipeline. Raises: ArchiveError."""
+    extents = {
+        path: extent for path, extent in opened.weights.items() if path.startswith(f"{name}/")
+    }
+    if not extents:
+        raise ArchiveError(
+            f"{name}: has no safetensors weights; save the pipeline with safe_serialization=True"
+        )
     folder = opened.folder / name
     paths, variant = select_weights(name, extents, str(dtype).removeprefix("torch."))
     try:

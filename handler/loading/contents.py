@@ -9,6 +9,7 @@ from handler.errors import ArchiveError
 
 __all__ = [
     "CODE_SUFFIXES",
+    "CONTROLNET_FOLDER",
     "LORA_FOLDER",
     "MANIFEST_NAME",
     "MODEL_INDEX",
@@ -16,12 +17,14 @@ __all__ = [
     "PICKLE_SUFFIXES",
     "WEIGHTS_SUFFIX",
     "check_names",
+    "controlnet_names",
     "pickled",
     "pipeline_prefix",
 ]
 
 MODEL_ZIP = "model.zip"
 LORA_FOLDER = "lora"
+CONTROLNET_FOLDER = "controlnets"
 MANIFEST_NAME = "MAR-INF/PIPELINE.json"
 MODEL_INDEX = "model_index.json"
 WEIGHTS_SUFFIX = ".safetensors"
@@ -56,3 +59,9 @@ def check_names(names: Iterable[str], label: str) -> None:
         )
     if code := sorted(name for name in names if name.lower().endswith(CODE_SUFFIXES)):
         raise ArchiveError(f"{label}: code in a pipeline is refused: {', '.join(code)}")
+
+
+def controlnet_names(paths: Iterable[str]) -> list[str]:
+    """Return the names of the ControlNets among the `paths` of a pipeline's files, sorted."""
+    split = (PurePosixPath(path).parts for path in paths)
+    return sorted({p[1] for p in split if len(p) > 2 and p[0] == CONTROLNET_FOLDER})

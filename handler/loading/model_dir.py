@@ -9,7 +9,6 @@ beside it.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
@@ -29,6 +28,7 @@ from handler.loading.contents import (
     check_names,
     pipeline_prefix,
 )
+from handler.loading.digests import listed_digest
 from handler.loading.documents import parse_json
 from handler.loading.model_index import MAX_MODEL_INDEX_BYTES, ModelIndex
 from handler.zips.central_directory import ZipMember
@@ -99,7 +99,7 @@ def open_pipeline(model_dir: Path) -> Iterator[OpenedPipeline]:
             return
     raise ArchiveError(
         f"{model_dir}: holds neither {MODEL_ZIP} nor a pipeline folder model/: "
-        "pack one with python -m scripts.build_archive"
+        "pack one with make archive, or diffusers-torchserve pack"
     )
 
 
@@ -169,7 +169,7 @@ def _open_zip(reader: ZipReader, archive: Path, folder: Path) -> OpenedPipeline:
     if packed:
         reason = (
             f"{MODEL_ZIP} is deflated, so {len(packed)} weights files had to be unpacked first; "
-            "pack it with python -m scripts.build_archive to have them mapped in place"
+            "pack it with make archive, or diffusers-torchserve pack, to have them mapped in place"
         )
         logger.warning("slow start: %s", reason)
     return OpenedPipeline(folder, index, weights, is_whole=not stored, slow_reason=reason)
@@ -195,13 +195,18 @@ def check_loras(model_dir: Path, paths: Iterable[Path]) -> None:
     try:
         if manifest.exists():
             members = parse_json(manifest.read_bytes(), str(manifest))["members"]
-        listed = {name: each["sha256"] for name, each in members.items()}
-    except (KeyError, TypeError, AttributeError) as error:
+        listed = {name: listed_digest(name, each) for name, each in members.items()}
+    except (KeyError, TypeError, AttributeError, ArchiveError) as error:
         raise ArchiveError(f"{manifest} is damaged: {error!r}") from error
     for path in paths:
+        wanted = listed.get(f"{LORA_FOLDER}/{path.name}")
+        if wanted is None:
+            continue
+        hasher = wanted.start()
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != listed.get(f"{LORA_FOLDER}/{path.name}", digest):
+            while chunk := file.read(CHUNK_BYTES):
+                hasher.update(chunk)
+        if hasher.hexdigest() != wanted.value:
             raise ArchiveError(f"{path} is damaged: it does not match {MANIFEST_NAME}")
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +19,10 @@ import torch
 from handler.errors import ArchiveError, ConfigError
 from handler.library_logs import quiet_libraries
 from handler.loading.contents import LORA_FOLDER
+from handler.loading.lora_files import LoraReader
 from handler.loading.memory import device_memory, memory_problem, weights_bytes
-from handler.loading.model_dir import Extent, OpenedPipeline, check_loras, open_pipeline
-from handler.loading.safetensors_map import map_tensors
+from handler.loading.model_dir import OpenedPipeline, check_loras, open_pipeline
+from handler.loading.safetensors_map import read_header
 from handler.messages import first_lines
 
 if TYPE_CHECKING:
@@ -41,11 +42,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class LoadedPipeline:
-    """A diffusers pipeline on its device. `pipeline` is as untyped as diffusers is."""
+    """A diffusers pipeline on its device. `pipeline` is as untyped as diffusers is.
+
+    `controlnets` are those that were packed with it, by the names that requests choose them by.
+    """
 
     pipeline: Any
     device: torch.device
     dtype: torch.dtype
+    controlnets: Mapping[str, Any] = field(default_factory=dict)
+    loras: tuple[str, ...] = ()
+    """The names of the LoRAs that were packed."""
+    lora_reader: LoraReader | None = None
+    """Reads more of them, where the configuration names a folder."""
 
 
 def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
@@ -103,8 +112,11 @@ def load_opened(
         torch.set_num_threads(config.num_threads)
     with offline(), quiet_libraries():
         try:
-            pipeline = _from_pretrained(opened, dtype)
-            _load_loras(pipeline, loras)
+            left_out = ["safety_checker"] if config.safety_checker == "off" else []
+            pipeline = _from_pretrained(opened, dtype, left_out)
+            reader = LoraReader(pipeline) if loras or config.lora_dir else None
+            _load_loras(pipeline, loras, reader)
+            controlnets = _load_controlnets(opened, dtype)
         except ArchiveError:
             raise
         except Exception as error:
@@ -112,20 +124,22 @@ def load_opened(
             raise ArchiveError(f"the pipeline does not load: {first_lines(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cpu":
-        _move(pipeline, device)
-    return LoadedPipeline(pipeline, device, dtype)
+        _move(pipeline, list(controlnets.values()), device)
+    names = tuple(path.stem for path in loras)
+    return LoadedPipeline(pipeline, device, dtype, controlnets, names, reader)
 
 
-def _move(pipeline: Any, device: torch.device) -> None:
+def _move(pipeline: Any, controlnets: Sequence[Any], device: torch.device) -> None:
     """Copy the weights to `device`. Raises: ConfigError, before any is copied where it can be."""
-    sizes = weights_bytes(pipeline.components.values())
+    sizes = weights_bytes([*pipeline.components.values(), *controlnets])
     if problem := memory_problem(sizes, device_memory(device), device):
         raise ConfigError(problem)
     if device.type == "cuda":
         # Streams and graphs are of the current device, which is the first until this is said.
         torch.cuda.set_device(device)
     try:
-        pipeline.to(device)
+        for part in (pipeline, *controlnets):
+            part.to(device)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"the weights did not fit on {device} while something else took memory there too: "
@@ -145,13 +159,15 @@ def offline() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = was_offline
 
 
-def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
+def _from_pretrained(
+    opened: OpenedPipeline, dtype: torch.dtype, left_out: Collection[str] = ()
+) -> Any:
     from handler.loading.components import load_components
     from handler.loading.pipeline_class import absent_components, pipeline_class
 
     cls = pipeline_class(opened.index)
     components: dict[str, Any] = dict.fromkeys(absent_components(cls, opened.index))
-    components.update(load_components(opened, dtype))
+    components.update(load_components(opened, dtype, left_out=left_out))
     # The class itself, for DiffusionPipeline does not know which components are optional.
     return cls.from_pretrained(
         os.fspath(opened.folder),
@@ -163,15 +179,32 @@ def _from_pretrained(opened: OpenedPipeline, dtype: torch.dtype) -> Any:
     )
 
 
-def _load_loras(pipeline: Any, paths: Sequence[Path]) -> None:
+def _load_controlnets(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any]:
+    from handler.loading.controlnets import load_controlnets
+
+    return load_controlnets(opened, dtype)
+
+
+def _load_loras(pipeline: Any, paths: Sequence[Path], reader: LoraReader | None) -> None:
     """Load the LoRAs that were packed, each as the adapter of its file's name; all are active."""
+    if reader is None or not paths:
+        return
     for path in paths:
-        state = map_tensors(Extent(path, 0, path.stat().st_size), str(path))
         try:
-            pipeline.load_lora_weights(state, adapter_name=path.stem)
-        except (AttributeError, ValueError, RuntimeError, KeyError, ImportError) as error:
+            with path.open("rb") as file:
+                reader.check(read_header(file, path.stat().st_size, str(path)))
+            # By its path, for diffusers reads the scale out of the file's metadata.
+            pipeline.load_lora_weights(
+                os.fspath(path.parent),
+                weight_name=path.name,
+                adapter_name=path.stem,
+                local_files_only=True,
+                use_safetensors=True,
+            )
+        except (
+            *(ArchiveError, AttributeError, ValueError, RuntimeError, KeyError, ImportError),
+        ) as error:
             raise ArchiveError(
                 f"{path}: this LoRA does not fit the pipeline: {first_lines(error)}"
             ) from error
-    if paths:
-        pipeline.set_adapters([path.stem for path in paths])
+    pipeline.set_adapters([path.stem for path in paths])

@@ -15,7 +15,14 @@ from handler.pipelines.signature import call_defaults
 __all__ = ["Cost", "estimate_cost", "least_forwards"]
 
 # Arguments that leave steps out, or say in another way how many there are.
-_SHORTENING = ("denoising_end", "denoising_start", "sigmas", "strength", "timesteps")
+_SHORTENING = ("denoising_end", "denoising_start", "sigmas", "timesteps")
+# How many times as high and wide as the picture that they are given these classes draw.
+_ENLARGING = {
+    "IFSuperResolutionPipeline": 4,
+    "LDMSuperResolutionPipeline": 4,
+    "StableDiffusionLatentUpscalePipeline": 2,
+    "StableDiffusionUpscalePipeline": 4,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +72,23 @@ def estimate_cost(pipeline: Any, kwargs: Mapping[str, Any]) -> Cost:
     drawn_on = _image_size_px(given.get("image")) or (native, native)
     height, width = number("height", drawn_on[0]), number("width", drawn_on[1])
     guided = 2 if number("guidance_scale", 1.0) > 1.0 else 1
-    image_pixels = int(height * width)
+    image_pixels = int(height * width) * _ENLARGING.get(type(pipeline).__name__, 1) ** 2
     return Cost(images * guided, images * image_pixels, image_pixels)
 
 
 def least_forwards(pipeline: Any, kwargs: Mapping[str, Any]) -> int:
-    """The minimum number of denoiser calls of a call with `kwargs`; 0 if unknown."""
+    """The minimum number of denoiser calls of a call with `kwargs`; 0 if unknown.
+
+    A picture to start from leaves out the first steps; `strength` says how many are done.
+    """
     given = {**call_defaults(pipeline), **{k: v for k, v in kwargs.items() if v is not None}}
-    num_steps = given.get("num_inference_steps")
-    is_shortened = any(given.get(name) is not None for name in _SHORTENING)
-    return num_steps if isinstance(num_steps, int) and not is_shortened else 0
+    num_steps, strength = given.get("num_inference_steps"), given.get("strength")
+    if not isinstance(num_steps, int) or any(given.get(name) is not None for name in _SHORTENING):
+        return 0
+    if not isinstance(strength, (int, float)):
+        return num_steps
+    # As diffusers rounds it; its newer pipelines do a step more.
+    return max(0, min(int(num_steps * strength), num_steps))
 
 
 def _batch_size(value: Any) -> int:

@@ -4,23 +4,39 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from handler.api.traits import PipelineTraits
 from handler.library_logs import quiet_libraries
 from handler.pipelines.schedulers import compatible_schedulers, least_steps
+from handler.pipelines.tasks import pictures_of, split_name, task_of
 
 __all__ = ["describe", "latent_scale"]
 
 
-def describe(pipeline: Any) -> PipelineTraits:
-    """Say what requests may ask of `pipeline`."""
+def describe(pipeline: Any, pipelines: Mapping[str, Any] | None = None) -> PipelineTraits:
+    """Say what requests may ask of `pipeline`, and of those made of it for other tasks.
+
+    `pipelines` are what `handler.pipelines.tasks.pipelines_of` made, `pipeline` among them.
+    """
+    own = task_of(type(pipeline))
+    named = {own: pipeline} if pipelines is None else pipelines
+    kinds = {split_name(name)[0]: type(each) for name, each in named.items()}
+    controls = (split_name(name)[1] for name in named)
     return PipelineTraits(
         schedulers=compatible_schedulers(pipeline),
-        size_multiple_px=_size_multiple_px(pipeline),
-        parameters=frozenset(inspect.signature(type(pipeline).__call__).parameters) - {"self"},
+        size_multiple_px=math.lcm(*(_size_multiple_px(each) for each in named.values())),
+        parameters=_parameters(type(pipeline)),
         least_steps=least_steps(pipeline),
+        tasks={task: _parameters(kind) for task, kind in kinds.items()},
+        required=pictures_of(own),
+        controls=tuple(dict.fromkeys(name for name in controls if name is not None)),
     )
+
+
+def _parameters(kind: type) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.__call__).parameters) - {"self"}
 
 
 def _size_multiple_px(pipeline: Any) -> int:

@@ -38,7 +38,7 @@ class SharedState:
             if hasattr(attention, "processor") and hasattr(attention, "set_processor")
         ]
         self._caching = [m for m in modules if getattr(m, "is_cache_enabled", False)]
-        self._upcast = [m for m in modules if is_upcast(m)]
+        self._upcast = [(m, m.dtype) for m in modules if is_upcast(m, "encode")]
         hooks = any(isinstance(part, BaseGuidance) and _hooks_in(part) for part in parts)
         self.is_exclusive = swaps or hooks or bool(self._caching)
 
@@ -48,15 +48,19 @@ class SharedState:
             attention.set_processor(processor)
         for module in self._caching:
             module._reset_stateful_cache()
-        for module in self._upcast:
-            if module.dtype != torch.float16:
-                module.to(torch.float16)
+        for module, dtype in self._upcast:
+            if module.dtype != dtype:
+                module.to(dtype)
 
 
-def is_upcast(module: Any) -> bool:
-    """Whether pipelines cast `module`, an autoencoder, to float32 around its use, and back."""
+def is_upcast(module: Any, method: str) -> bool:
+    """Whether pipelines cast `module`, an autoencoder, to float32 around `method`, and back.
+
+    Around its decoding from float16 only, around its encoding whatever it is in.
+    """
     wants_it = getattr(getattr(module, "config", None), "force_upcast", False)
-    return bool(wants_it) and module.dtype == torch.float16
+    halves = (torch.float16,) if method == "decode" else (torch.float16, torch.bfloat16)
+    return bool(wants_it) and module.dtype in halves
 
 
 def swaps_processors(kind: type) -> bool:

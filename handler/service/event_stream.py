@@ -2,7 +2,8 @@
 
 event: step      {"step": 3, "num_steps": 50, "elapsed_s": 0.41}
 event: preview   {"step": 10, "content_type": "image/jpeg", "image": "<base64>"}
-event: image     the reply's JSON, or {"content_type", "seeds", "image": "<base64>", "warning"?}
+event: image     the reply's JSON, or {"content_type", "seeds", "image": "<base64>",
+                  "warning"?, "content_flagged"?}
 event: error     the error's JSON, with its status
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from handler.api.accept import EVENT_STREAM
-from handler.api.replies import Reply
+from handler.api.replies import FLAGGED, Reply
 from handler.engine.ticket import StepEnd
 from handler.pipelines.preview import Previewer
 
@@ -74,6 +75,8 @@ class EventStream:
             # Its headers went out with the first chunk.
             if warning := reply.headers.get("Warning"):
                 event["warning"] = warning
+            if flagged := reply.headers.get(FLAGGED):
+                event["content_flagged"] = json.loads(f"[{flagged}]")
             self._add("image", event)
         return Reply(reply.status, reply.phrase, EVENT_STREAM, self.take(), reply.headers)
 

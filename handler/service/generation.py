@@ -1,7 +1,7 @@
 """Follow every request from its body to its reply: read, submit, wait, encode, answer exactly once.
 
-    open ─▶ read_call ─▶ EngineQueue ─▶ … ticks … ─▶ EncoderPool ─▶ take_replies
-            api          queueing       engine        encoder_pool
+    open ─▶ read_call ─▶ Decoding ─▶ EngineQueue ─▶ … ticks … ─▶ SideWork ─▶ take_replies
+            api          decoding    queueing       engine       side_work
 
 It knows neither TorchServe nor HTTP's framing; the handler maps ids and replies to its context.
 """
@@ -12,10 +12,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from handler.api.call import Call, CancelCall, read_call
-from handler.api.replies import Reply, cancel_reply, error_reply, success_reply
+from handler.api.decoding import Pictures, decode_all
+from handler.api.replies import FLAGGED, Reply, cancel_reply, error_reply, success_reply
 from handler.api.request import GenerationRequest
 from handler.api.result import Result
 from handler.api.traits import PipelineTraits
@@ -33,14 +35,23 @@ from handler.errors import (
     RequestError,
 )
 from handler.pipelines.preview import Previewer
+from handler.pipelines.safety import SafetyChecker
+from handler.service.decoding import Decoding
 from handler.service.draining import Drain, num_live_reply
-from handler.service.encoder_pool import EncoderPool
 from handler.service.event_stream import EventStream
 from handler.service.live_requests import LiveRequest, LiveRequests
+from handler.service.lora_shelf import LoraShelf, named_by
 from handler.service.metrics import Load, Meter, Sample
 from handler.service.queueing import EngineQueue
 from handler.service.reading import draw_seed, read_requests
-from handler.service.results import as_request_error, device_lost, pipeline_fault, result_of
+from handler.service.results import (
+    as_request_error,
+    checked_result,
+    device_lost,
+    pipeline_fault,
+    result_of,
+)
+from handler.service.side_work import SideWork, wait_for_any
 
 __all__ = ["GenerationService"]
 
@@ -51,10 +62,12 @@ _BACK_AFTER_S = 10
 
 
 class GenerationService:
-    """Serves requests on `engine`, all but the encoding of pictures in the caller's thread.
+    """Serves requests on `engine`, all but coding of pictures in the caller's thread.
 
-    `pipeline` is what the engine serves. `model_name` and `config` go into the replies, which
-    `encode` makes; `clock` is the engine's.
+    `pipeline` is what the engine serves. `checker` looks at its pictures in the threads that encode
+    them, and is given back by `close`. `shelf` has the LoRAs of a folder. `model_name` and `config`
+    go into the replies, which `encode` makes; `decode` makes the pictures that requests begin with;
+    `clock` is the engine's.
     """
 
     def __init__(
@@ -67,6 +80,9 @@ class GenerationService:
         model_name: str,
         draw_seed: Callable[[], int] = draw_seed,
         encode: Callable[..., Reply] = success_reply,
+        decode: Callable[..., list[Pictures]] = decode_all,
+        checker: SafetyChecker | None = None,
+        shelf: LoraShelf | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -76,12 +92,15 @@ class GenerationService:
         self._model_name = model_name
         self._draw_seed = draw_seed
         self._encode = encode
+        self._checker = checker
         self._clock = clock
-        self._queue = EngineQueue(engine, traits.parameters, config.max_waiting)
+        self._queue = EngineQueue(engine, traits.tasks, config.max_waiting)
         self._live = LiveRequests()
         self._replies: dict[str, Reply] = {}
         self._previewer = Previewer(pipeline)
-        self._encoders = EncoderPool(self._success_reply, config.encode_threads)
+        self._shelf = shelf
+        self._decoding = Decoding(config, clock, decode, shelf)
+        self._encoders = SideWork[Reply]("encode", config.encode_threads)
         self._meter = Meter()
         self._drain: Drain | None = None
         self.is_device_lost = False
@@ -94,9 +113,10 @@ class GenerationService:
 
     @property
     def load(self) -> Load:
-        """What the engine holds now."""
+        """What the engine holds now, and what waits for it."""
         engine = self._engine
-        return Load(engine.num_running, engine.num_waiting, engine.in_flight.rows)
+        num_waiting = engine.num_waiting + len(self._decoding.work.requests)
+        return Load(engine.num_running, num_waiting, engine.in_flight.rows)
 
     def samples(self) -> list[Sample]:
         """Return the metrics: what was counted since the last time, and the load."""
@@ -133,9 +153,13 @@ class GenerationService:
             fault.__cause__ = error
             self._refuse(request_id, fault)
 
-    def advance(self, budget_s: float | None = None) -> None:
-        """Tick until a request can be answered or `budget_s` is used; None: until all can be."""
-        ends_s = None if budget_s is None else self._clock() + budget_s
+    def advance(self, budget_s: float | None = None, *, hold_s: float = 0.0) -> None:
+        """Tick until a request can be answered or `budget_s` is used; None: until all can be.
+
+        What can be answered before `hold_s` is used waits for that.
+        """
+        begun_s = self._clock()
+        ends_s = None if budget_s is None else begun_s + budget_s
         # Also when nothing is live: the engine is still to report what was cancelled since.
         while self._live or self._has_work:
             self._end_drained()
@@ -143,9 +167,13 @@ class GenerationService:
                 self._step()
             else:
                 timeout_s = None if ends_s is None else max(0.0, ends_s - self._clock())
-                self._encoders.wait(timeout_s)
+                wait_for_any([self._decoding.work, self._encoders], timeout_s)
+            self._collect_decoded()
             self._collect_encoded()
-            if ends_s is not None and (self._replies or self._clock() >= ends_s):
+            if ends_s is None:
+                continue
+            now_s = self._clock()
+            if now_s >= ends_s or (self._replies and now_s >= begun_s + hold_s):
                 return
 
     def take_replies(self) -> dict[str, Reply]:
@@ -154,9 +182,12 @@ class GenerationService:
         return replies
 
     def stream_of(self, request_id: str) -> EventStream | None:
-        """Return the events of a live request that wants them; None for any other."""
+        """Return the events of a live request that wants them; None for any other.
+
+        Those of a request whose pictures are still decoded begin later: its status is not known.
+        """
         live = self._live.get(request_id)
-        return None if live is None else live.stream
+        return None if live is None or live in self._decoding.work else live.stream
 
     def drop(self, request_id: str) -> None:
         """End a request whose client went away; nobody is told."""
@@ -180,7 +211,10 @@ class GenerationService:
         Raises:
             RequestError: the first that failed.
         """
-        tickets = self._queue.submit(requests)
+        pictures = decode_all(requests, self.config, [""] * len(requests))
+        if self._shelf is not None:
+            self._shelf.attach(self._shelf.read(self._shelf.missing(requests)))
+        tickets = self._queue.submit(requests, pictures)
         while not all(ticket.ended for ticket in tickets):
             if self.is_device_lost:
                 raise device_lost()
@@ -188,14 +222,17 @@ class GenerationService:
         for ticket in tickets:
             if ticket.error is not None:
                 raise as_request_error(ticket.error, ticket.num_steps_done)
-        return self._results(tickets, requests)
+        return [self._checked(result) for result in self._results(tickets, requests)]
 
     def close(self) -> None:
         """End every request and give the pipeline back."""
         for request_id in self._live.ids:
             self.drop(request_id)
+        self._decoding.work.close()
         self._encoders.close()
         self._engine.close()
+        if self._checker is not None:
+            self._checker.give_back()
 
     def _accept(self, request_id: str, sent: Call) -> None:
         if sent.request_id is not None and self._live.find(sent.request_id) is not None:
@@ -204,17 +241,29 @@ class GenerationService:
                 "choose another or wait for its reply",
                 {"request_id": "is taken"},
             )
-        opened_s, stream = self._clock(), None
+        stream = None
         if sent.stream:
             stream = EventStream(self._previewer, sent.preview_every, self._clock)
+        live = LiveRequest(request_id, sent, self._clock(), stream)
+        is_lacking = self._shelf is not None and bool(self._shelf.missing(sent.requests))
+        if is_lacking or any(request.pictures for request in sent.requests):
+            if self._live:
+                self._queue.check_room()
+            self._decoding.start(live)
+        else:
+            self._submit(live, [{} for _ in sent.requests], is_limited=bool(self._live))
+        self._live.add(live)
+
+    def _submit(self, live: LiveRequest, pictures: Sequence[Pictures], *, is_limited: bool) -> None:
+        """Queue a request; alone it is taken in however long a line it forms by itself."""
         tickets = self._queue.submit(
-            sent.requests,
-            deadline_s=sent.deadline_s,
-            on_step=None if stream is None else stream.on_step,
-            # Alone it is taken in however long a line it forms by itself: it would never get in.
-            is_limited=bool(self._live),
+            live.sent.requests,
+            pictures,
+            deadline_s=None if live.deadline is None else live.deadline - self._clock(),
+            on_step=None if live.stream is None else live.stream.on_step,
+            is_limited=is_limited,
         )
-        self._live.add(LiveRequest(request_id, sent, opened_s, tickets, stream))
+        self._live.add_tickets(live, tickets)
 
     def _end_drained(self) -> None:
         """End what still runs when the time of a drain is up; what is drawn is delivered."""
@@ -272,19 +321,37 @@ class GenerationService:
                 return
             for result in results:
                 self._meter.images_drawn(result)
-            self._encoders.start(live, results)
+            self._encoders.start(live, self._success_reply, results)
 
     def _results(
         self, tickets: Sequence[Ticket], requests: Sequence[GenerationRequest]
     ) -> list[Result]:
         return [result_of(t, r, self._pipeline) for t, r in zip(tickets, requests, strict=True)]
 
+    def _collect_decoded(self) -> None:
+        ended = self._decoding.take_ended()
+        coming = [*(live for live, _ in ended), *self._decoding.work.requests]
+        wanted = named_by(request for live in coming for request in live.sent.requests)
+        for live, decoded in ended:
+            try:
+                if isinstance(decoded, RequestError):
+                    raise decoded
+                live.sent = replace(live.sent, requests=decoded.requests)
+                if self._shelf is not None:
+                    self._shelf.attach(decoded.loras, wanted=wanted)
+                self._submit(live, decoded.pictures, is_limited=len(self._live) > 1)
+            except RequestError as error:
+                self._fail(live, error)
+
     def _collect_encoded(self) -> None:
         for live, encoded in self._encoders.take_finished():
             error = encoded.exception()
             if error is None:
                 self._release(live)
-                self._answer(live, encoded.result(), "ok")
+                reply = encoded.result()
+                self._answer(live, reply, "flagged" if FLAGGED in reply.headers else "ok")
+            elif isinstance(error, RequestError):
+                self._fail(live, error)
             else:
                 fault = EngineFault("the picture could not be encoded; the server's log says why")
                 fault.__cause__ = error
@@ -294,7 +361,7 @@ class GenerationService:
         """Run in a thread of the pool."""
         return self._encode(
             live.sent,
-            results,
+            [self._checked(result) for result in results],
             request_id=live.request_id,
             model_name=self._model_name,
             config=self.config,
@@ -309,6 +376,10 @@ class GenerationService:
             if live is not None and live not in self._encoders:
                 self._live.remove(live)
                 self._answer(live, _error_reply(device_lost(), request_id), DeviceLost.code)
+
+    def _checked(self, result: Result) -> Result:
+        refuses = self.config.safety_checker == "refuse"
+        return checked_result(result, self._checker, refuses=refuses)
 
     def _fail(self, live: LiveRequest, error: RequestError) -> None:
         self._release(live, error)
@@ -326,6 +397,7 @@ class GenerationService:
     def _release(self, live: LiveRequest, reason: RequestError | None = None) -> None:
         """Forget the request; what still runs of it is cancelled."""
         self._live.remove(live)
+        self._decoding.work.discard(live)
         self._encoders.discard(live)
         for ticket in live.tickets:
             self._engine.cancel(ticket, reason)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from handler.api.call import Call
 from handler.engine.ticket import Ticket
@@ -16,14 +16,19 @@ class LiveRequest:
     """A request that was accepted and not yet answered.
 
     `request_id` is TorchServe's; the client may have chosen another one, in `sent`. There is one
-    ticket for each prompt that was sent.
+    ticket for each prompt that was sent, once its pictures are decoded.
     """
 
     request_id: str
     sent: Call
     opened_s: float
-    tickets: list[Ticket]
     stream: EventStream | None = None
+    tickets: list[Ticket] = field(default_factory=list)
+
+    @property
+    def deadline(self) -> float | None:
+        """When the request is given up, by the service's clock."""
+        return None if self.sent.deadline_s is None else self.opened_s + self.sent.deadline_s
 
 
 class LiveRequests:
@@ -44,7 +49,11 @@ class LiveRequests:
     def add(self, live: LiveRequest) -> None:
         """Keep `live` until it is removed."""
         self._by_id[live.request_id] = live
-        self._by_ticket.update(dict.fromkeys(live.tickets, live))
+
+    def add_tickets(self, live: LiveRequest, tickets: list[Ticket]) -> None:
+        """Give `live` its tickets. Mutates `live`."""
+        live.tickets = tickets
+        self._by_ticket.update(dict.fromkeys(tickets, live))
 
     def remove(self, live: LiveRequest) -> None:
         """Forget `live` and its tickets."""

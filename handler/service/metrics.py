@@ -73,7 +73,7 @@ class Meter:
         self._is_known = False
 
     def request_ended(self, outcome: str, total_s: float | None = None) -> None:
-        """Count a request that ended as `outcome`: ``ok``, an error's code, ``disconnected``."""
+        """Count a request that ended as `outcome`: ``ok``, ``flagged``, or an error's code."""
         self._outcomes[outcome] += 1
         if total_s is not None:
             self._seconds.append(("total", total_s))

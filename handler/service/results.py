@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from handler.api.request import GenerationRequest
@@ -9,10 +10,18 @@ from handler.api.result import Result, Timings
 from handler.engine.device_faults import is_device_lost
 from handler.engine.forward import is_out_of_memory
 from handler.engine.ticket import Ticket
-from handler.errors import DeviceLost, EngineFault, InvalidRequest, OutOfMemory, RequestError
+from handler.errors import (
+    ContentFlagged,
+    DeviceLost,
+    EngineFault,
+    InvalidRequest,
+    OutOfMemory,
+    RequestError,
+)
 from handler.pipelines.prompts import prompt_warnings
+from handler.pipelines.safety import SafetyChecker, verdicts_of
 
-__all__ = ["as_request_error", "device_lost", "pipeline_fault", "result_of"]
+__all__ = ["as_request_error", "checked_result", "device_lost", "pipeline_fault", "result_of"]
 
 
 def result_of(ticket: Ticket, request: GenerationRequest, pipeline: Any) -> Result:
@@ -23,6 +32,7 @@ def result_of(ticket: Ticket, request: GenerationRequest, pipeline: Any) -> Resu
     return Result(
         request=request,
         images=_pictures(ticket.result()),
+        flagged=verdicts_of(ticket.result()),
         timings=Timings(
             queue_s=ticket.admitted_s - ticket.submitted_s,
             denoise_s=denoised_s - ticket.admitted_s,
@@ -30,6 +40,26 @@ def result_of(ticket: Ticket, request: GenerationRequest, pipeline: Any) -> Resu
         ),
         warnings=prompt_warnings(pipeline, request),
     )
+
+
+def checked_result(result: Result, checker: SafetyChecker | None, *, refuses: bool) -> Result:
+    """Return `result` as the safety checker leaves it; without one the pipeline's word counts.
+
+    Slow, and touches nothing shared: made for a thread pool.
+
+    Raises:
+        ContentFlagged: a picture is flagged and `refuses`.
+    """
+    if checker is not None and not any(result.flagged):
+        images, flagged = checker.check(result.images)
+        result = replace(result, images=tuple(images), flagged=flagged)
+    if refuses and any(result.flagged):
+        seeds = [s for s, f in zip(result.request.seeds, result.flagged, strict=True) if f]
+        raise ContentFlagged(
+            "the safety checker flags what was drawn with seed"
+            f" {', '.join(map(str, seeds))}; send another prompt, or another seed"
+        )
+    return result
 
 
 def _pictures(output: Any) -> tuple[Any, ...]:

@@ -47,9 +47,9 @@ class ZipReader:
         """Unpacked sizes by name."""
         return {name: member.size_bytes for name, member in self.members.items()}
 
-    def stream(self, name: str) -> Iterator[bytes]:
+    def stream(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the bytes of a member; see `chunks`."""
-        return self.chunks(self._named(name))
+        return self.chunks(self._named(name), chunk_bytes)
 
     def head(self, name: str, num_bytes: int) -> bytes:
         """Return the first bytes of a member, whose checksum stays unchecked."""

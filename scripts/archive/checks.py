@@ -5,7 +5,6 @@ Every check yields its problems as text instead of raising, so that a report nam
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -17,15 +16,14 @@ from handler.errors import ArchiveError, ConfigError, ServingError
 from handler.loading.contents import (
     LORA_FOLDER,
     MODEL_INDEX,
-    MODEL_ZIP,
     WEIGHTS_SUFFIX,
     check_names,
 )
 from handler.loading.safetensors_map import Header, parse_header
 from handler.zips.reader import ZipReader
+from scripts.archive.comparison import compare_with_manifest
 from scripts.archive.manifest import (
     CONFIG_NAME,
-    FORMAT,
     MANIFEST_NAME,
     TORCHSERVE_MANIFEST_NAME,
     installed_versions,
@@ -58,7 +56,7 @@ def check_archive(view: ArchiveView, report: Progress, *, is_hashed: bool = True
     if view.outer is not None:
         yield from _check_unzipping(view.outer)
         yield from _check_torchserve(view.outer)
-        yield from _check_manifest(view, manifest, report if is_hashed else None)
+        yield from compare_with_manifest(view, manifest, report if is_hashed else None)
     yield from _problems(lambda: read_config(view))
     yield from _problems(lambda: check_names(view.model.sizes, "the pipeline"))
     yield from _check_components(view)
@@ -114,68 +112,6 @@ def read_config(view: ArchiveView) -> HandlerConfig:
         raise ConfigError(f"{CONFIG_NAME}: {error}") from error
 
 
-def _check_manifest(
-    view: ArchiveView, manifest: dict[str, Any] | None, report: Progress | None
-) -> Iterator[str]:
-    if manifest is None:
-        yield f"{MANIFEST_NAME} is missing: not packed by scripts.build_archive, nothing to compare"
-        if report is not None:
-            yield from _read_through(view.model, report)
-        return
-    if manifest.get("format") != FORMAT:
-        yield f"{MANIFEST_NAME} has the format {manifest.get('format')!r}; known is {FORMAT}"
-        return
-    assert view.outer is not None
-    unlisted = {MANIFEST_NAME, MODEL_ZIP}
-    if MODEL_ZIP not in view.outer.sizes:  # unpacked in model/, as in an image
-        unlisted |= {f"model/{name}" for name in view.model.sizes}
-    yield from _compare(view.outer, manifest.get("members"), unlisted, "", report)
-    yield from _compare(view.model, manifest.get("model_members"), set(), "model.zip/", report)
-
-
-def _read_through(reader: Reader, report: Progress) -> Iterator[str]:
-    for name in reader.sizes:
-        try:
-            for chunk in reader.stream(name):
-                report(len(chunk))
-        except ServingError as error:
-            yield str(error)
-
-
-def _compare(
-    reader: Reader, listed: object, unlisted: set[str], prefix: str, report: Progress | None
-) -> Iterator[str]:
-    """Compare names, sizes and SHA-256 of all files with what the manifest lists.
-
-    No SHA-256 where there is nobody to `report` to.
-    """
-    if not isinstance(listed, dict):
-        yield f"{MANIFEST_NAME} lists no members"
-        return
-    present = reader.sizes.keys() - unlisted
-    for name in sorted(listed.keys() - present):
-        yield f"{prefix}{name} is missing"
-    for name in sorted(present - listed.keys()):
-        yield f"{prefix}{name} is not in the manifest"
-    for name in sorted(present & listed.keys()):
-        expected = listed[name]
-        if not isinstance(expected, dict) or reader.sizes[name] != expected.get("size_bytes"):
-            yield f"{prefix}{name} has {reader.sizes[name]} bytes, unlike in the manifest"
-            continue
-        if report is None:
-            continue
-        digest = hashlib.sha256()
-        try:
-            for chunk in reader.stream(name):
-                digest.update(chunk)
-                report(len(chunk))
-        except ServingError as error:
-            yield str(error)
-            continue
-        if digest.hexdigest() != expected.get("sha256"):
-            yield f"{prefix}{name} does not match its SHA-256 in the manifest"
-
-
 def _check_components(view: ArchiveView) -> Iterator[str]:
     """Every component must have files, and every safetensors file a header that is true."""
     try:
@@ -213,6 +149,7 @@ def check_models(view: ArchiveView) -> Iterator[str]:
 
     The models are built around tensors that have a shape and no memory: nothing is loaded.
     """
+    from scripts.archive.controlnets import check_controlnets
     from scripts.archive.model_checks import check_pipeline, check_settings
     from scripts.archive.skeleton import build_skeleton
 
@@ -224,12 +161,14 @@ def check_models(view: ArchiveView) -> Iterator[str]:
     loras: dict[str, Header] = {}
     yield from _problems(lambda: loras.update(_lora_headers(view)))
     yield from check_pipeline(index, view.model.sizes, skeleton, loras)
+    if skeleton.pipeline is not None:
+        yield from check_controlnets(skeleton.pipeline, view.model, headers)
     try:
         config = read_config(view)
     except ConfigError:
         return  # reported by check_archive
     if not skeleton.problems:
-        yield from check_settings(skeleton, config)
+        yield from check_settings(skeleton, config, loras)
 
 
 def _lora_headers(view: ArchiveView) -> dict[str, Header]:

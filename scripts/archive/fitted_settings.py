@@ -15,14 +15,15 @@ import yaml
 
 from handler.config import HandlerConfig, keys
 
-__all__ = ["describe_defaults", "fit_settings", "with_settings"]
+__all__ = ["describe_defaults", "fit_settings", "settings_within", "with_settings"]
 
 _SIZES = ("height", "width")
 _LIMITS = (
     *("max_num_inference_steps", "min_guidance_scale", "max_guidance_scale"),
     *("min_size_px", "max_size_px", "max_pixels"),
 )
-_READ = ("num_inference_steps", "guidance_scale", *_SIZES, *_LIMITS)
+_DEFAULTS = ("num_inference_steps", "guidance_scale", *_SIZES)
+_READ = (*_DEFAULTS, *_LIMITS)
 _MAX_STEPS = 1000
 _MULTIPLE_PX = 64
 
@@ -53,6 +54,20 @@ def fit_settings(
         _fit_pixels(fitted, values, chosen)
     changed = {name: value for name, value in fitted.items() if section.get(name) != value}
     return {**changed, **settings}
+
+
+def settings_within(section: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that bring the defaults in `section` within the limits in `settings`."""
+    defaults = {
+        name: section[name] for name in _DEFAULTS if name in section and name not in settings
+    }
+    if not all(isinstance(value, int | float) for value in defaults.values()):
+        return {}  # which the check of the whole configuration names
+    rest = {name: value for name, value in section.items() if name not in defaults}
+    fitted = fit_settings(rest, settings, defaults, is_chosen=False)
+    return {
+        name: fitted[name] for name, value in defaults.items() if fitted.get(name, value) != value
+    }
 
 
 def _within(

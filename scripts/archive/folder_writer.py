@@ -40,7 +40,7 @@ class FolderWriter:
         """Write one file of exactly `size_bytes`; a file begins aligned by itself."""
         with self._new(name).open("xb") as file:
             sums = copy_hashed(content, Place(name, file.fileno(), 0, size_bytes))
-        self._written.append(WrittenMember(name, size_bytes, sums.crc32, sums.sha256))
+        self._written.append(WrittenMember(name, size_bytes, sums.crc32, sums.blake3))
 
     @contextmanager
     def nested(self, name: str, most_bytes: int) -> Iterator[ZipWriter]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from handler.errors import ArchiveError
 from handler.loading.contents import MODEL_INDEX
+from scripts.hints import option, to_run
 
 __all__ = ["cache_root", "find_snapshot"]
 
@@ -34,7 +35,7 @@ def find_snapshot(path: Path, revision: str = "main") -> Path:
     if not whole:
         raise ArchiveError(
             f"{path} is the hub's cache of {model_id}, which holds no whole snapshot; "
-            f"make archive MODEL_ID={model_id} fetches it"
+            f"{to_run('pack', model_id=model_id)} fetches it"
         )
     reference = root / "refs" / revision
     commit = reference.read_text().strip() if reference.is_file() else revision
@@ -46,6 +47,6 @@ def find_snapshot(path: Path, revision: str = "main") -> Path:
     if len(found) != 1:
         raise ArchiveError(
             f"{path} is the hub's cache of {model_id}, which holds no whole snapshot of "
-            f"{revision}; --revision (REVISION=) takes one of: {', '.join(sorted(whole))}"
+            f"{revision}; {option('revision')} takes one of: {', '.join(sorted(whole))}"
         )
     return whole[found[0]]

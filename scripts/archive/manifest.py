@@ -22,6 +22,7 @@ __all__ = [
     "ARCHIVE_ROOT",
     "CONFIG_NAME",
     "FORMAT",
+    "KNOWN_FORMATS",
     "MANIFEST_NAME",
     "TORCHSERVE_MANIFEST_NAME",
     "build_manifest",
@@ -34,7 +35,8 @@ __all__ = [
 ARCHIVE_ROOT = "MAR-INF"
 TORCHSERVE_MANIFEST_NAME = f"{ARCHIVE_ROOT}/MANIFEST.json"
 CONFIG_NAME = "model-config.yaml"
-FORMAT = 1
+FORMAT = 2
+KNOWN_FORMATS = (1, FORMAT)  # the first has SHA-256 where this one has BLAKE3
 
 
 def dump(value: object) -> bytes:
@@ -126,6 +128,6 @@ def build_manifest(
 
 def _listed(members: Iterable[WrittenMember]) -> dict[str, dict[str, Any]]:
     return {
-        member.name: {"size_bytes": member.size_bytes, "sha256": member.sha256}
+        member.name: {"size_bytes": member.size_bytes, "blake3": member.blake3}
         for member in members
     }

@@ -12,12 +12,13 @@ from handler.loading.contents import MODEL_INDEX, PICKLE_SUFFIXES, WEIGHTS_SUFFI
 from scripts.archive.checkpoint import Kind, kind_of, read_checkpoint
 from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
 from scripts.errors import UsageError
+from scripts.hints import to_run
 
 __all__ = ["has_lora_names", "mistaken_pipeline"]
 
 _LORA_FILES = {"pytorch_lora_weights.safetensors", "adapter_config.json"}
 _MODEL_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-_WANTED = "give a folder that save_pretrained or scripts.download_weights wrote"
+_WANTED = "give a folder that save_pretrained or the command download wrote"
 _UNPICKLE = (
     """python -c 'import sys, torch, safetensors.torch as s; """
     """d = torch.load(sys.argv[1], weights_only=True); d = d.get("state_dict", d); """
@@ -45,10 +46,7 @@ def has_lora_names(names: Iterable[str]) -> bool:
 def _model_id_hint(path: Path) -> str:
     if not _MODEL_ID.fullmatch(str(path)):
         return ""
-    return (
-        f"a model of that name on the hub is packed by --model-id {path} "
-        f"(make archive MODEL_ID={path})"
-    )
+    return f"a model of that name on the hub is packed by {to_run('pack', model_id=str(path))}"
 
 
 def _file(path: Path) -> str:
@@ -56,7 +54,7 @@ def _file(path: Path) -> str:
     if suffix == ".mar":
         return _archive(path, path.stem)
     if suffix == ".zip":
-        return f"it is a zip; make archive PIPELINE={quote(str(path))} packs the pipeline in it"
+        return f"it is a zip; {to_run('pack', pipeline=str(path))} packs the pipeline in it"
     if suffix == WEIGHTS_SUFFIX:
         return _weights_file(path)
     if suffix in PICKLE_SUFFIXES:
@@ -78,7 +76,7 @@ def _weights_file(path: Path) -> str:
     if kind is Kind.CHECKPOINT:
         return (
             "it is a whole checkpoint in one file; a pipeline of its kind gives the configuration: "
-            f"python -m scripts.build_archive --pipeline {file} --config-from FOLDER"
+            + to_run("pack", "--config-from FOLDER", pipeline=str(path))
         )
     remedy = {
         Kind.LORA: f"{_PACK_THE_PIPELINE}, with --lora {file}",
@@ -100,10 +98,10 @@ def _weights_file(path: Path) -> str:
 
 
 def _archive(path: Path, name: str) -> str:
-    store = quote(str(path.parent))
+    serve = to_run("serve", store=str(path.parent), name=name)
     return (
-        f"it is a finished archive; make serve STORE={store} NAME={quote(name)} serves it, "
-        f"make archive FROM={quote(str(path))} packs it again with other options"
+        f"it is a finished archive; {serve} serves it, "
+        f"{to_run('pack', **{'from': str(path)})} packs it again with other options"
     )
 
 
@@ -122,5 +120,5 @@ def _folder(path: Path) -> str:
         )
     inner = sorted(found.parent for found in path.glob(f"*/{MODEL_INDEX}"))
     if len(inner) == 1:
-        return f"one is in it: make archive PIPELINE={quote(str(inner[0]))}"
+        return f"one is in it: {to_run('pack', pipeline=str(inner[0]))}"
     return f"it has no {MODEL_INDEX}; {_WANTED}"

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import UnionType
 from typing import Any
 
@@ -59,15 +60,19 @@ def check_pipeline(
         yield from check_loras(pipeline, loras)
 
 
-def check_settings(skeleton: Skeleton, config: HandlerConfig) -> Iterator[str]:
-    """Yield what the configuration asks for that the pipeline does not do."""
+def check_settings(
+    skeleton: Skeleton, config: HandlerConfig, loras: Collection[str]
+) -> Iterator[str]:
+    """Yield what the configuration asks for that the pipeline does not do, with these LoRAs."""
     from handler.api.request import check_against_pipeline
     from handler.pipelines.describe import describe
 
     if skeleton.pipeline is None:
         return
+    # Those of the server's own folder are not here.
+    known = {*loras, *(config.default_loras or ())} if config.lora_dir is not None else loras
     try:
-        check_against_pipeline(config, describe(skeleton.pipeline))
+        check_against_pipeline(config, replace(describe(skeleton.pipeline), loras=known))
     except ConfigError as error:
         yield " ".join(str(error).split())
 
@@ -122,6 +127,8 @@ def _is_of_the_kind(name: str, part: Any, wanted: Iterable[type]) -> bool:
 
 def _check_channels(pipeline: Any) -> Iterator[str]:
     """The denoiser must draw latents of as many channels as the autoencoder reads."""
+    from handler.pipelines.tasks import pictures_of, task_of
+
     vae = _config_of(pipeline, "vae")
     latents = vae.get("latent_channels") or vae.get("z_dim")
     if not isinstance(latents, int):
@@ -129,6 +136,8 @@ def _check_channels(pipeline: Any) -> Iterator[str]:
     for name in ("unet", "transformer"):
         config = _config_of(pipeline, name)
         channels = config.get("in_channels")
+        if pictures_of(task_of(type(pipeline))):  # which may come in as further channels
+            channels = config.get("out_channels") or channels
         if not isinstance(channels, int) or not hasattr(pipeline, "vae_scale_factor"):
             continue
         packed = latents * _PACKED_SIDE**2

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 
 from handler.errors import ArchiveError
 from handler.loading.contents import MODEL_INDEX, WEIGHTS_SUFFIX
@@ -25,6 +24,7 @@ from scripts.archive.repacking import Kept, open_packed
 from scripts.archive.source import find_source
 from scripts.disk import check_space, staging_folder
 from scripts.errors import UsageError
+from scripts.hints import to_run
 
 __all__ = ["Given", "Opened", "open_pipeline"]
 
@@ -155,12 +155,14 @@ def _convert(given: Given, make_folder: _Staging) -> PipelineSource:
 
 def _missing_configuration(path: Path) -> str:
     kind, model_id = usual_pipeline(read_checkpoint(path))
-    pack = f"make archive PIPELINE={quote(str(path))} ARGS='--config-from"
+    folder, hub = (
+        to_run("pack", f"--config-from {each}", pipeline=str(path)) for each in ("FOLDER", model_id)
+    )
     return (
         f"{path} is a whole checkpoint (for diffusers: {kind}): it holds weights alone, no "
         "tokenizer, scheduler or configuration; --config-from names a pipeline of its kind that "
-        f"has them: a folder ({pack} FOLDER'), or a model on the hub, of which then some "
-        f"megabytes are fetched ({pack} {model_id}')"
+        f"has them: a folder ({folder}), or a model on the hub, of which then some "
+        f"megabytes are fetched ({hub})"
     )
 
 

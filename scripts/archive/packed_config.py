@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from handler.config import HandlerConfig
 from handler.errors import ConfigError
-from scripts.archive.fitted_settings import fit_settings, with_settings
+from scripts.archive.fitted_settings import fit_settings, settings_within, with_settings
 from scripts.archive.manifest import CONFIG_NAME
 from scripts.archive.packing_checks import Examined
 from scripts.documents import parse_yaml
@@ -37,16 +38,26 @@ def pack_config(
     if not isinstance(config, dict):
         raise ConfigError(f"{path} does not hold keys and values")
     section = config.get("handler") or {}
+    hint = ""
     if isinstance(section, dict):
+        if own is None and kept is not None:
+            hint = _hint(section, settings)
         changes = fit_settings(section, settings, defaults, is_chosen=own is not None)
         data, section = with_settings(data, changes), {**section, **changes}
     try:
         handler = HandlerConfig.from_mapping(section)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: {error}{hint}") from error
     if examined is not None:
         examined.check_settings(handler)
     return data, handler
+
+
+def _hint(section: Mapping[str, Any], settings: Mapping[str, object]) -> str:
+    """Say which settings a kept configuration needs beside those that limit what it has."""
+    needed = settings_within(section, settings)
+    flags = " ".join(f"--set {name}={value}" for name, value in needed.items())
+    return f"; the archive has defaults beyond that: add {flags}" if flags else ""
 
 
 def _base(

@@ -6,7 +6,7 @@ before it takes its name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -14,6 +14,7 @@ from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ServingError
 from handler.loading.model_index import ModelIndex
 from scripts.archive.checks import check_archive
+from scripts.archive.controlnets import check_controlnets
 from scripts.archive.members import Member
 from scripts.archive.model_checks import check_pipeline, check_settings
 from scripts.archive.model_defaults import find_defaults
@@ -30,10 +31,12 @@ class Examined:
 
     skeleton: Skeleton
     defaults: Mapping[str, int | float]
+    loras: Collection[str] = ()
+    """The names of those that are packed with it."""
 
     def check_settings(self, config: HandlerConfig) -> None:
         """Refuse a configuration that the pipeline does not do. Raises: ArchiveError."""
-        _refuse([*check_settings(self.skeleton, config)])
+        _refuse([*check_settings(self.skeleton, config, self.loras)])
 
 
 class _Files:
@@ -62,11 +65,13 @@ def examine(
     lora_headers = {
         PurePosixPath(each.name).stem: each.header for each in loras if each.header is not None
     }
-    skeleton = build_skeleton(index, _Files(files), headers)
+    small = _Files(files)
+    skeleton = build_skeleton(index, small, headers)
     names = [file.name for file in files]
     _refuse([*check_pipeline(index, names, skeleton, lora_headers)])
     assert skeleton.pipeline is not None
-    return Examined(skeleton, find_defaults(skeleton.pipeline))
+    _refuse([*check_controlnets(skeleton.pipeline, small, headers)])
+    return Examined(skeleton, find_defaults(skeleton.pipeline), lora_headers.keys())
 
 
 def check_written(archive: Path, *, is_smoke: bool = False) -> None:

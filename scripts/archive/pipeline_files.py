@@ -18,7 +18,14 @@ from scripts.archive.pipeline_source import PipelineFile, PipelineSource, read_f
 from scripts.archive.replacements import check_droppable, find_replacement, without_files
 from scripts.archive.source import read_source_note
 
-__all__ = ["PipelineFiles", "check_finished", "choose_names", "list_pipeline", "select_files"]
+__all__ = [
+    "PipelineFiles",
+    "check_finished",
+    "check_link",
+    "choose_names",
+    "list_pipeline",
+    "select_files",
+]
 
 _KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", WEIGHTS_SUFFIX)
 _KEPT_AT_TOP = ("readme", "license", "licence", "notice")
@@ -90,7 +97,7 @@ def select_files(
         raise without_files(paths, index)
     _check_chosen(chosen)
     for name in chosen:
-        _check_link(files[name])
+        check_link(files[name])
     notes += [
         *describe_variants(files, components, dtype_name),
         *describe_left_out(files, chosen, components),
@@ -145,7 +152,7 @@ def _check_chosen(names: Sequence[str]) -> None:
             )
 
 
-def _check_link(file: PipelineFile) -> None:
+def check_link(file: PipelineFile) -> None:
     """Refuse a file that is a link out of its root, unless it is one of the hub's cache.
 
     The cache's snapshots are links to the blobs of the same model.

@@ -22,6 +22,7 @@ from handler.loading.model_index import ModelIndex
 from handler.loading.safetensors_map import Header, parse_header
 from handler.zips.reader import CHUNK_BYTES, ZipReader
 from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
+from scripts.disk import check_space
 from scripts.hints import to_run
 
 __all__ = ["ArchiveView", "FolderReader", "Reader", "open_archive"]
@@ -43,7 +44,7 @@ class Reader(Protocol):
         """Return the first bytes of a file."""
         ...
 
-    def stream(self, name: str) -> Iterator[bytes]:
+    def stream(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the bytes of a file, checked where there is a checksum."""
         ...
 
@@ -98,10 +99,10 @@ class FolderReader:
         with self._path(name).open("rb") as file:
             return file.read(num_bytes)
 
-    def stream(self, name: str) -> Iterator[bytes]:
+    def stream(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the bytes of a file."""
         with self._path(name).open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
+            while chunk := file.read(chunk_bytes):
                 yield chunk
 
     def _path(self, name: str) -> Path:
@@ -135,8 +136,8 @@ class _Below:
     def head(self, name: str, num_bytes: int) -> bytes:
         return self.reader.head(self.prefix + name, num_bytes)
 
-    def stream(self, name: str) -> Iterator[bytes]:
-        return self.reader.stream(self.prefix + name)
+    def stream(self, name: str, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
+        return self.reader.stream(self.prefix + name, chunk_bytes)
 
 
 @dataclass(frozen=True)
@@ -208,11 +209,11 @@ def _open_file(path: Path, stack: ExitStack) -> ArchiveView:
         place = (path, member.offset, member.size_bytes)
         return ArchiveView(path, reader, _rooted(inner, label), place)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="inspect-")))
-    reader.extract(member, folder / MODEL_ZIP)
-    inner = ZipReader(stack.enter_context((folder / MODEL_ZIP).open("rb")), label=label)
-    return ArchiveView(
-        path, reader, _rooted(inner, label), (folder / MODEL_ZIP, 0, member.size_bytes)
-    )
+    target = folder / MODEL_ZIP
+    check_space(target, member.size_bytes, f"{label}, which is deflated", "TMPDIR=")
+    reader.extract(member, target)
+    inner = ZipReader(stack.enter_context(target.open("rb")), label=label)
+    return ArchiveView(path, reader, _rooted(inner, label), (target, 0, member.size_bytes))
 
 
 def _check_place(reader: Reader, label: str) -> None:
@@ -221,7 +222,7 @@ def _check_place(reader: Reader, label: str) -> None:
     if prefix not in ("", "model/"):
         raise ArchiveError(
             f"{label}: its pipeline is in {prefix}, where no worker looks: it opens {MODEL_ZIP} "
-            "or model/; pack it with python -m scripts.build_archive"
+            f"or model/; {to_run('pack', pipeline=label)} packs it"
         )
 
 

@@ -16,6 +16,7 @@ from scripts.archive.pipeline_source import PipelineFile, PipelineSource, file_a
 from scripts.archive.precision import PRECISIONS
 from scripts.archive.reader import ArchiveView, Reader, open_archive
 from scripts.documents import parse_json
+from scripts.hints import to_run
 
 __all__ = ["Kept", "open_packed", "read_identity"]
 
@@ -50,7 +51,8 @@ def read_identity(path: Path) -> tuple[str, str]:
     """Return the name and the version of the archive `path`. Raises: ArchiveError."""
     with open_archive(path) as view:
         if view.outer is None:
-            raise ArchiveError(f"{path} is not an archive: make archive PIPELINE={path} packs it")
+            pack = to_run("pack", pipeline=str(path))
+            raise ArchiveError(f"{path} is not an archive: {pack} packs it")
         text = view.outer.read(TORCHSERVE_MANIFEST_NAME)
     model = parse_json(text, f"{path}: {TORCHSERVE_MANIFEST_NAME}")
     try:

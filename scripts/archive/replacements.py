@@ -13,6 +13,7 @@ from handler.loading.model_index import ModelIndex
 from handler.loading.variants import variant_of
 from scripts.archive.pipeline_source import PipelineFile, file_at, walk
 from scripts.documents import parse_json
+from scripts.hints import to_run
 
 __all__ = ["Replacement", "check_droppable", "find_replacement", "without_files"]
 
@@ -77,7 +78,7 @@ def without_files(components: Mapping[str, Path], index: ModelIndex) -> ArchiveE
         return ArchiveError(f"{message}: links to folders are not followed")
     if components.keys() <= _optional_components(index):
         flags = " ".join(f"--component {name}=none" for name in components)
-        message += f"; the pipeline works without: {flags} (make archive ARGS='{flags}')"
+        message += f"; the pipeline works without: {flags} ({to_run('pack', flags)})"
     return ArchiveError(message)
 
 

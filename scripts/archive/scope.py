@@ -1,4 +1,4 @@
-"""Says of a pipeline class whether it can be served: it must draw pictures, from text alone."""
+"""Says of a pipeline class whether it can be served: it must draw pictures of what is sent."""
 
 from __future__ import annotations
 
@@ -31,57 +31,38 @@ _GIVES = {
 }
 # Classes whose output has the field of pictures, for something else.
 _MISNAMED = {
+    "QwenImageLayeredPipeline": "the layers of a picture",
     "ShapEImg2ImgPipeline": "views of a three-dimensional thing",
     "ShapEPipeline": "views of a three-dimensional thing",
     "TextToVideoZeroPipeline": "videos",
     "TextToVideoZeroSDXLPipeline": "videos",
 }
-# Classes whose call has a default for the picture that it cannot do without, and nothing else that
-# tells it from those that draw with and without one.
-_NEEDS_A_PICTURE = {
-    "BriaFiboEditPipeline": "it edits a picture",
-    "HunyuanImageRefinerPipeline": "it refines a picture",
-    "IFSuperResolutionPipeline": "it enlarges a picture",
-    "JoyImageEditPipeline": "it edits a picture",
-    "JoyImageEditPlusPipeline": "it edits pictures",
-    "LDMSuperResolutionPipeline": "it enlarges a picture",
-    "LEditsPPPipelineStableDiffusion": "it edits a picture",
-    "LEditsPPPipelineStableDiffusionXL": "it edits a picture",
-    "LongCatImageEditPipeline": "it edits a picture",
-    "QwenImageEditPipeline": "it edits a picture",
-    "QwenImageEditPlusPipeline": "it edits pictures",
-    "QwenImageLayeredPipeline": "it takes a picture apart",
-    "StableDiffusionInstructPix2PixPipeline": "it edits a picture",
-    "StableDiffusionLatentUpscalePipeline": "it enlarges a picture",
-    "StableDiffusionPix2PixZeroPipeline": "it edits a picture",
-    "StableDiffusionUpscalePipeline": "it enlarges a picture",
-    "StableDiffusionXLInstructPix2PixPipeline": "it edits a picture",
-    "StableUnCLIPImg2ImgPipeline": "it varies a picture",
-    "UnCLIPImageVariationPipeline": "it varies a picture",
-    "VisualClozeGenerationPipeline": "it draws by examples",
-    "VisualClozePipeline": "it draws by examples",
-}
 # Classes whose call has a default for something else that it cannot do without.
 _NEEDS_MORE = {
+    "IFImg2ImgSuperResolutionPipeline": "a picture in two sizes",
+    "IFInpaintingSuperResolutionPipeline": "a picture in two sizes",
+    "JoyImageEditPlusPipeline": "several pictures",
+    "LEditsPPPipelineStableDiffusion": "a picture that was inverted before",
+    "LEditsPPPipelineStableDiffusionXL": "a picture that was inverted before",
+    "StableDiffusionDiffEditPipeline": "a picture that was inverted before",
     "StableDiffusionGLIGENPipeline": "phrases with their boxes",
     "StableDiffusionGLIGENTextImagePipeline": "phrases with their boxes",
+    "StableDiffusionPix2PixZeroPipeline": "embeddings of what to edit",
+    "StableDiffusionXLControlNetUnionImg2ImgPipeline": "the kind of its control picture",
+    "StableDiffusionXLControlNetUnionInpaintPipeline": "the kind of its control picture",
+    "StableDiffusionXLControlNetUnionPipeline": "the kind of its control picture",
+    "VisualClozeGenerationPipeline": "pictures as examples",
+    "VisualClozePipeline": "pictures as examples",
 }
-# What only those calls have that start from a picture, and only those constructors that are
-# controlled by one.
-_CALL_OF_PICTURES = {
-    "mask_image": "it fills in a part of a picture",
-    "strength": "it changes a picture",
-    "control_image": "it is controlled by a picture",
-}
-_CONSTRUCTOR_OF_PICTURES = {
-    "controlnet": "it is controlled by a picture",
-    "adapter": "it is controlled by a picture",
-}
-_NOT_YET = "pictures cannot be sent with a request yet"
 
 
 def scope_problem(cls: Any, index: ModelIndex) -> str | None:
-    """Say why pipelines of `cls` are not served; None: they draw pictures from text."""
+    """Say why pipelines of `cls` are not served; None: they draw pictures.
+
+    From text, or from the pictures that a request may have beside it.
+    """
+    from handler.pipelines.tasks import controlled_by, pictures_of, task_of
+
     name = cls.__name__
     call = cls.__call__
     if not inspect.isfunction(call):
@@ -93,32 +74,19 @@ def scope_problem(cls: Any, index: ModelIndex) -> str | None:
         for each in inspect.signature(call).parameters.values()
         if each.default is each.empty
         and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
-        and each.name not in ("self", "prompt")
+        and each.name not in {"self", "prompt", controlled_by(cls), *pictures_of(task_of(cls))}
     ]
     if embeddings := [each for each in wanted if "embed" in each]:
         return (
             f"{name} needs {', '.join(embeddings)}, which another pipeline makes of the prompt: "
             "pack the pipeline that combines both"
         )
-    if reason := _picture_reason(cls, wanted):
-        return f"{name} needs a picture ({reason}): {_NOT_YET}"
+    if "control_mask" in inspect.signature(call).parameters:
+        return f"{name} needs a mask for its control picture, which a request cannot give"
     if wanted or name in _NEEDS_MORE:
         what = _NEEDS_MORE.get(name) or ", ".join(wanted)
         return f"{name} needs {what}, which a request cannot give"
     return _without_text_encoder(cls, index)
-
-
-def _picture_reason(cls: Any, wanted: list[str]) -> str | None:
-    call = inspect.signature(cls.__call__).parameters
-    constructor = inspect.signature(cls.__init__).parameters
-    for name, reason in _CALL_OF_PICTURES.items():
-        if name in call:
-            return reason
-    for name, reason in _CONSTRUCTOR_OF_PICTURES.items():
-        if name in constructor:
-            return reason
-    pictures = [each for each in wanted if re.search("image|hint|video", each)]
-    return ", ".join(pictures) or _NEEDS_A_PICTURE.get(cls.__name__)
 
 
 def _gives_instead(cls: Any) -> str | None:

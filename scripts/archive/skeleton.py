@@ -25,7 +25,7 @@ from scripts.documents import parse_json
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Skeleton", "SmallFiles", "build_skeleton"]
+__all__ = ["Skeleton", "SmallFiles", "build_skeleton", "shapes_of"]
 
 _MAX_FILE_BYTES = 256 << 20
 # What `quant_method` in a component's configuration stands for: the package that reads it.
@@ -175,7 +175,7 @@ def _build(
     try:
         if not paths:
             raise NotMappableError("its weights have unusual names")
-        model, unexpected = build_model(cls, folder / name, _shapes(own, paths), torch.float32)
+        model, unexpected = build_model(cls, folder / name, shapes_of(own, paths), torch.float32)
     except NotMappableError:
         return build_empty(cls, folder / name, torch.float32), False
     if problem := leftover_problem(name, model, unexpected):
@@ -206,7 +206,8 @@ def _is_installed(package: str) -> bool:
         return False
 
 
-def _shapes(headers: Mapping[str, Header], paths: list[str]) -> dict[str, torch.Tensor]:
+def shapes_of(headers: Mapping[str, Header], paths: list[str]) -> dict[str, torch.Tensor]:
+    """Return tensors of the shapes in the files `paths`, all on one number."""
     import torch
 
     nothing = torch.empty((), dtype=torch.float32)

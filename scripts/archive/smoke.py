@@ -20,6 +20,7 @@ from scripts.archive.reader import ArchiveView
 if TYPE_CHECKING:
     from PIL import Image
 
+    from handler.api.result import Result
     from handler.api.traits import PipelineTraits
 
 __all__ = ["draw_smoke_picture", "smoke_problems"]
@@ -29,6 +30,11 @@ _SMOKE_SIDE_PX = 64
 
 
 def draw_smoke_picture(view: ArchiveView) -> Image.Image:
+    """Return the picture of `_draw`."""
+    return _draw(view).images[0]
+
+
+def _draw(view: ArchiveView) -> Result:
     """Load the pipeline as a worker does and draw one small picture, as a request for it would be.
 
     On this machine's device and in its precision, with no warm-up, and with ``speed: safe`` where
@@ -43,6 +49,8 @@ def draw_smoke_picture(view: ArchiveView) -> Image.Image:
 
     configured = read_config(view)
     config = replace(configured, device=None, dtype=None, speed=_smoke_speed(configured))
+    if config.lora_dir is not None:  # the folder is on the server
+        config = replace(config, lora_dir=None, default_loras=None)
     prompt = str((read_manifest(view) or {}).get("smoke_prompt") or _SMOKE_PROMPT)
     prompt = prompt[: config.max_prompt_chars]
     with quiet_libraries():
@@ -52,7 +60,7 @@ def draw_smoke_picture(view: ArchiveView) -> Image.Image:
             size = _smoke_size(config, service.traits)
             fields = short_request(config, service.traits, prompt=prompt, size=size)
             (result,) = service.draw(service.read([{"body": fields}]))
-    return result.images[0]
+    return result
 
 
 def _smoke_speed(config: HandlerConfig) -> str:
@@ -80,7 +88,7 @@ def smoke_problems(view: ArchiveView) -> list[str]:
         configured = read_config(view)
         if _smoke_speed(configured) != configured.speed:
             print("drawing with speed: safe, not max, which would compile first", file=sys.stderr)
-        image = draw_smoke_picture(view)
+        result = _draw(view)
     except EngineFault as error:
         # A worker's log would hold the cause; here there is none.
         cause = error.__cause__ or error
@@ -92,7 +100,9 @@ def smoke_problems(view: ArchiveView) -> list[str]:
     except Exception as error:
         # A pipeline that fails here would fail any request; what it raises is of any kind.
         return [f"the pipeline loads, but draws nothing: {str(error).strip() or repr(error)}"]
-    low, high = image.convert("L").getextrema()
+    if any(result.flagged):
+        return ["the safety checker flags the picture, which is drawn black"]
+    low, high = result.images[0].convert("L").getextrema()
     return ["the picture has one colour only"] if low == high else []
 
 

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError
-from handler.loading.contents import LORA_FOLDER, MODEL_ZIP, WEIGHTS_SUFFIX
+from handler.loading.contents import (
+    CONTROLNET_FOLDER,
+    LORA_FOLDER,
+    MODEL_ZIP,
+    WEIGHTS_SUFFIX,
+    controlnet_names,
+)
 from handler.loading.model_index import ModelIndex
+from scripts.archive.beside import beside
 from scripts.archive.checkpoint import Kind, kind_of, read_checkpoint
+from scripts.archive.controlnets import controlnet_files
 from scripts.archive.copying import Copier
 from scripts.archive.fitted_settings import describe_defaults
 from scripts.archive.folder_writer import FolderWriter
+from scripts.archive.leading_members import leading_members
 from scripts.archive.licence import find_licence
 from scripts.archive.manifest import (
     CONFIG_NAME,
@@ -24,7 +33,6 @@ from scripts.archive.manifest import (
     TORCHSERVE_MANIFEST_NAME,
     build_manifest,
     dump,
-    torchserve_manifest,
 )
 from scripts.archive.members import Member, make_member, most_zip_bytes, write_member
 from scripts.archive.opening import Given, Opened, open_pipeline
@@ -40,23 +48,8 @@ from scripts.archive.zip_writer import Container, WrittenMember, ZipWriter
 from scripts.console import Progress, atomic_output, progress
 from scripts.disk import check_space
 from scripts.errors import UsageError
-from scripts.repository import REPOSITORY
 
 __all__ = ["ArchivePlan", "write_archive"]
-
-ENTRY_NAME = "torchserve_entry.py"
-_REQUIRED = (
-    "accelerate",
-    "diffusers",
-    "greenlet",
-    "isal",
-    "numpy",
-    "peft",
-    "pillow",
-    "safetensors",
-    "torch",
-    "transformers",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +59,10 @@ class ArchivePlan:
     `pipeline` is one in any form that scripts.archive.opening reads, with `revision` and
     `config_from`; where `is_repacked`, an archive whose configuration, LoRAs and options are kept.
     `settings` override keys of the configuration's ``handler:`` section; `dtype` None leaves the
-    weights as they are; a component or LoRA that is None is left out; `smoke_prompt` is what
-    scripts.verify_archive --smoke draws. Where it `is_checked`, what cannot be served is refused,
-    and the model's own defaults are configured; with `is_smoke` a picture is drawn before the
-    archive takes its name.
+    weights as they are; a component, LoRA or ControlNet that is None is left out; `smoke_prompt`
+    is what scripts.verify_archive --smoke draws. Where it `is_checked`, what cannot be served is
+    refused, and the model's own defaults are configured; with `is_smoke` a picture is drawn before
+    the archive takes its name.
     """
 
     pipeline: Path
@@ -80,6 +73,9 @@ class ArchivePlan:
     dtype: str | None = None
     components: Mapping[str, Path | None] = field(default_factory=dict)
     loras: Mapping[str, Path | None] = field(default_factory=dict)
+    lora_scales: Mapping[str, float] = field(default_factory=dict)
+    """At which those are on that are not on at 1."""
+    controlnets: Mapping[str, Path | None] = field(default_factory=dict)
     smoke_prompt: str | None = None
     sign_key: Path | None = None
     is_folder: bool = False
@@ -92,13 +88,16 @@ class ArchivePlan:
 
 @dataclass(frozen=True, slots=True)
 class _Contents:
-    """Everything that goes in, in the order in which it is written, and the manifest's facts."""
+    """Everything that goes in, in the order in which it is written, and the manifest's facts.
+
+    `config` waits for the checks of the model, and raises what they find; its file comes last.
+    """
 
     leading: Mapping[str, bytes]
     loras: Sequence[Member]
     model: Sequence[Member]
     index: ModelIndex
-    config: HandlerConfig
+    config: Callable[[], tuple[bytes, HandlerConfig]]
     origin: Mapping[str, str]
     licence: Mapping[str, str]
     extras: Mapping[str, object]
@@ -124,10 +123,9 @@ def write_archive(plan: ArchivePlan, out: Path, *, force: bool = False) -> int:
         plan.components,
         plan.is_repacked,
     )
-    with open_pipeline(given, out) as opened:
-        contents = _contents(plan, opened)
+    with open_pipeline(given, out) as opened, _contents(plan, opened) as contents:
         _write_contents(plan, contents, out, force)
-    return contents.size_bytes
+        return contents.size_bytes
 
 
 def _write_contents(plan: ArchivePlan, contents: _Contents, out: Path, force: bool) -> None:
@@ -156,34 +154,54 @@ def _write_contents(plan: ArchivePlan, contents: _Contents, out: Path, force: bo
         names = ", ".join(contents.unconverted)
         print(f"not converted, for it is quantized: {names}", file=sys.stderr)
     if plan.is_checked:
-        print(describe_defaults(contents.config), file=sys.stderr)
+        _, config = contents.config()
+        print(describe_defaults(config), file=sys.stderr)
 
 
-def _contents(plan: ArchivePlan, opened: Opened) -> _Contents:
+@contextmanager
+def _contents(plan: ArchivePlan, opened: Opened) -> Iterator[_Contents]:
     pipeline = select_files(
         opened.source, replaced=opened.components, dtype_name=opened.dtype or "float16"
     )
     for note in pipeline.notes:
         print(note, file=sys.stderr)
     loras = _loras(plan, opened.kept)
+    if plan.lora_scales:
+        scales = {name: plan.lora_scales.get(name, 1.0) for name in sorted(loras)}
+        plan = replace(plan, settings={"default_loras": scales, **plan.settings})
     packed_loras = [make_member(file) for _, file in sorted(loras.items())]
-    model = [make_member(file, opened.dtype) for file in pipeline.files]
-    examined = None
-    if plan.is_checked:
-        examined = examine(pipeline.index, pipeline.files, model, packed_loras)
-    data, config = pack_config(plan.config, _kept_config(plan, opened), plan.settings, examined)
-    unconverted = () if opened.dtype is None else _unconverted(model)
-    return _Contents(
-        leading=_leading_members(plan, data),
-        loras=packed_loras,
-        model=model,
-        index=pipeline.index,
-        config=config,
-        origin=opened.source.origin,
-        licence=find_licence(opened.source.files),
-        extras=_extras(plan, opened.kept, sorted(loras), is_converted=not unconverted),
-        unconverted=unconverted,
+    controlnets = controlnet_files(
+        plan.controlnets, _kept_controlnets(opened), opened.dtype or "float16"
     )
+    files = [*pipeline.files, *(controlnets[name] for name in sorted(controlnets))]
+    model = [make_member(file, opened.dtype) for file in files]
+    unconverted = () if opened.dtype is None else _unconverted(model)
+
+    def config() -> tuple[bytes, HandlerConfig]:
+        examined = None
+        if plan.is_checked:
+            examined = examine(pipeline.index, files, model, packed_loras)
+        return pack_config(plan.config, _kept_config(plan, opened), plan.settings, examined)
+
+    # A picture is drawn in this process, with what the checks imported.
+    with beside(config, is_slow=plan.is_checked and not plan.is_smoke) as packed_config:
+        yield _Contents(
+            leading=leading_members(plan.name, plan.version),
+            loras=packed_loras,
+            model=model,
+            index=pipeline.index,
+            config=packed_config,
+            origin=opened.source.origin,
+            licence=find_licence(opened.source.files),
+            extras=_extras(
+                plan,
+                opened.kept,
+                sorted(loras),
+                controlnet_names(controlnets),
+                is_converted=not unconverted,
+            ),
+            unconverted=unconverted,
+        )
 
 
 def _kept_config(plan: ArchivePlan, opened: Opened) -> tuple[Path, bytes] | None:
@@ -191,6 +209,12 @@ def _kept_config(plan: ArchivePlan, opened: Opened) -> tuple[Path, bytes] | None
     if opened.kept is None or opened.kept.config is None:
         return None
     return plan.pipeline / CONFIG_NAME, opened.kept.config
+
+
+def _kept_controlnets(opened: Opened) -> dict[str, PipelineFile]:
+    """Return the files of the ControlNets in the archive that is packed again."""
+    files = opened.source.files if opened.kept is not None else {}
+    return {name: each for name, each in files.items() if name.startswith(f"{CONTROLNET_FOLDER}/")}
 
 
 def _loras(plan: ArchivePlan, kept: Kept | None) -> dict[str, PipelineFile]:
@@ -232,6 +256,9 @@ def _write(target: Container, plan: ArchivePlan, contents: _Contents, report: Pr
     with target.nested(MODEL_ZIP, most_zip_bytes(contents.model)) as inner:
         for each in contents.model:
             write_member(inner, each, report)
+        # Where they are copied while others are added, a refusal ends that at once.
+        config, _ = contents.config()
+    target.add(CONFIG_NAME, [config], len(config))
     members, model_members = target.finish(), inner.finish()
     _check_copied(plan.pipeline, contents.loras, members)
     _check_copied(plan.pipeline, contents.model, model_members)
@@ -259,7 +286,12 @@ def _check_copied(source: Path, wanted: Sequence[Member], written: Sequence[Writ
 
 
 def _extras(
-    plan: ArchivePlan, kept: Kept | None, loras: Sequence[str], *, is_converted: bool
+    plan: ArchivePlan,
+    kept: Kept | None,
+    loras: Sequence[str],
+    controlnets: Sequence[str],
+    *,
+    is_converted: bool,
 ) -> dict[str, object]:
     """Return the manifest's entries about options: the plan's, else those that are kept."""
     extras = dict(kept.extras) if kept is not None else {}
@@ -272,11 +304,12 @@ def _extras(
         ("converted_to", plan.dtype if is_converted else None),
         ("replaced_components", _merged(extras.get("replaced_components"), replaced)),
         ("loras", list(loras)),
+        ("controlnets", list(controlnets)),
         ("settings", _merged(extras.get("settings"), plan.settings)),
         ("smoke_prompt", plan.smoke_prompt),
     ):
         before = extras.pop(key, None)  # each keeps its place
-        if key == "loras" or found:
+        if key in ("loras", "controlnets") or found:
             before = found
         if before:
             extras[key] = before
@@ -292,32 +325,3 @@ def _origin(path: Path | None) -> dict[str, str]:
     if path is None:
         return {"kind": "left out"}
     return {"kind": "file", "file": path.name} if path.is_file() else find_source(path)
-
-
-def _leading_members(plan: ArchivePlan, config: bytes) -> dict[str, bytes]:
-    """Return the small members that stand before the weights, by name."""
-    package = REPOSITORY / "handler"
-    entry = package / ENTRY_NAME
-    if not entry.is_file():
-        raise ArchiveError(f"{entry} is missing: the archive's entry module")
-    members = {
-        TORCHSERVE_MANIFEST_NAME: torchserve_manifest(plan.name, plan.version),
-        ENTRY_NAME: entry.read_bytes(),
-        CONFIG_NAME: config,
-        "requirements.txt": _requirements(),
-    }
-    for path in sorted(package.rglob("*.py")):
-        members[path.relative_to(REPOSITORY).as_posix()] = path.read_bytes()
-    return members
-
-
-def _requirements() -> bytes:
-    """Return the versions that the archive was made with, as pip reads them."""
-    lines = []
-    for name in _REQUIRED:
-        try:
-            version = importlib.metadata.version(name).partition("+")[0]
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        lines.append(f"{name}=={version}\n")
-    return "".join(lines).encode()

@@ -56,7 +56,7 @@ class WrittenMember:
     name: str
     size_bytes: int
     crc32: int
-    sha256: str
+    blake3: str
 
 
 class Container(Protocol):
@@ -177,7 +177,7 @@ class ZipWriter:
                 sums = record.sums()
                 record.finish(sums.crc32)
                 self._written.append(
-                    WrittenMember(record.name, record.size_bytes, sums.crc32, sums.sha256)
+                    WrittenMember(record.name, record.size_bytes, sums.crc32, sums.blake3)
                 )
             assert record.crc32 is not None, "its nested zip is still open"
             self._write(record.header, record.offset)

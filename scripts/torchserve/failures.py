@@ -22,6 +22,8 @@ FRONTEND_FAILURE = re.compile(
 )
 # The handler's own word for it, above whatever TorchServe makes of the exception.
 REFUSAL = "cannot serve this model: "
+# And for a worker that can draw.
+LOADED = re.compile(r"^\w+ is ready on \S+ after \S+ s$")
 NEXT_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:")
 NUM_LINES = 20
 
@@ -50,13 +52,19 @@ def load_failure(log: str) -> str:
 
 
 def refusal(log: str) -> str | None:
-    """Return the last reason for which the handler refused the model or to start beside another."""
-    reasons = [
-        match["text"].partition(REFUSAL)[2]
-        for line in log.splitlines()
-        if (match := WORKER_LINE.match(line)) and REFUSAL in match["text"]
-    ]
-    return reasons[-1] if reasons else None
+    """Return the last reason for which the handler refused the model or to start beside another.
+
+    One from before the last worker that could be loaded is no reason any more.
+    """
+    reason = None
+    for line in log.splitlines():
+        if match := WORKER_LINE.match(line):
+            _, is_refusal, why = match["text"].partition(REFUSAL)
+            if is_refusal:
+                reason = why
+            elif LOADED.match(match["text"]):
+                reason = None
+    return reason
 
 
 def _of_the_frontend(lines: Sequence[str]) -> list[str]:

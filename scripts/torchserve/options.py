@@ -19,6 +19,7 @@ from handler.zips.reader import ZipReader
 from scripts.archive.manifest import MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
 from scripts.documents import parse_json
 from scripts.errors import ServerError
+from scripts.hints import to_run
 from scripts.repository import REPOSITORY
 
 __all__ = [
@@ -172,7 +173,7 @@ def archive_identity(archive: Path) -> tuple[str, str]:
         model = _read_json(archive, TORCHSERVE_MANIFEST_NAME)["model"]
         name, version = str(model["modelName"]), str(model["modelVersion"])
     except FileNotFoundError:
-        raise ServerError(f"{archive} does not exist; `make archive` builds it") from None
+        raise ServerError(f"{archive} does not exist; `{to_run('pack')}` builds it") from None
     except (OSError, KeyError, TypeError, ArchiveError) as problem:
         raise ServerError(f"{archive} is not a TorchServe archive: {problem}") from problem
     if not (name + version).isprintable():

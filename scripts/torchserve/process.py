@@ -20,11 +20,12 @@ import psutil
 
 from handler.service.draining import Drain
 from scripts.errors import ServerError
+from scripts.hints import to_run
 from scripts.interrupts import signals_as_interrupts, signals_held
 from scripts.torchserve import health
 from scripts.torchserve.failures import has_failed_to_load, load_failure, refusal
 from scripts.torchserve.grpc_methods import withdraw_bidirectional_streaming
-from scripts.torchserve.launch import launch
+from scripts.torchserve.launch import end_leftover, launch
 from scripts.torchserve.management import ModelState, describe
 from scripts.torchserve.options import (
     LOOPBACK,
@@ -37,6 +38,8 @@ from scripts.torchserve.options import (
 from scripts.torchserve.state import StateDir
 
 __all__ = ["READY_TIMEOUT_S", "TorchServer"]
+
+_RESTART = f"{to_run('stop')}, then {to_run('serve')}"
 
 POLL_S = 0.1
 QUIET_S = 0.5
@@ -144,7 +147,7 @@ class TorchServer:
                 "would protect the server: add AUTH=on (and a reverse proxy with TLS in front)"
             )
         self.state.check_ownership()
-        freed = set() if replaced is None else set(asdict(replaced.options.ports).values())
+        freed = set() if replaced is None else set(replaced.options.ports.numbers)
         if taken := sorted(set(self.options.ports.taken()) - freed):
             raise ServerError(
                 f"taken by another process: port {', '.join(map(str, taken))}; stop that one, or "
@@ -157,10 +160,11 @@ class TorchServer:
         Raises: ServerError.
         """
         if TorchServer.find(self.state_dir) is not None:
-            raise ServerError(f"a server already runs in {self.state_dir}: make stop")
+            raise ServerError(f"a server already runs in {self.state_dir}: {to_run('stop')}")
+        end_leftover(self.state)
         self.check()
         self.state.prepare()
-        self.state.config.write_text(self.options.properties_text(self.state.management_socket))
+        self.state.write_config(self.options.properties_text(self.state.management_socket))
         withdraw_bidirectional_streaming(self.state.path)
         self._log_offset = self.log_file.stat().st_size if self.log_file.exists() else 0
         launcher: subprocess.Popen[bytes] | None = None
@@ -231,22 +235,23 @@ class TorchServer:
         """
         model = self.model()
         if model is None and not self._is_new:
-            return "the frontend does not answer: make stop, then make serve; make logs says more"
+            return f"the frontend does not answer: {_RESTART}; {to_run('logs')} says more"
         if model is None or not model.is_ready:
             reason = refusal(self._log())
-            return f"no worker is READY: {reason or 'it is starting; make logs says how far it is'}"
+            starting = f"it is starting; {to_run('logs')} says how far it is"
+            return f"no worker is READY: {reason or starting}"
         if self.pid is not None and has_own_handler(self.options.archive):
             urls = (self.predictions_url, self.metrics_url)
             if health.stands_still(*urls, self.token(), self.pid, model.ready_pids):
                 return (
                     "TorchServe stands still: it takes requests and hands none of them to the "
-                    "worker. Only a restart heals it: make stop, then make serve"
+                    f"worker. Only a restart heals it: {_RESTART}"
                 )
         drain = Drain.read(self.drain_file, time.monotonic())
         if drain is not None:
             return (
-                "it is draining for make stop, and refuses new requests; should that have been "
-                "killed, make stop DRAIN_S=0 and make serve"
+                f"it is draining for {to_run('stop')}, and refuses new requests; should that have "
+                f"been killed, {to_run('stop', drain_s='0')} and {to_run('serve')}"
             )
         if len(model.workers) > 1:
             return refusal(self._log())
@@ -327,6 +332,7 @@ class TorchServer:
             "address": self.options.address,
             "auth": self.options.auth,
             "properties": dict(self.options.properties),
+            "management": self.management_address,
             "started_as": self.started_as,
             "log_offset": self._log_offset,
             **{name: str(Path(getattr(self.options, name)).resolve()) for name in PATH_OPTIONS},

@@ -82,11 +82,20 @@ class StateDir:
         self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.chmod(0o700)
         # First, so that what is here is known for ours should the start be interrupted.
-        self.config.write_text(f"{INSTANCE_MARK}\n")
+        self.write_config(f"{INSTANCE_MARK}\n")
         for directory in (self.tmp, self.temp, self.logs):
             directory.mkdir(mode=0o700, exist_ok=True)
         self.clean()
         self._link_sockets()
+
+    def write_config(self, text: str) -> None:
+        """Write the configuration, whole or not at all: its mark says whose `path` is."""
+        part = self.path / f".{self.config.name}.part"
+        try:
+            part.write_text(text)
+            part.replace(self.config)
+        finally:
+            part.unlink(missing_ok=True)
 
     def clean(self) -> None:
         """Remove what is of no use without a running instance: unpacked archives, sockets, keys."""

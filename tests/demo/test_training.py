@@ -295,8 +295,15 @@ def test_a_stopped_run_goes_on_unchanged(tmp_path: Path, first: int) -> None:
         losses.append(trainer.step(first + 2))
         runs.append((losses, trainer.average.state_dict()))
     assert runs[0][0] == runs[1][0]
-    for name, value in runs[0][1].items():
+    weights = runs[0][1]
+    for name, value in weights.items():
         assert torch.equal(value, runs[1][1][name]), name
+    # Nothing is learned of the fourth latent channel, which stands for nothing.
+    assert weights["conv_in.weight"].shape[1] == weights["conv_out.weight"].shape[0] == 4
+    assert not weights["conv_in.weight"][:, 3].any()
+    assert not weights["conv_out.weight"][3].any()
+    assert not weights["conv_out.bias"][3].any()
+    assert weights["conv_out.weight"][:3].any()
 
 
 def test_the_scheduler_ends_in_pure_noise() -> None:

@@ -11,6 +11,7 @@ from scripts.console import DONE, FAILED, MISUSED
 
 COMMANDS = (
     *("demo", "pack", "inspect", "verify", "serve", "stop", "status", "logs"),
+    *("up", "gateway"),
     *("push", "pull", "download", "zip", "completion"),
 )
 

@@ -18,16 +18,22 @@ QUOTES = ['a"b', "a`touch x`b", "a\\b", "a$(touch x)b"]
 
 
 def make_archive(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run ``make archive`` as from a shell, with this test's Python and a store of its own."""
+    """Run ``make archive`` with this test's Python."""
     virtual = tmp_path / "venv"
     if not virtual.exists():
         virtual.mkdir()
         for name in ("bin", "lib", "pyvenv.cfg"):
             (virtual / name).symlink_to(Path(sys.prefix) / name)
         (virtual / ".installed").touch()
+    return make(tmp_path, "archive", *arguments)
+
+
+def make(tmp_path: Path, target: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run make as from a shell, with the Python in tmp_path/venv and a store of its own."""
+    virtual = tmp_path / "venv"
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
     return subprocess.run(
-        ["make", "archive", f"VENV={virtual}", f"STORE={tmp_path / 'store'}", *arguments],
+        ["make", target, f"VENV={virtual}", f"STORE={tmp_path / 'store'}", *arguments],
         cwd=REPOSITORY,
         env=environment,
         capture_output=True,
@@ -82,9 +88,31 @@ def test_spaces_and_quotes_in_paths(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", QUOTES)
-@pytest.mark.parametrize("name", ["NAME", "STORE", "RUN_DIR", "PIPELINE", "FROM"])
+@pytest.mark.parametrize(
+    "name", ["NAME", "STORE", "RUN_DIR", "PIPELINE", "FROM", "DTYPE", "DEMO_PICTURE"]
+)
 def test_letters_that_a_shell_would_read_are_refused(tmp_path: Path, name: str, value: str) -> None:
     answer = make_archive(tmp_path, f"{name}={value}")
     assert answer.returncode != 0
     assert f'{name} may not have any of " ` \\ $ in it' in answer.stderr
     assert not (REPOSITORY / "x").exists()
+
+
+@pytest.mark.parametrize("value", ["--set 'a", '--smoke-prompt "a', "--set height=64 )"])
+def test_arguments_that_a_shell_cannot_read_are_refused(tmp_path: Path, value: str) -> None:
+    answer = make_archive(tmp_path, f"ARGS={value}")
+    assert answer.returncode == 2
+    first = answer.stderr.splitlines()[0]
+    assert first == f"make: ARGS cannot be read, is a quotation in it not closed? ARGS={value}"
+
+
+def test_a_prompt_is_any_text(tmp_path: Path) -> None:
+    """Another Python in the place of ours says what it was given."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/bash\nprintf "<%s>" "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "venv" / ".installed").touch()
+    prompt = """a "red" star, it's 5$ `or` \\ $(so)"""
+    answer = make(tmp_path, "demo", f"PROMPT={prompt}")
+    assert f"<--prompt><{prompt}>" in answer.stdout, answer.stderr

@@ -47,7 +47,7 @@ def test_exit_codes_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert report == {"archive": str(mar), "is_whole": True, "problems": []}
     assert main([str(tmp_path / "none.mar")]) == MISUSED
     data = bytearray(mar.read_bytes())
-    data[data.index(b"minWorkers")] ^= 1
+    data[data.rindex(b"minWorkers")] ^= 1  # the handler has the word too
     mar.write_bytes(data)
     assert main([str(mar), "--json"]) == FAILED
     assert json.loads(capsys.readouterr().out)["is_whole"] is False
@@ -67,6 +67,30 @@ def test_what_a_terminal_would_obey_is_not_printed(
     error = capsys.readouterr().err
     assert "names \ufffd[2J as handler" in error
     assert "\x1b" not in error
+
+
+def test_of_a_bare_folder_what_would_not_be_packed_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The commonest layout on the hub: pickles beside safetensors, and other frameworks' files."""
+    folder = save_pipeline(tmp_path / "pipeline")
+    for name in ("unet/diffusion_pytorch_model.bin", "unet/model.onnx", "pipeline.py"):
+        (folder / name).write_bytes(b"any")
+    before = sorted(folder.rglob("*"))
+    assert main([str(folder), "--smoke"]) == DONE
+    told = capsys.readouterr()
+    assert "left out: pickled: unet/diffusion_pytorch_model.bin; code" in told.err
+    assert told.out == f"{folder}: whole\n"
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_of_a_bare_folder_what_would_be_refused_is_a_problem(tmp_path: Path) -> None:
+    folder = save_pipeline(tmp_path / "pipeline")
+    (folder / UNET).rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    (folder / "vae" / "config.json").unlink()
+    problems = verify(folder)
+    assert any(each.startswith("pickled weights are refused") for each in problems), problems
+    assert any("vae" in each for each in problems), problems
 
 
 def test_a_bare_zip_draws(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from scripts.verify_archive import verify
 from tests.support.archives import save_pipeline
 from tests.support.frontend import Frontend
 from tests.support.packing import pack
-from tests.support.pipelines import build
+from tests.support.pipelines import build, overflowing, with_safety_checker
 from tests.support.tiny_models import unet
 
 
@@ -32,6 +32,25 @@ def test_a_pipeline_that_draws_nothing_fails_the_smoke_test(tmp_path: Path) -> N
     mar = pack(tmp_path, pipeline)
     assert verify(mar) == []
     assert verify(mar, is_smoke=True) == ["the picture has one colour only"]
+
+
+def test_a_pipeline_that_overflows_fails_the_smoke_test_with_what_to_do(tmp_path: Path) -> None:
+    pipeline = tmp_path / "pipeline"
+    overflowing(build("stable_diffusion")).save_pretrained(pipeline)
+    (problem,) = verify(pack(tmp_path, pipeline), is_smoke=True)
+    assert "the picture is not finite" in problem
+    assert "DTYPE=float32" in problem
+
+
+def test_a_picture_that_the_safety_checker_flags_fails_the_smoke_test(tmp_path: Path) -> None:
+    pipeline = tmp_path / "pipeline"
+    with_safety_checker(is_strict=True).save_pretrained(pipeline)
+    problems = [
+        verify(pack(tmp_path, pipeline, settings={"safety_checker": mode}), is_smoke=True)
+        for mode in ("flag", "refuse", "off")
+    ]
+    assert [len(each) for each in problems] == [1, 1, 0]
+    assert all("the safety checker flags" in each[0] for each in problems[:2])
 
 
 def test_the_packed_configuration_is_tried(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import shutil
 import zipfile
@@ -97,6 +99,23 @@ def edit_json(name: str, edit: Callable[[Any], None]) -> Callable[[dict[str, byt
         files[name] = json.dumps(value).encode()
 
     return change
+
+
+def in_old_form(mar: Path) -> Path:
+    """Give an archive the manifest that it would have had in the first form: with SHA-256."""
+
+    def change(files: dict[str, bytes]) -> None:
+        found = json.loads(files[MANIFEST_NAME])
+        with zipfile.ZipFile(io.BytesIO(files["model.zip"])) as model:
+            bytes_of = {"members": files.__getitem__, "model_members": model.read}
+            for key, read in bytes_of.items():
+                for name, entry in found[key].items():
+                    del entry["blake3"]
+                    entry["sha256"] = hashlib.sha256(read(name)).hexdigest()
+        found["format"] = 1
+        files[MANIFEST_NAME] = json.dumps(found).encode()
+
+    return rewrite(mar, change)
 
 
 def move_and_link(folder: Path, name: str) -> None:

@@ -18,6 +18,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 
 from tests.support import transformer_pipelines
 from tests.support.tiny_models import (
@@ -37,7 +38,7 @@ def build(family: str) -> DiffusionPipeline:
     """Build a fresh pipeline of `family`: float32, CPU, eval mode, no progress bar."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipeline = FAMILIES[family]()
+        pipeline = {**FAMILIES, **VARIANTS}[family]()
         for module in pipeline.components.values():
             if isinstance(module, torch.nn.Module):
                 make_every_parameter_count(module)
@@ -50,6 +51,44 @@ def build(family: str) -> DiffusionPipeline:
 def shared(family: str) -> DiffusionPipeline:
     """The family's pipeline for tests that only call it, and never change it."""
     return build(family)
+
+
+def overflowing(pipeline: Any) -> Any:
+    """`pipeline`, whose VAE from now on multiplies more than float32 holds."""
+    with torch.no_grad():
+        pipeline.vae.decoder.conv_in.weight.mul_(1e30)
+        pipeline.vae.decoder.conv_out.weight.mul_(1e30)
+    return pipeline
+
+
+def with_safety_checker(*, is_strict: bool) -> DiffusionPipeline:
+    """Stable Diffusion with a safety checker that flags everything, or nothing."""
+    checker = StableDiffusionSafetyChecker(
+        transformers.CLIPConfig(
+            text_config={**_SMALL_CLIP, "vocab_size": 100},
+            vision_config={**_SMALL_CLIP, "image_size": 32, "patch_size": 8},
+            projection_dim=16,
+        )
+    ).eval()
+    with torch.no_grad():
+        for weights in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
+            weights.fill_(-10.0 if is_strict else 10.0)
+    extractor = transformers.CLIPImageProcessor(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )
+    pipeline = build("stable_diffusion")
+    checked = {"safety_checker": checker, "feature_extractor": extractor}
+    checked_pipeline = diffusers.StableDiffusionPipeline(**{**pipeline.components, **checked})
+    checked_pipeline.set_progress_bar_config(disable=True)
+    return checked_pipeline
+
+
+_SMALL_CLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 
 
 def _beta_schedule(**changes: Any) -> dict[str, Any]:
@@ -226,6 +265,11 @@ FAMILIES: dict[str, Callable[[], DiffusionPipeline]] = {
     "kandinsky_2_2_combined": _kandinsky_2_2_combined,
     "stable_cascade_prior": _stable_cascade_prior,
     "z_image": transformer_pipelines.z_image,
+}
+
+# Of a family above, where a test needs them otherwise.
+VARIANTS: dict[str, Callable[[], DiffusionPipeline]] = {
+    "stable_diffusion_3_16": functools.partial(transformer_pipelines.stable_diffusion_3, 16),
 }
 
 PROMPTS = ("a red boat", "two cats, one hat", "fog", "a tiny blue house by the sea", "sand")

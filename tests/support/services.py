@@ -13,6 +13,7 @@ from handler.api.request import GenerationRequest
 from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
 from handler.pipelines.describe import describe
+from handler.pipelines.tasks import pipelines_of
 from handler.service.generation import GenerationService
 from tests.support.clock import Clock
 from tests.support.pipelines import build
@@ -68,6 +69,20 @@ def faulty() -> Faulty:
     return Faulty(**build("stable_diffusion").components, requires_safety_checker=False)
 
 
+def tiny_config(**settings: Any) -> HandlerConfig:
+    """A configuration that goes with tiny pipelines, but for `settings`."""
+    return HandlerConfig(
+        **{
+            "num_inference_steps": 4,
+            "max_num_inference_steps": 1000,
+            "height": 32,
+            "width": 32,
+            "min_size_px": 8,
+            **settings,
+        }
+    )
+
+
 def make_service(
     clock: Clock,
     *,
@@ -80,24 +95,16 @@ def make_service(
 ) -> GenerationService:
     """A service on `pipeline`, by default a `faulty` one; `settings` are its configuration's."""
     pipeline = faulty() if pipeline is None else pipeline
-    config = HandlerConfig(
-        **{
-            "num_inference_steps": 4,
-            "max_num_inference_steps": 1000,
-            "height": 32,
-            "width": 32,
-            "min_size_px": 8,
-            **settings,
-        }
-    )
+    config = tiny_config(**settings)
+    pipelines = pipelines_of(pipeline)
     engine = InFlightEngine(
-        pipeline, max_rows=config.max_rows, max_pixels=engine_max_pixels, clock=clock
+        pipelines, max_rows=config.max_rows, max_pixels=engine_max_pixels, clock=clock
     )
     return GenerationService(
         engine,
         pipeline,
         config,
-        describe(pipeline),
+        describe(pipeline, pipelines),
         model_name="tiny",
         draw_seed=draw_seed,
         encode=encode,

@@ -147,8 +147,8 @@ def vae(force_upcast: bool = False, **changes: Any) -> diffusers.AutoencoderKL:
     )
 
 
-def flow_vae() -> diffusers.AutoencoderKL:
-    return vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
+def flow_vae(**changes: Any) -> diffusers.AutoencoderKL:
+    return vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False, **changes)
 
 
 UNET = {

@@ -20,12 +20,12 @@ from tests.support.tiny_models import (
 )
 
 
-def stable_diffusion_3() -> DiffusionPipeline:
+def stable_diffusion_3(latent_channels: int = 4) -> DiffusionPipeline:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=SIDE_PX // 2,
         patch_size=2,
-        in_channels=4,
-        out_channels=4,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
         num_layers=2,
         attention_head_dim=8,
         num_attention_heads=2,
@@ -39,7 +39,7 @@ def stable_diffusion_3() -> DiffusionPipeline:
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=flow_vae(),
+        vae=flow_vae(latent_channels=latent_channels),
         text_encoder=clip(projected=True),
         tokenizer=clip_tokenizer(),
         text_encoder_2=clip(projected=True, act="gelu"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from handler.engine import InFlightEngine
 from handler.errors import ConfigError
 from tests.support.compilers import Compiler, Graphs
 from tests.support.frontend import CONTINUOUS, QUICK, Frontend
+from tests.support.picture_tasks import task_kwargs, task_pipelines
 from tests.support.pipelines import build, example_kwargs, image_of
 from tests.support.toy_pipeline import toy, toy_kwargs
 
@@ -157,6 +159,35 @@ def test_half_precision_inside_of_the_denoiser(family: str) -> None:
     off = [float((p - e).abs().mean()) for p, e in zip(pictures, expected, strict=True)]
     assert 0 < max(off) < BOUND_HALF
     assert float((pictures[0] - expected[1]).abs().mean()) > 2 * BOUND_HALF
+
+
+@pytest.mark.parametrize("name", ["stable_diffusion", "stable_diffusion_xl", "flux"])
+def test_half_precision_inside_of_the_denoiser_of_several_tasks(name: str) -> None:
+    """What the tasks share is changed once, and ControlNets with it."""
+    pipelines = task_pipelines(name)
+    expected = {
+        task: image_of(each(**task_kwargs(pipelines, name, task, 1)))
+        for task, each in pipelines.items()
+    }
+    first = next(iter(pipelines.values()))
+    SpeedUp(pipelines, Plan(channels_last=True, precision=torch.bfloat16), 16)
+    denoiser = first.transformer if name == "flux" else first.unet
+    assert denoiser.dtype is torch.bfloat16
+    assert first.vae.dtype is torch.float32
+    if name != "flux":
+        controlled = pipelines["text-to-image+control:edges"]
+        assert is_channels_last(controlled.controlnet)
+        assert is_channels_last(denoiser)
+    with closing(InFlightEngine(pipelines)) as engine:
+        tickets = {
+            task: engine.submit(task_kwargs(pipelines, name, task, 1), task=task)
+            for task in pipelines
+        }
+        engine.run()
+        assert engine.counters.merged_forwards > 0
+    for task, ticket in tickets.items():
+        off = float((image_of(ticket.result()) - expected[task]).abs().mean())
+        assert 0 < off < BOUND_HALF, task
 
 
 def test_steps_and_positions_keep_their_digits() -> None:

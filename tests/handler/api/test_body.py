@@ -116,7 +116,7 @@ def test_integers_of_more_digits_than_python_reads() -> None:
         open_body({"body": b"1" * 5000}, JSON, max_body_bytes=2**30)
 
 
-@pytest.mark.parametrize("media", ["image/png", "application/xml", "nonsense"])
+@pytest.mark.parametrize("media", ["application/pdf", "application/xml", "nonsense"])
 def test_other_content_types_are_refused(media: str) -> None:
     assert media in problem({"body": b"a cat"}, {"content-type": media})["Content-Type"]
 

@@ -271,6 +271,14 @@ def test_streams() -> None:
     assert call(body(previews=0)).preview_every == 0
 
 
+def test_jpeg_quality() -> None:
+    assert call(body()).jpeg_quality is None
+    assert call(body(jpeg_quality=1)).jpeg_quality == 1
+    with pytest.raises(InvalidRequest) as caught:
+        call(body(jpeg_quality=0))
+    assert caught.value.fields == {"jpeg_quality": "0 is out of range; allowed: 1 to 100"}
+
+
 def test_grpc_has_no_streams() -> None:
     row: dict[str, object] = {"prompt": b"a", "stream": b"true"}
     assert problems(row, {}) == {"stream": "only over HTTP, not over gRPC"}

@@ -7,16 +7,26 @@ from typing import Any
 import diffusers
 import pytest
 
+from handler.api.body import ALONE
 from handler.api.call import Call, read_call
-from handler.api.foreign_names import DRAWS_FROM_TEXT, FOREIGN_NAMES
+from handler.api.foreign_names import FOREIGN_NAMES, HOW_PICTURES_ARE_SENT
 from handler.api.request import GenerationRequest
+from handler.api.samplers import SAMPLERS, SCHEDULER_CLASSES
 from handler.api.schema import PICTURE_FIELDS, PICTURE_NAMES, REPLY_FIELDS
-from handler.api.traits import SAMPLER_NAMES, SCHEDULER_SHORT_NAMES, PipelineTraits
+from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.errors import InvalidRequest
+from tests.support.pictures import as_base64, encoded
 
 CONFIG = HandlerConfig(default_output="json")
-ALL_SCHEDULERS = tuple(SCHEDULER_SHORT_NAMES.values())
+ALL_SCHEDULERS = tuple(
+    dict.fromkeys(
+        [
+            *(each.class_names[0] for each in SAMPLERS.values()),
+            *SCHEDULER_CLASSES.values(),
+        ]
+    )
+)
 TRAITS = PipelineTraits(
     ALL_SCHEDULERS, 8, frozenset(f.argument for f in PICTURE_FIELDS.values() if f.argument)
 )
@@ -218,41 +228,77 @@ def test_weights_in_a_prompt_are_text(syntax: str) -> None:
 
 @pytest.mark.parametrize("name", ["scheduler", "sampler_name", "sampler_index", "sampler"])
 @pytest.mark.parametrize("karras", ["DPM++ 2M Karras", "dpm++_2m_karras", "dpm++ 2m-KARRAS"])
-def test_karras_is_refused_by_name(name: str, karras: str) -> None:
-    found = refusal({"prompt": "a", "seed": 1, name: karras})
-    assert found.keys() == {"scheduler"}
-    assert found["scheduler"].startswith(
-        f"{karras!r}: a request cannot choose Karras sigmas; without them it is dpm++; allowed: "
-    )
-
-
-def test_karras_beside_its_flag() -> None:
-    body = {"prompt": "a", "sampler_name": "DPM++ 2M Karras", "use_karras_sigmas": True}
-    assert refusal(body).keys() == {"scheduler", "use_karras_sigmas"}
-    assert refusal({"prompt": "a", "sampler_name": "Euler a", "scheduler": "Karras"}) == {
-        "scheduler": "'Karras': a request cannot choose Karras sigmas; leave it out"
-    }
+def test_karras_by_name(name: str, karras: str) -> None:
+    request = ring(**{name: karras})
+    assert (request.scheduler, request.extra["sigmas"]) == ("DPM++ 2M", "karras")
+    assert request.sampler == "DPM++ 2M karras"
 
 
 @pytest.mark.parametrize(
-    ("name", "class_name"),
+    "fields",
     [
-        *((label, class_name) for class_name, label in SAMPLER_NAMES.items()),
-        ("k_euler_a", "EulerAncestralDiscreteScheduler"),
-        ("K_DPM_2_ANCESTRAL", "KDPM2AncestralDiscreteScheduler"),
-        ("k_dpmpp_2m", "DPMSolverMultistepScheduler"),
+        {"sampler_name": "DPM++ 2M Karras", "use_karras_sigmas": True},
+        {"sampler_name": "DPM++ 2M", "scheduler": "Karras"},
+        {"sampler_name": "dpmpp_2m", "scheduler": "karras"},
+        {"scheduler": "DPM++ 2M", "sigmas": "Karras"},
+        {"scheduler": "DPM++ 2M", "schedule_type": "Karras"},
+        {"scheduler": "DPM++ 2M", "karras": True},
+        {"scheduler": "DPM++ 2M Karras", "sigmas": "karras", "use_beta_sigmas": False},
+        {"sampler": "K_DPMPP_2M_KA"},
     ],
 )
-def test_samplers_that_are_a_class(name: str, class_name: str) -> None:
+def test_karras_in_every_form(fields: dict[str, object]) -> None:
+    assert ring(**fields) == ring(scheduler="DPM++ 2M Karras")
+
+
+def test_sigmas_that_contradict_the_name_or_that_a_sampler_has_not() -> None:
+    assert refusal({"prompt": "a", "scheduler": "LMS Karras", "sigmas": "beta"}) == {
+        "sigmas": "'beta', but the scheduler says Karras: send one"
+    }
+    assert refusal({"prompt": "a", "use_karras_sigmas": True, "use_beta_sigmas": True}).keys() == {
+        "sigmas"
+    }
+    assert refusal({"prompt": "a", "sampler_name": "Euler a", "scheduler": "Karras"}) == {
+        "sigmas": "'Euler a': Euler a has no Karras sigmas in diffusers; its sigmas may be"
+        " sgm_uniform, simple, normal, ddim_uniform"
+    }
+    found = refusal({"prompt": "a", "scheduler": "DPM++ 2M KL Optimal"})
+    assert "DPM++ 2M has no KL-optimal sigmas in diffusers" in found["scheduler"]
+    found = refusal({"prompt": "a", "scheduler": "DPM++ 2S a Karras"})
+    assert "diffusers has no such solver" in found["scheduler"]
+    assert refusal({"prompt": "a", "sigmas": [14.6, 0.0]}).keys() == {"sigmas"}
+
+
+def test_automatic_is_what_counts_where_nothing_is_sent() -> None:
+    assert ring(scheduler="Automatic", schedule_type="automatic") == ring()
+    assert ring(sampler_name="Euler", scheduler="Automatic") == ring(scheduler="Euler")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *((name, name) for name in SAMPLERS),
+        *((alias, each.name) for each in SAMPLERS.values() for alias in each.aliases),
+        ("k_euler_a", "Euler a"),
+        ("K_DPM_2_ANCESTRAL", "DPM2 a"),
+        ("k_dpmpp_2m", "DPM++ 2M"),
+        ("dpmpp_2m_sde_gpu", "DPM++ 2M SDE"),
+        ("DPM++2M", "DPM++ 2M"),
+        ("DPMSolverMultistep", "DPMSolverMultistepScheduler"),
+        ("eulerdiscretescheduler", "EulerDiscreteScheduler"),
+        ("pndm", "PNDMScheduler"),
+    ],
+)
+def test_samplers_by_their_names(name: str, meant: str) -> None:
     """Among them are all that the metadata of a picture may hold."""
-    assert ring(sampler_name=name).scheduler == ring(scheduler=name).scheduler == class_name
+    assert ring(sampler_name=name).scheduler == ring(scheduler=name).scheduler == meant
 
 
 NEARLY = [
     *("DPM++ 2M", "DPM++ 2S a", "DPM++ 2M SDE", "DPM++ 3M SDE", "DPM++ SDE", "DPM2", "DPM2 a"),
     *("DPM fast", "DPM adaptive", "Euler", "Euler a", "Heun", "LMS", "DDPM", "DDIM", "DDIM CFG++"),
     *("Restart", "UniPC", "PLMS", "LCM", "TCD", "SA", "DEIS", "dpmpp_2m", "heunpp2", "res_2m"),
-    *(f"{label} Karras" for label in SAMPLER_NAMES.values()),
+    *(f"{name} Karras" for name in SAMPLERS),
     *(name for name in dir(diffusers) if name.endswith("Scheduler")),
 ]
 
@@ -263,7 +309,7 @@ def test_a_refused_scheduler_is_never_told_another_solver(name: str) -> None:
         found = outcome(
             {"prompt": "a", "scheduler": name}, PipelineTraits((left,), 8, TRAITS.parameters)
         )
-        assert found == left or "did you mean" not in found["scheduler"]
+        assert isinstance(found, str) or "did you mean" not in found["scheduler"]
 
 
 @pytest.mark.parametrize(
@@ -277,17 +323,161 @@ def test_a_misspelt_scheduler_is_told_its_name(typed: str, meant: str) -> None:
 # Refusals.
 
 
-PICTURES = [
-    *("image", "images", "init_image", "init_images", "mask", "mask_image", "strength"),
-    *("control_image", "image_url", "ip_adapter_image_embeds", "inputImage", "img2", "first_image"),
-]
+PIXELS = encoded((256, 192))
+PICTURE = as_base64(PIXELS)
+EDITING = TRAITS.parameters | {"image"}
+EVERY_TASK = PipelineTraits(
+    ALL_SCHEDULERS,
+    8,
+    TRAITS.parameters,
+    tasks=dict.fromkeys(("text-to-image", "image-to-image", "inpainting"), EDITING),
+)
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_pictures_are_refused_for_what_they_are(name: str) -> None:
-    assert refusal({"prompt": "a", name: "data:image/png;base64,xyz"}) == {name: DRAWS_FROM_TEXT}
+def edit(**fields: Any) -> GenerationRequest:
+    return draw({"prompt": "a red ring", "image": PICTURE, **fields}, EVERY_TASK)
+
+
+def test_a1111s_image_to_image() -> None:
+    body = {
+        **{name: value for name, value in A1111.items() if name not in ("width", "height")},
+        "init_images": [f"data:image/png;base64,{PICTURE}"],
+        "denoising_strength": 0.6,
+        "resize_mode": 0,
+        "mask_blur": 0,
+        "inpainting_fill": 1,
+        "inpaint_full_res": False,
+        "inpaint_full_res_padding": 32,
+        "inpainting_mask_invert": 0,
+        "initial_noise_multiplier": 1,
+        "include_init_images": False,
+    }
+    expected = edit(
+        negative_prompt="blurry",
+        scheduler="euler_a",
+        guidance_scale=7,
+        num_images=2,
+        steps=4,
+        strength=0.6,
+    )
+    assert draw(body, EVERY_TASK) == expected
+    masked = draw({**body, "mask": PICTURE}, EVERY_TASK)
+    assert (masked.task, masked.extra["strength"]) == ("inpainting", 0.6)
+    refused = {"mask_blur": 4, "inpainting_fill": 0, "inpaint_full_res": True, "resize_mode": 1}
+    assert refusal({**body, "mask": PICTURE, **refused}, EVERY_TASK).keys() == refused.keys()
+    assert refusal({**body, "init_images": [PICTURE] * 2}, EVERY_TASK) == {
+        "init_images": "is a list of 2; a request begins with one picture"
+    }
+
+
+@pytest.mark.parametrize("name", ["denoising_strength", "prompt_strength"])
+def test_a_strength_counts_with_a_picture_alone(name: str) -> None:
+    assert edit(**{name: 0.3}) == edit(strength=0.3)
+    assert "strength" not in draw({"prompt": "a", name: 0.3}, EVERY_TASK).extra
+    twice = {"prompt": "a", "image": PICTURE, name: 0.3, "strength": 0.3}
+    assert refusal(twice, EVERY_TASK).keys() == {"strength"}
+
+
+def test_hugging_faces_image_to_image() -> None:
+    parameters = {"prompt": "a red ring", "num_inference_steps": 4, "strength": 0.5}
+    body = {"inputs": PICTURE, "parameters": parameters}
+    assert draw(body, EVERY_TASK) == edit(steps=4, strength=0.5)
+    sized = {**parameters, "target_size": {"width": 64, "height": 96}, "negative_prompt": "b"}
+    assert draw({"inputs": PICTURE, "parameters": sized}, EVERY_TASK) == edit(
+        steps=4, strength=0.5, width=64, height=96, negative_prompt="b"
+    )
+    with_mask = {**parameters, "mask_image": PICTURE}
+    assert draw({"inputs": PICTURE, "parameters": with_mask}, EVERY_TASK).task == "inpainting"
+    # A picture without a prompt, and one that is no picture.
+    assert refusal({"inputs": PICTURE, "parameters": {"seed": 1}}, EVERY_TASK) == {
+        "prompt": "is missing"
+    }
+    gif = as_base64(b"GIF89a" + bytes(60))
+    assert refusal({"inputs": gif, "parameters": parameters}, EVERY_TASK) == {
+        "image": "is a GIF; allowed are PNG, JPEG and WebP"
+    }
+    assert refusal({"inputs": "a", "parameters": {"prompt": "b"}}, EVERY_TASK).keys() == {"prompt"}
+    inside = {"instances": [{"inputs": gif, "parameters": parameters}, {"prompt": "a"}]}
+    assert refusal(inside, EVERY_TASK).keys() == {"instances[0].image"}
+    beside = {"instances": [{"prompt": "a"}, {"prompt": "b"}], "image": gif}
+    assert refusal(beside, EVERY_TASK).keys() == {"image"}
+
+
+@pytest.mark.parametrize(
+    "name", ["images", "image_base64", "init_img", "source_image", "init_images", "image[]"]
+)
+def test_other_names_of_a_picture(name: str) -> None:
+    assert draw({"prompt": "a red ring", name: PICTURE}, EVERY_TASK) == edit()
+    assert draw({"prompt": "a red ring", name: [PICTURE]}, EVERY_TASK) == edit()
+    form = {"prompt": b"a red ring", name: PIXELS}
+    assert draw(form, EVERY_TASK, is_form=True) == edit()
+
+
+def test_openais_edits() -> None:
+    form = {"prompt": b"a red ring", "image[]": PIXELS, "size": b"64x96", "n": b"2"}
+    assert draw(form, EVERY_TASK, is_form=True) == edit(width=64, height=96, n=2)
+
+
+def test_image_strength_is_the_other_way_round() -> None:
+    body = {"prompt": "a", "image": PICTURE, "image_strength": 0.3}
+    assert "strength is 1 less" in refusal(body, EVERY_TASK)["image_strength"]
+
+
+def test_every_form_of_a_picture() -> None:
+    expected = edit(seed=5)
+    assert draw({"prompt": b"a red ring", "image": PIXELS, "seed": b"5"}, EVERY_TASK, is_form=True)
+    tensors = [
+        {"name": name, "shape": [1], "datatype": "BYTES", "data": [value]}
+        for name, value in (("prompt", "a red ring"), ("image", PICTURE))
+    ]
+    for body in (
+        {"instances": [{"prompt": "a red ring", "image": {"b64": PICTURE}, "seed": 5}]},
+        {"instances": ["a red ring"], "parameters": {"image": PICTURE, "seed": 5}},
+        {"inputs": tensors, "parameters": {"seed": 5}},
+        {"prompt": "a red ring", "image": [PICTURE], "seed": 5},
+    ):
+        assert draw(body, EVERY_TASK) == expected
+
+
+def test_a_body_that_is_a_picture() -> None:
+    for headers in ({"content-type": "image/png"}, {"host": "x"}):
+        with pytest.raises(InvalidRequest) as caught:
+            read_call({"body": PIXELS}, headers, CONFIG, EVERY_TASK, draw_seed=lambda: 1)
+        assert caught.value.fields == {"prompt": ALONE}
+
+
+NOT_SERVED = "this archive does not serve {}; it serves text-to-image"
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "task"),
+    [
+        ("image", "image", "image-to-image"),
+        ("images", "image", "image-to-image"),
+        ("init_image", "image", "image-to-image"),
+        ("init_images", "image", "image-to-image"),
+        ("control_image", "control_image", "text-to-image with control_image"),
+        ("controlnet_image", "control_image", "text-to-image with control_image"),
+    ],
+)
+def test_an_archive_that_draws_from_text_says_so(name: str, field: str, task: str) -> None:
+    expected = {field: NOT_SERVED.format(task)}
+    assert refusal({"prompt": "a", name: "data:image/png;base64,xyz"}) == expected
+    assert refusal({"prompt": b"a", name: b"\x89PNG\r\n"}, is_form=True) == expected
+
+
+@pytest.mark.parametrize("name", ["ip_adapter_image_embeds", "inputImage", "img2", "first_image"])
+def test_unknown_names_of_pictures_are_told_ours(name: str) -> None:
+    assert refusal({"prompt": "a", name: "x"}) == {name: HOW_PICTURES_ARE_SENT}
     file = {"prompt": b"a", name: b"\x89PNG\r\n"}
-    assert refusal(file, is_form=True) == {name: DRAWS_FROM_TEXT}
+    assert refusal(file, is_form=True) == {name: HOW_PICTURES_ARE_SENT}
+
+
+@pytest.mark.parametrize("name", ["image_url", "image_urls", "mask_url"])
+def test_names_of_urls_are_refused(name: str) -> None:
+    found = refusal({"prompt": "a", name: "https://example.org/cat.png"})
+    assert found.keys() == {name}
+    assert "no request makes the server fetch anything" in found[name]
 
 
 @pytest.mark.parametrize("name", ["num_image", "images_per_prompt", "n_images", "image_size"])
@@ -299,8 +489,8 @@ def test_counts_of_pictures_are_not_pictures(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("lora", {"style": 0.6}),
-        ("loras", ["style"]),
+        ("lora_scale", 0.6),
+        ("lora_path", "style.safetensors"),
         ("cross_attention_kwargs", {"scale": 0.5}),
     ],
 )

@@ -59,6 +59,7 @@ def reply_to(
     envelope_id: str | None = None,
     config: HandlerConfig = CONFIG,
     request_id: str = "id-1",
+    jpeg_quality: int | None = None,
 ) -> Reply:
     call = Call(
         requests=tuple(r.request for r in results),
@@ -69,6 +70,7 @@ def reply_to(
         stream=False,
         preview_every=0,
         envelope_id=envelope_id,
+        jpeg_quality=jpeg_quality,
     )
     ticks = count()
     return success_reply(
@@ -219,6 +221,15 @@ def test_jpeg_quality_is_the_configured_one() -> None:
     assert len(reply_to([result()], "jpeg", config=coarse).body) < len(
         reply_to([result()], "jpeg").body
     )
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_jpeg_quality_is_the_requests_where_it_says_one(output_format: str) -> None:
+    coarse, default, fine = (
+        len(reply_to([result()], output_format, jpeg_quality=quality).body)
+        for quality in (5, None, 100)
+    )
+    assert coarse < default < fine
 
 
 def test_warnings_are_headers_in_rfc_7234s_form() -> None:

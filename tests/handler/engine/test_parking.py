@@ -47,18 +47,20 @@ SAMPLE = {
 
 # Finding
 
+VAE = ("vae.encode", "vae.decode")
+
 
 @pytest.mark.parametrize(
     ("family", "names"),
     [
-        ("stable_diffusion", ["unet", "text_encoder", "vae.decode"]),
-        ("stable_diffusion_xl", ["unet", "text_encoder", "text_encoder_2", "vae.decode"]),
+        ("stable_diffusion", ["unet", "text_encoder", *VAE]),
+        ("stable_diffusion_xl", ["unet", "text_encoder", "text_encoder_2", *VAE]),
         (
             "stable_diffusion_3",
-            ["transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae.decode"],
+            ["transformer", "text_encoder", "text_encoder_2", "text_encoder_3", *VAE],
         ),
-        ("stable_diffusion_controlnet", ["unet", "controlnet", "text_encoder", "vae.decode"]),
-        ("kandinsky_2_2", ["unet", "movq.decode"]),
+        ("stable_diffusion_controlnet", ["unet", "controlnet", "text_encoder", *VAE]),
+        ("kandinsky_2_2", ["unet", "movq.encode", "movq.decode"]),
         ("stable_cascade_prior", ["prior", "text_encoder"]),
     ],
 )
@@ -67,9 +69,20 @@ def test_the_modules_are_found_by_their_names(family: str, names: list[str]) -> 
     assert found == {name if "." in name else f"{name}.forward" for name in names}
 
 
-def test_an_autoencoder_that_is_cast_around_its_decoding_is_not_parked() -> None:
-    pipeline = build("stable_diffusion_xl").to(torch.float16)
-    assert "vae.decode" not in {slot.name for slot in find_slots(pipeline)}
+@pytest.mark.parametrize(
+    ("dtype", "parked"),
+    [
+        (torch.float16, set[str]()),
+        # Around its encoding it is cast whatever it is in.
+        (torch.bfloat16, {"vae.decode"}),
+        (torch.float32, {*VAE}),
+    ],
+)
+def test_an_autoencoder_that_is_cast_around_its_work_is_not_parked(
+    dtype: torch.dtype, parked: set[str]
+) -> None:
+    pipeline = build("stable_diffusion_xl").to(dtype)
+    assert {slot.name for slot in find_slots(pipeline)} & {*VAE} == parked
 
 
 def test_the_denoisers_are_told_from_their_helpers() -> None:

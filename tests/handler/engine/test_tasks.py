@@ -147,7 +147,10 @@ def test_a_module_that_only_one_pipeline_has_is_parked_too() -> None:
     controlled = build("stable_diffusion_controlnet")
     controlled.register_modules(**pipelines["stable_diffusion"].components)
     names = {slot.name for slot in find_slots(*pipelines.values(), controlled)}
-    assert names == {"unet.forward", "text_encoder.forward", "vae.decode", "controlnet.forward"}
+    assert names == {
+        *("unet.forward", "text_encoder.forward", "vae.encode", "vae.decode"),
+        "controlnet.forward",
+    }
     slots = find_slots(*pipelines.values(), controlled, names=["controlnet", "unet"])
     assert {slot.name for slot in slots} == {"unet.forward", "controlnet.forward"}
     with pytest.raises(ValueError, match="cannot park 'controlnet'"):

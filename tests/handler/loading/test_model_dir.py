@@ -65,7 +65,7 @@ def test_a_deflated_zip_is_unpacked_and_says_so(
         assert content(write_model_zip(tmp_path / "m", data)) == safetensors()
     assert len(caplog.messages) == 1
     assert "model.zip is deflated" in caplog.messages[0]
-    assert "scripts.build_archive" in caplog.messages[0]
+    assert "diffusers-torchserve pack" in caplog.messages[0]
     assert list(scratch.iterdir()) == []
 
 

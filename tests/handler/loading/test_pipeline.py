@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from blake3 import blake3
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
@@ -20,7 +21,7 @@ from handler.loading.pipeline import choose_device, choose_dtype, load_pipeline
 from scripts.zip_weights import zip_pipeline
 from tests.support.archives import save_pipeline
 from tests.support.model_dirs import packed, refusal, tensors
-from tests.support.pipelines import build, example_kwargs, shared
+from tests.support.pipelines import build, example_kwargs, shared, with_safety_checker
 
 MAPPED = ("stable_diffusion_xl", "stable_diffusion_3", "pixart_sigma", "z_image", "kandinsky_2_2")
 
@@ -53,6 +54,16 @@ def test_draws_the_same_picture(tmp_path: Path) -> None:
     kwargs = example_kwargs("stable_diffusion", 0)
     expected = shared("stable_diffusion")(**example_kwargs("stable_diffusion", 0)).images
     assert np.array_equal(loaded.pipeline(**kwargs).images, expected)
+
+
+@pytest.mark.parametrize("mode", ["off", "flag", "refuse"])
+def test_a_safety_checker_is_loaded_unless_it_is_off(tmp_path: Path, mode: str) -> None:
+    with_safety_checker(is_strict=True).save_pretrained(tmp_path / "pipeline")
+    model_dir = tmp_path / "model"
+    model_dir.mkdir()
+    zip_pipeline(tmp_path / "pipeline", model_dir / "model.zip")
+    loaded = load_pipeline(model_dir, HandlerConfig(safety_checker=mode), None)
+    assert (loaded.pipeline.safety_checker is None) == (mode == "off")
 
 
 def test_an_upstream_archive_loads_with_one_log_line(
@@ -148,10 +159,16 @@ def test_a_damaged_lora_is_refused(tmp_path: Path) -> None:
     save_file({"other.weight": torch.ones(2)}, model_dir / name)
     (model_dir / "MAR-INF").mkdir()
     manifest = model_dir / "MAR-INF" / "PIPELINE.json"
-    digest = hashlib.sha256((model_dir / name).read_bytes()).hexdigest()
-    for sha256, words in ((digest, "does not fit"), ("0" * 64, "is damaged: it does not match")):
-        manifest.write_text(json.dumps({"members": {name: {"sha256": sha256}}}))
-        assert words in refusal(model_dir)
+    data = (model_dir / name).read_bytes()
+    for key, digest in (
+        ("blake3", blake3(data).hexdigest()),
+        ("sha256", hashlib.sha256(data).hexdigest()),  # as older archives have it
+    ):
+        for listed, words in ((digest, "does not fit"), ("0" * 64, "damaged: it does not match")):
+            manifest.write_text(json.dumps({"members": {name: {key: listed}}}))
+            assert words in refusal(model_dir)
+    manifest.write_text(json.dumps({"members": {name: {"crc32": 0}}}))
+    assert "PIPELINE.json is damaged" in refusal(model_dir)
     manifest.write_text("{}")
     assert "PIPELINE.json is damaged" in refusal(model_dir)
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 
+from handler.engine import CompiledForwards
 from handler.engine.ticket import Ticket
 from handler.pipelines.adapters import AdapterSets, scales_adapters
 from tests.support.engine_tools import opened
@@ -114,12 +115,114 @@ def test_each_request_runs_under_its_own_set(exact: bool) -> None:
     assert state_of(pipeline) == before
 
 
-def test_requests_under_different_sets_never_share_a_forward() -> None:
-    with opened(with_adapters()) as engine:
-        for index, adapters in enumerate(SETS):
-            engine.submit(kwargs_of(index), adapters=adapters)
+MIXED: list[Set] = [*SETS, {"a": 0.2}, {"b": 0.8, "a": 0.3}, {"a": -1.0}]
+
+
+@pytest.mark.parametrize("buckets", [(), (4, 32)])
+def test_requests_under_different_sets_share_forwards(buckets: tuple[int, ...]) -> None:
+    """None, one, several, one at two scales: each as the pipeline with that set alone."""
+    pipeline = with_adapters()
+    before = state_of(pipeline)
+    parked = ["text_encoder", "unet"]
+    with opened(pipeline, max_rows=32, buckets=buckets, modules=parked) as engine:
+        for _ in range(2):  # the second time nothing is left to prove
+            ticks, forwards = engine.counters.ticks, engine.counters.forwards
+            tickets = [engine.submit(kwargs_of(0), adapters=adapters) for adapters in MIXED]
+            engine.run()
+            for ticket, adapters in zip(tickets, MIXED, strict=True):
+                assert difference(ticket, expected(0, adapters)) < BOUND, adapters
+        assert engine.counters.forwards - forwards == engine.counters.ticks - ticks
+    assert state_of(pipeline) == before
+
+
+@pytest.mark.parametrize("swapped", [{"b": 1.0}, {"a": 0.9}, {}, None])
+def test_another_set_would_be_seen(swapped: Set) -> None:
+    """The control of the bound: what a mistaken row would give is far beyond it."""
+    assert (expected(0, {"a": 1.0}) - expected(0, swapped)).abs().max() > 10 * BOUND
+
+
+def test_a_set_alone_is_equal_to_the_bit_without_switching_any_layer() -> None:
+    pipeline = with_adapters()
+    before = state_of(pipeline)
+    with opened(pipeline, exact=True) as engine:
+        tickets = [engine.submit(kwargs_of(1), adapters=adapters) for adapters in MIXED]
+        while engine.has_work:
+            engine.step()
+            assert state_of(pipeline) == before
+    for ticket, adapters in zip(tickets, MIXED, strict=True):
+        assert difference(ticket, expected(1, adapters)) == 0
+
+
+def test_a_failing_request_takes_nobody_of_another_set_along() -> None:
+    pipeline = with_adapters()
+    real = pipeline.unet.forward
+
+    def strict(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if sample.isnan().any():
+            raise FloatingPointError
+        return real(sample, *args, **kwargs)
+
+    pipeline.unet.forward = strict
+    with opened(pipeline) as engine:
+        bad = engine.submit(
+            {**kwargs_of(0), "latents": torch.full((1, 4, 8, 8), torch.nan)}, adapters={"a": 1.0}
+        )
+        good = [engine.submit(kwargs_of(0), adapters=adapters) for adapters in SETS]
         engine.run()
-        assert engine.counters.merged_forwards == 0
+    assert isinstance(bad.error, FloatingPointError)
+    for ticket, adapters in zip(good, SETS, strict=True):
+        assert difference(ticket, expected(0, adapters)) < BOUND
+
+
+def test_compiled_code_is_for_rows_without_adapters() -> None:
+    """What is compiled once sees neither patched layers nor a set of anybody."""
+    pipeline = with_adapters()
+    pipeline.disable_lora()
+    ran: list[int] = []
+
+    def compiler(forward: Any) -> Any:
+        def compiled(sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            ran.append(len(sample))
+            own = [m for m in pipeline.unet.modules() if "forward" in vars(m)]
+            assert own == [pipeline.unet], "a layer is patched"
+            return forward(sample, *args, **kwargs)
+
+        return compiled
+
+    with opened(pipeline, wrappers=[CompiledForwards(compiler)]) as engine:
+        plain = [engine.submit(kwargs_of(i)) for i in (0, 2)]
+        styled = [engine.submit(kwargs_of(i), adapters={"a": 1.0}) for i in (0, 2)]
+        engine.run()
+    assert ran
+    assert max(ran) == 4, "two guided pictures"
+    for place, index in enumerate((0, 2)):
+        assert difference(plain[place], expected(index, {})) < BOUND
+        assert difference(styled[place], expected(index, {"a": 1.0})) < BOUND
+
+
+def with_dora() -> Any:
+    pipeline = with_adapters()
+    config = LoraConfig(r=2, target_modules=["to_q"], use_dora=True, init_lora_weights=False)
+    torch.manual_seed(3)
+    pipeline.unet.add_adapter(config, adapter_name="dora")
+    pipeline.set_adapters(["a"], [0.6])
+    return pipeline
+
+
+def test_adapters_that_are_no_plain_loras_share_no_forward_with_other_sets() -> None:
+    sets: list[Set] = [{"dora": 1.0}, {"a": 1.0, "dora": 0.5}, {"a": 1.0}, {"b": 0.5}]
+    images = []
+    for adapters in sets:
+        alone = with_dora()
+        alone.set_adapters(list(adapters or {}), list((adapters or {}).values()))
+        images.append(image_of(alone(**kwargs_of(0))))
+    assert (images[1] - images[2]).abs().max() > VISIBLE
+    with opened(with_dora()) as engine:
+        tickets = [engine.submit(kwargs_of(0), adapters=each) for each in sets]
+        engine.run()
+        assert engine.counters.merged_forwards > 0, "those of the LoRAs"
+    for ticket, image in zip(tickets, images, strict=True):
+        assert difference(ticket, image) < BOUND
 
 
 def test_requests_under_one_set_share_a_forward() -> None:
@@ -175,10 +278,10 @@ def test_the_layers_are_given_back_as_they_were_found(was_disabled: bool) -> Non
         engine.step()
         engine.run()
         assert difference(plain, image) < BOUND
-        engine.submit(kwargs_of(1), adapters={"b": 2.0})
+        engine.submit(kwargs_of(1, 0.5), adapters={"b": 2.0})
         engine.step()
         engine.step()
-        assert state_of(pipeline) != before, "closed in the midst of another set"
+        assert state_of(pipeline) != before, "closed in the midst of a set that is scaled"
     assert state_of(pipeline) == before
     assert torch.equal(image_of(pipeline(**kwargs_of(0))), image)
 
@@ -208,7 +311,9 @@ def test_without_any_adapters_nothing_is_touched() -> None:
     sets = AdapterSets([pipeline])
     assert sets.checked(pipeline, None, {}) is None
     assert sets.checked(pipeline, None, {"cross_attention_kwargs": {"scale": 0.5}}) is None
-    assert sets.checked(pipeline, {}, {}) == {}
+    chosen = sets.checked(pipeline, {}, {})
+    assert chosen is not None
+    assert chosen.weights == {}
     sets.activate(pipeline, None, scaled=True)
     sets.activate(pipeline, {})
     sets.restore()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import closing
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from PIL import Image
 
 from handler.api.request import GenerationRequest
 from handler.assembly import assemble
@@ -15,7 +18,9 @@ from handler.config import HandlerConfig
 from handler.loading.pipeline import LoadedPipeline
 from handler.pipelines.arguments import pipeline_arguments
 from handler.pipelines.describe import describe
+from handler.pipelines.tasks import task_classes
 from handler.service.reading import read_requests
+from tests.support.drawings import as_base64, drawing, half_mask
 from tests.support.frontend import QUICK
 from tests.support.layouts import pixart_of_a_known_size
 from tests.support.pipelines import FAMILIES, build, shared
@@ -24,7 +29,9 @@ from tests.support.pipelines import FAMILIES, build, shared
 def plain(family: str) -> tuple[GenerationRequest, frozenset[str]]:
     """A request of nothing but its prompt, and the parameters of the pipeline's call."""
     traits = describe(shared(family))
-    (request,) = read_requests([{"body": {"prompt": "a cat"}}], HandlerConfig(), traits)
+    pictures = {name: as_base64(drawing(0, 512, 512)) for name in traits.required}
+    body = {"prompt": "a cat", **pictures}
+    (request,) = read_requests([{"body": body}], HandlerConfig(), traits)
     return request, traits.parameters
 
 
@@ -35,6 +42,23 @@ def test_nothing_is_given_that_was_neither_sent_nor_configured(family: str) -> N
     configured = {"num_inference_steps", "guidance_scale", "height", "width"}
     assert given.keys() <= always | configured
     assert None not in given.values()
+
+
+def test_pictures_are_given_by_the_names_of_the_parameters() -> None:
+    """A ControlNet's picture is called `image` where there is no other."""
+    image, mask, control = drawing(0), half_mask(), drawing(1)
+    request, _ = plain("stable_diffusion")
+
+    def given(task: str, **pictures: Image.Image) -> dict[str, Any]:
+        kind = task_classes(diffusers.StableDiffusionPipeline, diffusers.ControlNetModel)[task]
+        parameters = frozenset(inspect.signature(kind.__call__).parameters)
+        arguments = pipeline_arguments(request, parameters, pictures)
+        return {name: each for name, each in arguments.items() if isinstance(each, Image.Image)}
+
+    assert given("text-to-image+control", control_image=control) == {"image": control}
+    assert given("image-to-image", image=image) == {"image": image}
+    everything = {"image": image, "mask_image": mask, "control_image": control}
+    assert given("inpainting+control", **everything) == everything
 
 
 @pytest.mark.parametrize("make", [pixart_of_a_known_size, lambda: build("sana")])

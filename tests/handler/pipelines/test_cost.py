@@ -97,4 +97,38 @@ def test_the_estimate_of_a_plain_call_is_what_its_denoiser_gets(family: str) -> 
 )
 def test_the_least_steps_are_those_that_nothing_shortens(kwargs: Any, steps: int) -> None:
     assert least_forwards(shared("stable_diffusion"), kwargs) == steps
-    assert least_forwards(shared("stable_diffusion_img2img"), kwargs) == 0, "it has a strength"
+
+
+@pytest.mark.parametrize("num_steps", [1, 7, 10])
+@pytest.mark.parametrize("strength", [None, 0.3, 0.55, 0.99, 1.0])
+@pytest.mark.parametrize("family", ["stable_diffusion_img2img", "stable_diffusion_inpaint"])
+def test_strength_leaves_out_steps_as_diffusers_counts_them(
+    family: str, strength: float | None, num_steps: int
+) -> None:
+    pipeline = shared(family)
+    kwargs = {**example_kwargs(family, 1), "num_inference_steps": num_steps}
+    kwargs.pop("strength")
+    if strength is not None:
+        kwargs["strength"] = strength
+    num_forwards: list[int] = []
+    hook = pipeline.unet.register_forward_pre_hook(lambda module, args: num_forwards.append(1))
+    try:
+        pipeline(**kwargs)
+    except (IndexError, RuntimeError, ValueError):
+        assert not num_forwards, "what diffusers makes of no steps at all"
+    finally:
+        hook.remove()
+    assert least_forwards(pipeline, kwargs) == len(num_forwards)
+
+
+def test_an_enlarged_picture_costs_what_comes_out() -> None:
+    pipeline = _Enlarging()
+    cost = estimate_cost(pipeline, {"image": Image.new("RGB", (16, 8)), "guidance_scale": 1.0})
+    assert cost == Cost(1, 64 * 32, 64 * 32)
+
+
+class _Enlarging:
+    def __call__(self, image: Any, guidance_scale: float = 9.0) -> None: ...
+
+
+_Enlarging.__name__ = "StableDiffusionUpscalePipeline"

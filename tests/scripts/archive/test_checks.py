@@ -17,7 +17,16 @@ from scripts.archive.manifest import MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
 from scripts.archive.writer import ArchivePlan, write_archive
 from scripts.verify_archive import verify
 from tests.support.archives import save_pipeline
-from tests.support.packing import UNET, edit_json, pack, rewrite, zip_folder
+from tests.support.layouts import lora_of_unet
+from tests.support.packing import (
+    UNET,
+    edit_json,
+    in_old_form,
+    manifest,
+    pack,
+    rewrite,
+    zip_folder,
+)
 
 PIPELINE, TORCHSERVE = MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
 
@@ -64,7 +73,7 @@ PIPELINE, TORCHSERVE = MANIFEST_NAME, TORCHSERVE_MANIFEST_NAME
         (lambda files: files.update({"requirements.txt": b"evil"}), "requirements.txt has 4 bytes"),
         (
             lambda files: files.update({"requirements.txt": files["requirements.txt"][::-1]}),
-            "requirements.txt does not match its SHA-256",
+            "requirements.txt does not match its BLAKE3",
         ),
         (lambda files: files.pop("model.zip"), "holds 0 pipelines"),
     ],
@@ -115,8 +124,34 @@ def test_a_consistent_forgery_is_found_by_its_hash(tmp_path: Path) -> None:
     with zipfile.ZipFile(forged) as archive:
         model = archive.read("model.zip")
     rewrite(mar, lambda files: files.update({"model.zip": model}))
-    expected = f"model.zip/{UNET} does not match its SHA-256 in the manifest"
+    expected = f"model.zip/{UNET} does not match its BLAKE3 in the manifest"
     assert verify(mar) == [expected]
+
+
+def test_archives_of_the_first_form_still_verify(tmp_path: Path) -> None:
+    """They list SHA-256, and what does not match it is found all the same."""
+    style = tmp_path / "style.safetensors"
+    save_file(lora_of_unet(), style)
+    old = in_old_form(pack(tmp_path, loras={"style": style}))
+    assert verify(old) == []
+    again = tmp_path / "again.mar"
+    write_archive(ArchivePlan(old, "tiny", is_repacked=True), again)
+    assert manifest(again)["format"] == 2
+    assert verify(again) == []
+
+    def change(files: dict[str, bytes]) -> None:
+        files["requirements.txt"] = files["requirements.txt"][::-1]
+
+    expected = "requirements.txt does not match its SHA-256 in the manifest"
+    assert verify(rewrite(old, change)) == [expected]
+
+
+def test_a_member_without_a_known_hash_is_named(tmp_path: Path) -> None:
+    def change(value: dict[str, dict[str, dict[str, object]]]) -> None:
+        value["members"]["requirements.txt"].pop("blake3")
+
+    problems = verify(rewrite(pack(tmp_path), edit_json(PIPELINE, change)))
+    assert problems == ["requirements.txt: the manifest lists none of its hashes blake3, sha256"]
 
 
 class Pipe(io.BytesIO):

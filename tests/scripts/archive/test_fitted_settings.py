@@ -8,7 +8,12 @@ import pytest
 import yaml
 
 from handler.config import HandlerConfig
-from scripts.archive.fitted_settings import describe_defaults, fit_settings, with_settings
+from scripts.archive.fitted_settings import (
+    describe_defaults,
+    fit_settings,
+    settings_within,
+    with_settings,
+)
 from scripts.repository import REPOSITORY
 
 OWN = (REPOSITORY / "config" / "model-config.yaml").read_bytes()
@@ -91,6 +96,27 @@ def test_more_steps_than_a_configuration_may_have() -> None:
 def test_values_of_the_wrong_type_are_left_to_their_check() -> None:
     section = {"max_pixels": "many"}
     assert fit_settings(section, {"height": 8}, SD_1, is_chosen=True) == {"height": 8}
+
+
+@pytest.mark.parametrize(
+    ("settings", "needed"),
+    [
+        ({"max_size_px": 512}, {"height": 512, "width": 512}),
+        ({"max_size_px": 512, "width": 256}, {"height": 512}),
+        ({"max_pixels": 512 * 512}, {"height": 512, "width": 512}),
+        ({"max_num_inference_steps": 20}, {"num_inference_steps": 20}),
+        ({"max_guidance_scale": 3.0}, {"guidance_scale": 3.0}),
+        ({"max_size_px": 1024, "max_waiting": 3}, {}),
+    ],
+)
+def test_what_a_limit_makes_necessary(settings: dict[str, Any], needed: dict[str, Any]) -> None:
+    packed = {**SECTION, **fitted({**SD_1, "height": 1024, "width": 1024})}
+    assert settings_within(packed, settings) == needed
+    HandlerConfig.from_mapping({**packed, **settings, **needed})
+
+
+def test_wrong_values_make_nothing_necessary() -> None:
+    assert settings_within({"height": "x"}, {"max_size_px": 64}) == {}
 
 
 def test_comments_stay_where_values_change() -> None:

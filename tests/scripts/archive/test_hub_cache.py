@@ -51,7 +51,7 @@ def test_a_revision_that_is_not_there_is_refused(tmp_path: Path, revision: str) 
     with pytest.raises(ArchiveError) as caught:
         find_snapshot(root, revision)
     assert f"holds no whole snapshot of {revision}" in str(caught.value)
-    assert f"(REVISION=) takes one of: {OLD}, abc123" in str(caught.value)
+    assert f"; REVISION= takes one of: {OLD}, abc123" in str(caught.value)
 
 
 def test_the_only_snapshot_needs_no_branch(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ def save_weights(path: Path, name: str) -> Path:
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("org/name", "--model-id org/name (make archive MODEL_ID=org/name)"),
-        ("./org/name/x", "give a folder that save_pretrained or scripts.download_weights wrote"),
+        ("org/name", "packed by make archive MODEL_ID=org/name"),
+        ("./org/name/x", "give a folder that save_pretrained or the command download wrote"),
     ],
 )
 def test_nothing_is_there(path: str, words: str) -> None:
@@ -85,7 +85,7 @@ def test_a_file_with_a_whole_checkpoint(tmp_path: Path) -> None:
     names = ("model.diffusion_model.out.2.weight", "cond_stage_model.logit_scale")
     save_file({name: torch.ones(2) for name in names}, path)
     assert "it is a whole checkpoint in one file" in said(path)
-    assert f"--pipeline {path} --config-from FOLDER" in said(path)
+    assert f"make archive PIPELINE={path} ARGS='--config-from FOLDER'" in said(path)
 
 
 @pytest.mark.parametrize(

@@ -236,6 +236,20 @@ def test_the_models_own_defaults_stay_in_the_configuration(
         assert b"  num_inference_steps: 4" in archive.read("model-config.yaml")
 
 
+def test_a_limit_below_the_archives_own_defaults_is_told_with_what_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ["--pipeline", str(save_pipeline(tmp_path / "p"))]
+    size = ("--set", "height=512", "--set", "width=512")
+    first = pack(tmp_path, folder, *size)
+    limit = ["--set", "max_size_px=256"]
+    out = ["--out", str(tmp_path / "found")]
+    assert main(["--from", str(first), *out, *limit]) == FAILED
+    needed = ("--set", "height=256", "--set", "width=256")
+    assert f"add {' '.join(needed)}" in capsys.readouterr().err
+    assert main(["--from", str(first), *out, *limit, *needed]) == DONE
+
+
 def test_a_quantized_component_ends_the_claim_that_all_is_converted(tmp_path: Path) -> None:
     folder = ["--pipeline", str(save_pipeline(tmp_path / "p"))]
     first = pack(tmp_path, folder, "--dtype", "float16")
@@ -250,9 +264,9 @@ def test_a_quantized_component_ends_the_claim_that_all_is_converted(tmp_path: Pa
 def test_an_archive_is_checked_when_it_is_packed_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline = save_pipeline(tmp_path / "p", "stable_diffusion_img2img")
+    pipeline = save_pipeline(tmp_path / "p", "kandinsky_2_2")
     first = pack(tmp_path, ["--pipeline", str(pipeline)], "--no-check")
     out = tmp_path / "found"
     assert main(["--from", str(first), "--out", str(out)]) == FAILED
-    assert "needs a picture" in capsys.readouterr().err
+    assert "needs image_embeds" in capsys.readouterr().err
     assert not out.exists() or not [*out.iterdir()]

@@ -39,9 +39,9 @@ def test_it_lists_everything_with_its_hash(tmp_path: Path) -> None:
     unet = named(found["components"], "unet")
     assert unet["type"] == "machine-learning-model"
     assert unet["description"] == "diffusers.UNet2DConditionModel"
-    wanted = manifest(archive)["model_members"][UNET]["sha256"]
+    wanted = manifest(archive)["model_members"][UNET]["blake3"]
     (digest,) = named(unet["components"], UNET)["hashes"]
-    assert digest == {"alg": "SHA-256", "content": wanted}
+    assert digest == {"alg": "BLAKE3", "content": wanted}
     assert named(found["components"], "scheduler")["type"] == "data"
     torch = named(found["components"], "torch")
     assert torch["purl"] == f"pkg:pypi/torch@{manifest(archive)['made_with']['torch']}"

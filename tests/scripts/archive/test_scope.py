@@ -1,4 +1,4 @@
-"""scripts.archive.scope: which pipelines draw pictures from text, and what the others are."""
+"""scripts.archive.scope: which pipelines draw pictures, and what the others are."""
 
 from __future__ import annotations
 
@@ -38,9 +38,19 @@ def problem_of(name: str, *, without: tuple[str, ...] = ()) -> str | None:
         "Kandinsky5T2IPipeline",
         "ZImagePipeline",
         "IFPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionControlNetPipeline",
+        "StableDiffusionControlNetInpaintPipeline",
+        "StableDiffusionAdapterPipeline",
+        "StableDiffusionUpscalePipeline",
+        "StableDiffusionXLInstructPix2PixPipeline",
+        "FluxControlPipeline",
+        "FluxFillPipeline",
+        "QwenImageEditPipeline",
     ],
 )
-def test_pictures_from_text_are_served(name: str) -> None:
+def test_what_draws_pictures_is_served(name: str) -> None:
     assert problem_of(name) is None
 
 
@@ -61,13 +71,10 @@ def test_pictures_from_text_are_served(name: str) -> None:
         ("ShapEPipeline", "gives views of a three-dimensional thing"),
         ("KandinskyV22Pipeline", "needs image_embeds, negative_image_embeds, which another"),
         ("StableCascadeDecoderPipeline", "needs image_embeddings, which another pipeline makes"),
-        ("StableDiffusionImg2ImgPipeline", "needs a picture (it changes a picture)"),
-        ("StableDiffusionInpaintPipeline", "needs a picture (it fills in a part of a picture)"),
-        ("StableDiffusionControlNetPipeline", "needs a picture (it is controlled by a picture)"),
-        ("FluxControlPipeline", "needs a picture (it is controlled by a picture)"),
-        ("StableDiffusionUpscalePipeline", "needs a picture (it enlarges a picture)"),
-        ("QwenImageEditPipeline", "needs a picture (it edits a picture)"),
-        ("PaintByExamplePipeline", "needs a picture"),
+        ("QwenImageLayeredPipeline", "gives the layers of a picture, not pictures"),
+        ("PaintByExamplePipeline", "needs example_image, which a request cannot give"),
+        ("StableDiffusionXLControlNetUnionPipeline", "needs the kind of its control picture"),
+        ("StableDiffusion3ControlNetInpaintingPipeline", "needs a mask for its control picture"),
         ("StableDiffusionGLIGENPipeline", "needs phrases with their boxes"),
         ("DiTPipeline", "needs class_labels, which a request cannot give"),
         ("VersatileDiffusionPipeline", "cannot be called itself"),
@@ -93,7 +100,7 @@ def test_every_class_of_diffusers_is_judged() -> None:
         and ".dummy_" not in cls.__module__
     }
     assert len(found) > 250
-    assert 60 < sum(problem is None for problem in found.values()) < 120
+    assert 120 < sum(problem is None for problem in found.values()) < 200
 
 
 def test_a_pipeline_whose_text_encoders_are_all_left_out_needs_embeddings() -> None:

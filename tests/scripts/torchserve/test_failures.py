@@ -53,6 +53,12 @@ def test_the_reason_is_shown(log: str, expected: str) -> None:
     assert load_failure(log) == expected
 
 
+def test_what_has_been_mended_since_is_no_reason() -> None:
+    loaded = f"{TIME} INFO  MODEL_LOG StableDiffusionPipeline is ready on cpu after 1.2 s\n"
+    assert refusal(REFUSED) == refusal(loaded + REFUSED) == "max_rows: 0 is below 1"
+    assert refusal(REFUSED + loaded) is None
+
+
 def test_without_a_word_of_ours_the_exception_is_shown() -> None:
     assert load_failure(START + TRACEBACK).splitlines()[0] == "KeyError: 'of the library'"
     assert refusal(START + TRACEBACK) is None

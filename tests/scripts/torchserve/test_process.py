@@ -122,3 +122,24 @@ def test_what_a_killed_server_unpacked_goes_with_the_next_command(
             assert second != first
         assert main(["stop", "--run-dir", str(tmp_path / "run")]) == 0
         assert list(models.iterdir()) == []
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("next_command", ["start", "stop"])
+def test_the_server_of_a_killed_start_ends_with_the_next_command(
+    tmp_path: Path, next_command: str
+) -> None:
+    write_toy_archive(tmp_path / "store")
+    arguments = start_arguments(tmp_path)
+    with stopped_afterwards(tmp_path / "run"):
+        assert main(arguments) == 0
+        unrecorded = TorchServer.find(tmp_path / "run")
+        assert unrecorded is not None
+        family = [p.pid for p in processes_of(tmp_path / "run")]
+        # As if the start had been killed before it could record the server.
+        (tmp_path / "run" / "server.json").unlink()
+        if next_command == "start":
+            assert main(arguments) == 0
+        assert main(["stop", "--run-dir", str(tmp_path / "run")]) == 0
+        assert unrecorded.pid is None
+        assert not [pid for pid in family if psutil.pid_exists(pid)]

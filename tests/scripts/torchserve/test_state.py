@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,3 +128,24 @@ def test_what_somebody_else_put_under_the_short_name_stays(deep: StateDir, tmp_p
     assert link.is_symlink()
     link.unlink()
     link.parent.rmdir()
+
+
+def test_a_disk_without_room_leaves_a_directory_that_can_be_used_again(tmp_path: Path) -> None:
+    script = (
+        "import resource, sys; from pathlib import Path;"
+        "from scripts.torchserve.state import StateDir;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0));"
+        "StateDir(Path(sys.argv[1])).prepare()"
+    )
+    for is_first in (True, False):
+        answer = subprocess.run(
+            [sys.executable, "-c", script, str(tmp_path / "run")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "File too large" in answer.stderr
+        StateDir(tmp_path / "run").check_ownership()
+        if is_first:
+            StateDir(tmp_path / "run").prepare()
+    assert StateDir(tmp_path / "run").is_ours

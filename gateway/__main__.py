@@ -1,0 +1,112 @@
+"""Runs the gateway: ``python -m gateway``."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from gateway.app import make_app
+from gateway.http_protocol import HttpProtocol
+from gateway.keys import read_keys
+from gateway.settings import Settings, read_settings
+from handler.errors import ConfigError
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Serve until a signal; return 0 done, 1 failed, 2 misused."""
+    try:
+        arguments = _parser().parse_args(argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    try:
+        settings = read_settings(
+            arguments.config,
+            address=arguments.address,
+            port=arguments.port,
+            run_dirs=arguments.run_dir,
+        )
+        _check_keys(settings)
+        arguments.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        listener = _listen(settings)
+    except (ConfigError, OSError) as error:
+        print(f"gateway: error: {error}", file=sys.stderr)
+        return 1
+    host = f"[{settings.address}]" if ":" in settings.address else settings.address
+    host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    # `make up` reads it.
+    logging.getLogger("gateway").info("listens at http://%s:%d", host, listener.getsockname()[1])
+    # What is imported stays: looking through it for garbage again and again costs a request's time.
+    gc.collect()
+    gc.freeze()
+    server = uvicorn.Server(_config(settings, arguments.state_dir))
+    server.run(sockets=[listener])
+    return 0 if server.started else 1
+
+
+def _check_keys(settings: Settings) -> None:
+    """Raise ConfigError where keys are needed and there is none."""
+    keys = read_keys(Path(settings.keys_file))
+    if settings.keys_required and not keys:
+        raise ConfigError(
+            f"{settings.address} asks for keys, and {settings.keys_file} has none:"
+            " make key NAME=… makes one"
+        )
+
+
+def _listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.address, settings.port))
+    except OSError as error:
+        listener.close()
+        raise OSError(f"port {settings.port}: {os.strerror(error.errno or 0)}") from error
+    return listener
+
+
+def _config(settings: Settings, state_dir: Path) -> uvicorn.Config:
+    return uvicorn.Config(
+        make_app(settings, state_dir),
+        http=HttpProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,  # ours says which key, and nothing of what was sent
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
+        backlog=2048,
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m gateway", description=__doc__)
+    config = Path("config/gateway.yaml")
+    parser.add_argument("--config", type=Path, default=config, help=f"its settings ({config})")
+    state_dir = Path(".run-gateway")
+    parser.add_argument("--state-dir", type=Path, default=state_dir, help=f"({state_dir})")
+    parser.add_argument("--run-dir", action="append", help="in place of run_dirs; may be repeated")
+    parser.add_argument("--address", help="in place of address")
+    parser.add_argument("--port", type=int, help="in place of port")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

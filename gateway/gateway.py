@@ -1,0 +1,93 @@
+"""The parts of a running gateway, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from gateway.body import BodyBudget
+from gateway.door import Door
+from gateway.forwarding import Forwarder
+from gateway.instances import FixedSource, RunDirSource, Source, WorkerCheck
+from gateway.keys import KeyRing
+from gateway.limits import Limiter
+from gateway.picture_store import PictureStore
+from gateway.routing import Fleet
+from gateway.settings import Settings
+from handler.errors import ConfigError
+
+__all__ = ["Gateway", "open_session"]
+
+logger = logging.getLogger(__name__)
+
+_SWEEP_S = 1.0
+
+
+def open_session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
+    """A pool of connections that waits for as long as drawing takes, and keeps no cookies."""
+    return aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        # Events carry whole pictures in one line.
+        read_bufsize=2**18,
+    )
+
+
+@dataclass(slots=True)
+class Gateway:
+    """Everything that a route may need."""
+
+    settings: Settings
+    keys: KeyRing
+    door: Door
+    fleet: Fleet
+    forwarder: Forwarder
+    pictures: PictureStore
+
+    @classmethod
+    @asynccontextmanager
+    async def running(cls, settings: Settings, state_dir: Path) -> AsyncIterator[Gateway]:
+        """A gateway that watches its instances, for as long as the block runs."""
+        keys = KeyRing(Path(settings.keys_file))
+        sources: list[Source] = [RunDirSource(Path(each)) for each in settings.run_dirs]
+        sources += [FixedSource(each) for each in settings.instances]
+        fleet = Fleet(sources, settings, WorkerCheck(open_session))
+        session = open_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=30))
+        forwarder = Forwarder(fleet, session, settings.max_wait_s)
+        pictures = PictureStore(
+            state_dir / "pictures", settings.url_expires_s, settings.url_store_bytes
+        )
+        bodies = BodyBudget(
+            settings.max_body_bytes, settings.max_bodies_bytes, settings.body_timeout_s
+        )
+        door = Door(keys, Limiter(), bodies, keys_required=settings.keys_required)
+        gateway = cls(settings, keys, door, fleet, forwarder, pictures)
+        await fleet.start()
+        housekeeping = asyncio.create_task(gateway._keep_house(), name="housekeeping")
+        try:
+            yield gateway
+        finally:
+            housekeeping.cancel()
+            await asyncio.gather(housekeeping, return_exceptions=True)
+            await forwarder.close()
+            await fleet.close()
+            await session.close()
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            with contextlib.suppress(OSError):
+                self.pictures.sweep()
+            try:
+                self.keys.refresh()
+            except ConfigError as error:
+                logger.error("the keys stay as they were: %s", error)

@@ -1,0 +1,150 @@
+"""POST /v1/images/edits: a picture, perhaps with a mask, and a prompt are drawn by instances."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import math
+from collections.abc import Mapping
+
+from PIL import Image
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway.body import Sent, read_sent
+from gateway.door import Call
+from gateway.gateway import Gateway
+from gateway.image_request import read_image_request
+from gateway.openai_fields import EDIT_FIELDS, OPENAI_FIELDS
+from gateway.openai_images import reply_with_images
+from handler.api.picture_headers import PictureHeader, read_header
+from handler.config import HandlerConfig
+from handler.errors import InvalidRequest
+
+__all__ = ["instance_mask", "routes"]
+
+# What clients of OpenAI's call them, in the order in which they are looked for.
+_IMAGE_NAMES = ("image", "image[]", "image[0]")
+_MASK_NAMES = ("mask",)
+
+
+def routes(gateway: Gateway) -> list[Route]:
+    """The routes of this module."""
+
+    async def edit(call: Call) -> Response:
+        sent = await read_sent(await gateway.door.read_body(call), call.request.headers)
+        sent, image, mask = _take_pictures(sent)
+        config = HandlerConfig()
+        header = _check("image", image, config)
+        pictures = {"image": _base64(image)}
+        if mask is not None:
+            _check("mask", mask, config)
+            pictures["mask_image"] = _base64(await asyncio.to_thread(instance_mask, mask))
+        request = read_image_request(
+            sent,
+            gateway.fleet,
+            gateway.settings,
+            call.key,
+            fields={**OPENAI_FIELDS, **EDIT_FIELDS},
+            pictures=pictures,
+            picture_px=_drawn_size(header, config),
+        )
+        return await reply_with_images(gateway, call, request, "image_edit")
+
+    return [gateway.door.route("/v1/images/edits", edit, ["POST"])]
+
+
+def _take_pictures(sent: Sent) -> tuple[Sent, bytes, bytes | None]:
+    """The other fields, the picture and the mask, from the files of a form or base64 in JSON.
+
+    Raises:
+        InvalidRequest: there is none, or more than one, or it is in no form that is read.
+    """
+    fields = dict(sent.fields)
+    image = _take("image", _IMAGE_NAMES, fields, sent.files)
+    mask = _take("mask", _MASK_NAMES, fields, sent.files)
+    if unknown := sent.files.keys() - {*_IMAGE_NAMES, *_MASK_NAMES}:
+        problems = dict.fromkeys(sorted(unknown), "is a file; files are image and mask")
+        raise InvalidRequest("; ".join(f"{k} {v}" for k, v in problems.items()), problems)
+    if image is None:
+        problem = "is missing: send the picture to draw over as a file"
+        raise InvalidRequest(f"image {problem}", {"image": problem})
+    return Sent(fields, is_form=sent.is_form), image, mask
+
+
+def _take(
+    field: str,
+    names: tuple[str, ...],
+    fields: dict[str, object],
+    files: Mapping[str, tuple[bytes, ...]],
+) -> bytes | None:
+    found = [content for name in names for content in files.get(name, ())]
+    texts = [fields.pop(name) for name in names if name in fields]
+    # In a form it may be text by mistake; in JSON it is base64, which may be a data: URI.
+    found += [_decoded(field, text) for text in texts if text is not None]
+    if len(found) > 1:
+        problem = f"{len(found)} pictures were sent; one can be drawn over"
+        raise InvalidRequest(f"{field}: {problem}", {field: problem})
+    return found[0] if found else None
+
+
+def _decoded(field: str, text: object) -> bytes:
+    encoded = text.rpartition(",")[2] if isinstance(text, str) else ""
+    try:
+        content = base64.b64decode(encoded, validate=True)
+    except (binascii.Error, ValueError):
+        content = b""
+    if not content:
+        problem = "must be a file of a multipart form, or its base64"
+        raise InvalidRequest(f"{field} {problem}", {field: problem})
+    return content
+
+
+def _check(field: str, content: bytes, config: HandlerConfig) -> PictureHeader:
+    """The header of a picture. Raises: InvalidRequest, where it is none or far too large."""
+    try:
+        header = read_header(content)
+    except ValueError as error:
+        raise InvalidRequest(f"{field} {error}", {field: str(error)}) from None
+    width, height = header.size_px
+    if width * height > config.max_picture_pixels:
+        problem = f"is {width}x{height}; allowed are {config.max_picture_pixels} pixels"
+        raise InvalidRequest(f"{field} {problem}", {field: problem})
+    return header
+
+
+def instance_mask(mask: bytes) -> bytes:
+    """What is transparent in OpenAI's mask is drawn anew; an instance draws anew what is white.
+
+    A mask that is opaque everywhere is one of ours, white where it is to be drawn anew.
+
+    Raises:
+        InvalidRequest: it cannot be decoded.
+    """
+    try:
+        with Image.open(io.BytesIO(mask), formats=["PNG", "WEBP", "JPEG"]) as opened:
+            if not opened.has_transparency_data:
+                return mask
+            alpha = opened.convert("RGBA").getchannel("A")
+    except Exception as error:  # Pillow's plugins raise whatever a broken file leads them to
+        problem = "cannot be decoded"
+        raise InvalidRequest(f"mask {problem}", {"mask": problem}) from error
+    if alpha.getextrema()[0] == 255:
+        return mask
+    inverted = alpha.point([255 - value for value in range(256)])
+    written = io.BytesIO()
+    inverted.save(written, "PNG", compress_level=1)
+    return written.getvalue()
+
+
+def _drawn_size(header: PictureHeader, config: HandlerConfig) -> tuple[int, int]:
+    """About what an instance makes of it: its own size, scaled into the limits."""
+    width, height = header.size_px
+    scale = min(1.0, math.sqrt(config.max_pixels / (width * height)))
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")

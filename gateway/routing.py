@@ -1,0 +1,355 @@
+"""Which instance gets a request: the READY one with the least outstanding work, or a place in line.
+
+Work is steps × pixels × pictures that are not drawn yet. Everything here runs in one thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from gateway.errors import ModelNotFound, NoInstance, RateLimited
+from gateway.instances import Address, Source, WorkerCheck
+from gateway.model_config import ModelConfig
+from gateway.settings import Settings
+from handler.errors import QueueFull
+from handler.messages import nearest, show
+
+__all__ = ["Fleet", "Lease", "Model"]
+
+logger = logging.getLogger(__name__)
+
+# Cancelling is a request too, and must get through where all places of a batch are taken.
+_ROOM_FOR_CANCELS = 16
+_SILENT_CHECKS = 3
+_PACE_WINDOW_S = 60.0
+_RETRY_AFTER_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model that some instance serves, or served when it was last seen."""
+
+    name: str
+    config: ModelConfig
+    is_ready: bool
+    created_s: int
+
+
+class Instance:
+    """One TorchServe as the fleet sees it."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.address: Address | None = None
+        """The last that was known: a server that died may come back."""
+        self.is_ready = False
+        self.is_down = False
+        """Known to have no worker: what was sent there is not being drawn."""
+        self.paused_until_s = 0.0
+        self.silent_checks = 0
+        self.seen_s = int(time.time())
+        self.leases: set[Lease] = set()
+
+    @property
+    def work(self) -> float:
+        """What it has still to draw of what was sent to it."""
+        return sum(lease.work_left for lease in self.leases)
+
+
+class Lease:
+    """A place on an instance, for one request."""
+
+    def __init__(self, instance: Instance, address: Address, work: float) -> None:
+        self.instance = instance
+        self.address = address
+        self.progress = 0.0
+        self.is_lost = False
+        self._work = work
+        self._scope: asyncio.Timeout | None = None
+
+    @property
+    def work_left(self) -> float:
+        """Steps × pixels that are not drawn yet."""
+        return self._work * (1.0 - self.progress)
+
+    @asynccontextmanager
+    async def guard(self) -> AsyncIterator[None]:
+        """End the block by TimeoutError as soon as the instance is known to draw nothing."""
+        async with asyncio.timeout(None) as self._scope:
+            if self.is_lost:
+                self.lose()
+            yield
+
+    def lose(self) -> None:
+        """Give the place up: somebody else draws it."""
+        self.is_lost = True
+        if self._scope is not None:
+            self._scope.reschedule(asyncio.get_running_loop().time())
+
+    def instance_died(self) -> None:
+        """Send nothing more there until its worker is READY again."""
+        self.instance.is_ready = False
+
+    def pause(self, seconds: float) -> None:
+        """Send nothing more there for a while: it refuses requests."""
+        self.instance.paused_until_s = time.monotonic() + seconds
+
+
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    model: str
+    work: float
+    key: str
+    place: asyncio.Future[Lease] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.place = asyncio.get_running_loop().create_future()
+
+
+class Fleet:
+    """All instances, and the line of those that wait for one."""
+
+    def __init__(self, sources: Iterable[Source], settings: Settings, check: WorkerCheck) -> None:
+        self._instances = [Instance(source) for source in sources]
+        self._settings = settings
+        self._check = check
+        self._line: deque[_Waiter] = deque()
+        self._num_waiting_by_key: Counter[str] = Counter()
+        self._done: deque[tuple[float, str, float]] = deque()
+        self._look = asyncio.Event()
+        self._watcher: asyncio.Task[None] | None = None
+
+    # What there is.
+
+    def models(self) -> dict[str, Model]:
+        """Every model by its name, in the order of the configuration."""
+        found: dict[str, Model] = {}
+        for each in self._instances:
+            if each.address is None:
+                continue
+            name, before = each.address.model, found.get(each.address.model)
+            if before is None or (each.is_ready and not before.is_ready):
+                found[name] = Model(name, each.address.config, each.is_ready, each.seen_s)
+        return found
+
+    def model(self, name: str | None) -> Model:
+        """The model that a request means.
+
+        Raises:
+            ModelNotFound: there is none of this name.
+            NoInstance: no instance has been seen yet.
+        """
+        models, settings = self.models(), self._settings
+        if not models:
+            raise NoInstance("no instance has been started yet", retry_after_s=_RETRY_AFTER_S)
+        wanted = name or settings.default_model or next(iter(models))
+        wanted = wanted if wanted in models else settings.aliases.get(wanted, wanted)
+        if wanted not in models:
+            names = [*models, *settings.aliases]
+            match = nearest(wanted, names)
+            hint = f"did you mean {match}? " if match else ""
+            raise ModelNotFound(
+                f"the model {show(wanted)} does not exist; {hint}there are {', '.join(names)}",
+                {"model": f"{show(wanted)} is not one of {', '.join(names)}"},
+            )
+        return models[wanted]
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether any instance can take requests."""
+        return any(each.is_ready for each in self._instances)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no instance yet."""
+        return len(self._line)
+
+    def retry_after_s(self, model: str) -> int:
+        """How long the work that there is takes at the present pace."""
+        since_s = time.monotonic() - _PACE_WINDOW_S
+        while self._done and self._done[0][0] < since_s:
+            self._done.popleft()
+        done = [(at_s, work) for at_s, name, work in self._done if name == model]
+        if not done:
+            return _RETRY_AFTER_S
+        pace = sum(work for _, work in done) / max(1.0, time.monotonic() - done[0][0])
+        backlog = sum(waiter.work for waiter in self._line if waiter.model == model)
+        backlog += sum(each.work for each in self._serving(model))
+        return max(1, math.ceil(backlog / pace)) if pace > 0 else _RETRY_AFTER_S
+
+    # Places.
+
+    @asynccontextmanager
+    async def lease(
+        self, model: str, work: float, key: str, until_s: float
+    ) -> AsyncIterator[Lease]:
+        """Give a place on an instance of `model`, waiting for one until `until_s` at most.
+
+        Raises:
+            RateLimited: too many of this key wait already.
+            QueueFull: too many wait already.
+            NoInstance: none was ready and free in time.
+        """
+        lease = None if self._has_line(model) else self._take(model, work)
+        if lease is None:
+            lease = await self._wait(_Waiter(model, work, key), until_s)
+        try:
+            yield lease
+            if not lease.is_lost:
+                self._done.append((time.monotonic(), model, work))
+        finally:
+            lease.instance.leases.discard(lease)
+            self._serve_line()
+
+    def _has_line(self, model: str) -> bool:
+        return any(waiter.model == model for waiter in self._line)
+
+    def _take(self, model: str, work: float) -> Lease | None:
+        free = [each for each in self._serving(model) if self._has_room(each)]
+        if not free:
+            return None
+        chosen = min(free, key=lambda each: each.work)
+        assert chosen.address is not None
+        lease = Lease(chosen, chosen.address, work)
+        chosen.leases.add(lease)
+        return lease
+
+    def _serving(self, model: str) -> list[Instance]:
+        return [
+            each
+            for each in self._instances
+            if each.is_ready and each.address is not None and each.address.model == model
+        ]
+
+    def _has_room(self, instance: Instance) -> bool:
+        assert instance.address is not None
+        batch_size = instance.address.config.batch_size
+        limit = self._settings.max_in_flight or max(1, batch_size - _ROOM_FOR_CANCELS)
+        return len(instance.leases) < limit and time.monotonic() >= instance.paused_until_s
+
+    async def _wait(self, waiter: _Waiter, until_s: float) -> Lease:
+        settings, key = self._settings, waiter.key
+        if self._num_waiting_by_key[key] >= settings.max_waiting_per_key:
+            raise RateLimited(
+                f"{self._num_waiting_by_key[key]} of your pictures are waiting already;"
+                f" allowed are {settings.max_waiting_per_key}",
+                retry_after_s=self.retry_after_s(waiter.model),
+            )
+        if len(self._line) >= settings.max_waiting:
+            raise QueueFull(
+                f"{len(self._line)} pictures are waiting already; allowed are"
+                f" {settings.max_waiting}; try again a little later",
+                self.retry_after_s(waiter.model),
+            )
+        self._line.append(waiter)
+        self._num_waiting_by_key[key] += 1
+        lease = None
+        try:
+            async with asyncio.timeout(max(0.0, until_s - time.monotonic())):
+                lease = await waiter.place
+                return lease
+        except TimeoutError:
+            raise NoInstance(
+                f"no instance of {waiter.model} was ready and free within"
+                f" {settings.max_wait_s:g} s",
+                retry_after_s=self.retry_after_s(waiter.model),
+            ) from None
+        finally:
+            self._num_waiting_by_key[key] -= 1
+            if lease is None:
+                self._leave_line(waiter)
+
+    def _leave_line(self, waiter: _Waiter) -> None:
+        """A place that came in the moment in which its waiter left is somebody else's."""
+        with contextlib.suppress(ValueError):
+            self._line.remove(waiter)
+        if waiter.place.done() and not waiter.place.cancelled():
+            lease = waiter.place.result()
+            lease.instance.leases.discard(lease)
+            self._serve_line()
+
+    def _serve_line(self) -> None:
+        """Give every place that is free to the first in line that it suits."""
+        without: set[str] = set()
+        for waiter in list(self._line):
+            if waiter.model in without or waiter.place.done():
+                continue
+            lease = self._take(waiter.model, waiter.work)
+            if lease is None:
+                without.add(waiter.model)
+            else:
+                self._line.remove(waiter)
+                waiter.place.set_result(lease)
+
+    # Watching.
+
+    async def start(self) -> None:
+        """Look at every instance once, then go on looking in the background."""
+        await self._look_at_all()
+        self._watcher = asyncio.create_task(self._watch(), name="fleet")
+
+    async def close(self) -> None:
+        """Stop looking."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        await self._check.close()
+
+    def look_now(self) -> None:
+        """Look at the instances at once: something has happened to one of them."""
+        self._look.set()
+
+    async def _watch(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.poll_s):
+                    await self._look.wait()
+            self._look.clear()
+            try:
+                await self._look_at_all()
+            except Exception:  # nothing that an instance says may end the watching
+                logger.exception("the instances could not be looked at")
+
+    async def _look_at_all(self) -> None:
+        await asyncio.gather(*(self._look_at(each) for each in self._instances))
+        self._move_from_the_dead()
+        self._serve_line()
+
+    async def _look_at(self, instance: Instance) -> None:
+        address = instance.source.read()
+        if address is None:
+            self._note(instance, is_ready=False)
+            return
+        if instance.address is None or address.started != instance.address.started:
+            instance.seen_s = int(time.time())
+        instance.address = address
+        is_ready = await self._check.is_ready(address)
+        if is_ready is None:
+            instance.silent_checks += 1
+            if instance.silent_checks >= _SILENT_CHECKS:
+                instance.is_ready = False
+            return
+        self._note(instance, is_ready=is_ready)
+
+    def _note(self, instance: Instance, *, is_ready: bool) -> None:
+        if is_ready != instance.is_ready:
+            logger.info("%s is %s", instance.source.name, "READY" if is_ready else "not READY")
+        instance.silent_checks = 0
+        instance.is_ready, instance.is_down = is_ready, not is_ready
+
+    def _move_from_the_dead(self) -> None:
+        """Take requests from instances that draw nothing, where another one can draw them."""
+        for instance in self._instances:
+            if not instance.is_down or instance.address is None:
+                continue
+            if instance.leases and self._serving(instance.address.model):
+                for lease in list(instance.leases):
+                    lease.lose()

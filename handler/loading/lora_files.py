@@ -1,0 +1,433 @@
+"""Reads LoRAs: which layers of a pipeline a file changes, and whether all of it fits.
+
+diffusers itself converts a file, in whatever names its trainer wrote; its models only receive what
+they would be given, so that nothing is injected anywhere. Every tensor of the file has to arrive.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from handler.errors import ArchiveError
+from handler.library_logs import quiet_libraries
+from handler.loading.documents import parse_json
+from handler.loading.model_dir import Extent
+from handler.loading.safetensors_map import map_tensors, read_header
+from handler.messages import first_lines
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from handler.loading.safetensors_map import Header
+
+__all__ = ["LoraLayer", "LoraReader", "read_lora"]
+
+_NUM_SHOWN = 3
+_KINDS = {
+    "hada_": "a LoHa of LyCORIS",
+    "lokr_": "a LoKr of LyCORIS",
+    "oft_": "an OFT of LyCORIS",
+    "lora_magnitude_vector": "a DoRA",
+}
+_WEIGHT = re.compile(
+    r"(?P<layer>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.(?P<part>weight|bias))?"
+)
+# Where the name of a tensor in a file stops being that of its layer, whoever wrote it.
+_LAYER_END = re.compile(
+    r"[._]lora(_linear_layer)?[._](down|up|A|B|embedding_A|embedding_B|magnitude_vector)\b.*"
+    r"|\.(alpha|dora_scale|lora_alpha|diff|diff_b)$"
+)
+_ALPHA = re.compile(r"(.+?)[._]?(?:lora_)?alpha")
+# What diffusers leaves of kohya's names for the attention of a text encoder, where the file has
+# other layers of it too; PEFT would drop these.
+_OLD_ATTENTION = re.compile(r"(.*\.)to_(q|k|v|out)_lora\.(down|up)\.weight")
+_METADATA = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class LoraLayer:
+    """What a LoRA adds to one layer: ``up`` times ``down`` times the input, by alpha / divisor."""
+
+    down: torch.Tensor
+    up: torch.Tensor
+    bias: torch.Tensor | None
+    alpha: float
+    divisor: float
+    """The rank, or its square root for a rank-stabilised LoRA."""
+    is_embedding: bool
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LoraLayer:
+        """The same somewhere else, in another precision."""
+        bias = None if self.bias is None else self.bias.to(device, dtype)
+        down, up = (each.to(device, dtype).contiguous() for each in (self.down, self.up))
+        return replace(self, down=down, up=up, bias=bias)
+
+
+Layers = Mapping[str, Mapping[str, LoraLayer]]
+"""What a LoRA adds, by component and the layer's path in it."""
+
+
+class LoraReader:
+    """Reads LoRAs for `pipeline`, which is only looked at: what is kept of it has no weights."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self._kind = type(pipeline).__name__
+        self._skeleton: Any = None
+        if hasattr(pipeline, "load_lora_weights"):
+            self._skeleton = _without_weights(pipeline)
+            self._modules = {
+                name: dict(component.named_modules())
+                for name, component in self._skeleton.components.items()
+                if hasattr(component, "named_modules")
+            }
+
+    def check(self, header: Header) -> None:
+        """Raise ArchiveError unless a file of this `header` fits whole; its data is not read."""
+        import torch
+
+        one = torch.ones(())
+        shapes = {name: one.expand(info.shape) for name, info in header.tensors.items()}
+        self.read(shapes, header.metadata)
+
+    def read(self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> Layers:
+        """The layers that a file of these tensors changes, and by what.
+
+        Raises:
+            ArchiveError: it is no LoRA, or not all of it fits; the message names keys.
+        """
+        if problem := _not_a_lora(tensors):
+            raise ArchiveError(problem)
+        if self._skeleton is None:
+            raise ArchiveError(f"{self._kind} takes no LoRAs")
+        configured = _adapter_metadata(metadata)
+        self._check_keys(tensors, configured)
+        layers: dict[str, dict[str, LoraLayer]] = {}
+        for each in self._delivered(tensors, configured):
+            layers[each.component] = dict(_paired(each))
+        return layers
+
+    def _check_keys(
+        self, tensors: Mapping[str, torch.Tensor], configured: Mapping[str, Any]
+    ) -> None:
+        """Let each tensor carry a number of its own, and see which of them arrive at a layer."""
+        marked = _marked(tensors)
+        arrived: dict[int, str] = {}
+        problems: list[str] = []
+        for each in self._delivered(marked, configured):
+            modules = self._modules[each.component]
+            for name, tensor in each.tensors.items():
+                found = _WEIGHT.fullmatch(name)
+                layer = None if found is None else modules.get(found["layer"])
+                marks = _marks_in(tensor)
+                if layer is not None and found is not None:
+                    arrived.update(dict.fromkeys(marks, f"{each.component}.{found['layer']}"))
+                    problems += _misfit(layer, found, tensor)
+        names = list(tensors)
+        used = {names[mark - 1] for mark in arrived if 0 < mark <= len(names)}
+        accounted = {_layer_of(name) for name in used}
+        lost = [
+            name
+            for name in names
+            if name not in used and not (_ALPHA.fullmatch(name) and _layer_of(name) in accounted)
+        ]
+        if lost:
+            raise ArchiveError(_what_is_lost(names, lost, used))
+        if problems:
+            shown = _shown(sorted(names))
+            raise ArchiveError(f"it does not fit the pipeline: {problems[0]}; its keys are {shown}")
+
+    def _delivered(
+        self, tensors: Mapping[str, torch.Tensor], configured: Mapping[str, Any]
+    ) -> list[_Delivery]:
+        """What diffusers would load into each component."""
+        stand_in = copy.copy(self._skeleton)
+        delivered: list[_Delivery] = []
+        for name, modules in self._modules.items():
+            vars(stand_in)[name] = _Recipient(name, modules[""], configured, delivered)
+        try:
+            with quiet_libraries(are_errors_logged=False):
+                stand_in.load_lora_weights(dict(tensors), adapter_name="read")
+        except ArchiveError:
+            raise
+        except Exception as error:
+            # What the libraries raise about a wrong LoRA is of any kind.
+            reason = first_lines(error, num_chars=200)
+            # What is named like nothing of a LoRA comes first.
+            keys = _shown(sorted(tensors, key=lambda name: (_layer_of(name) != name, name)))
+            raise ArchiveError(
+                f"it does not fit the pipeline: {reason}; its keys are {keys}"
+            ) from error
+        finally:
+            self._restore()
+        return delivered
+
+    def _restore(self) -> None:
+        """Put back the layers that diffusers replaced by larger ones, for a control LoRA."""
+        for modules in self._modules.values():
+            for path, module in modules.items():
+                parent, _, name = path.rpartition(".")
+                if path and modules[parent]._modules.get(name) is not module:
+                    modules[parent]._modules[name] = module
+
+
+@dataclass(frozen=True, slots=True)
+class _Delivery:
+    """What one component was given: weights by PEFT's names, and what their config says."""
+
+    component: str
+    tensors: Mapping[str, torch.Tensor]
+    config: Mapping[str, Any]
+
+    def scale_of(self, layer: str, rank: int) -> tuple[float, float]:
+        """The alpha and the divisor of a layer, as PEFT finds them."""
+        from peft.utils.other import get_pattern_key
+
+        ranks, alphas = (self.config.get(f"{each}_pattern") or {} for each in ("rank", "alpha"))
+        configured = ranks.get(get_pattern_key(ranks.keys(), layer), self.config["r"])
+        if configured not in (None, rank):
+            raise ArchiveError(f"{layer} has the rank {rank}, and its metadata says {configured}")
+        alpha = alphas.get(get_pattern_key(alphas.keys(), layer), self.config["lora_alpha"])
+        return float(alpha), math.sqrt(rank) if self.config.get("use_rslora") else rank
+
+
+class _Recipient:
+    """Stands for a model where diffusers loads LoRAs into it, and keeps what it is given."""
+
+    def __init__(
+        self, name: str, model: Any, configured: Mapping[str, Any], delivered: list[_Delivery]
+    ) -> None:
+        self._name = name
+        self._model = model
+        self._configured = {
+            key.removeprefix(f"{name}."): value
+            for key, value in configured.items()
+            if key.startswith(f"{name}.")
+        }
+        self._delivered = delivered
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def modules(self) -> Iterator[Any]:
+        """None, for nothing is to be scaled."""
+        return iter(())
+
+    def to(self, *args: Any, **kwargs: Any) -> _Recipient:
+        """Stay as it is."""
+        return self
+
+    def load_lora_adapter(
+        self,
+        state_dict: Mapping[str, torch.Tensor],
+        prefix: str | None = "transformer",
+        network_alphas: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """What diffusers calls of its own models; follows diffusers 0.42, loaders/peft.py."""
+        from diffusers.utils import convert_unet_state_dict_to_peft, get_peft_kwargs
+
+        own = _below(prefix, state_dict)
+        if not own:
+            return
+        if "lora_A" not in next(iter(own)):
+            own = convert_unet_state_dict_to_peft(own)
+        ranks = {
+            f"^{key}": weight.shape[1]
+            for key, weight in own.items()
+            if "lora_B" in key and weight.ndim > 1
+        }
+        alphas = None if network_alphas is None else _below(prefix, network_alphas)
+        config = self._configured or get_peft_kwargs(ranks, alphas, own)
+        self._delivered.append(_Delivery(self._name, own, config))
+
+    def load_adapter(
+        self, *, adapter_state_dict: Mapping[str, torch.Tensor], peft_config: Any, **_: Any
+    ) -> None:
+        """What diffusers calls of transformers' models."""
+        own = {_present_name(name): tensor for name, tensor in adapter_state_dict.items()}
+        config = dict(self._configured or vars(peft_config))
+        if own.keys() != adapter_state_dict.keys():
+            config["r"] = config["rank_pattern"] = None  # found without the layers under old names
+        self._delivered.append(_Delivery(self._name, own, config))
+
+
+def _present_name(name: str) -> str:
+    found = _OLD_ATTENTION.fullmatch(name)
+    if found is None:
+        return name
+    return f"{found[1]}{found[2]}_proj.lora_{'A' if found[3] == 'down' else 'B'}.weight"
+
+
+def _below(prefix: str | None, named: Mapping[str, Any]) -> dict[str, Any]:
+    if prefix is None:
+        return dict(named)
+    start = f"{prefix}."
+    return {k.removeprefix(start): v for k, v in named.items() if k.startswith(start)}
+
+
+def _without_weights(pipeline: Any) -> Any:
+    """A copy of `pipeline` whose models have shapes and no memory."""
+    import torch
+
+    bare = copy.copy(pipeline)
+    for name, component in pipeline.components.items():
+        if isinstance(component, torch.nn.Module):
+            weights = [*component.parameters(), *component.buffers()]
+            memo: dict[int, Any] = {
+                id(w): torch.nn.Parameter(w.detach().to("meta"), requires_grad=False)
+                if isinstance(w, torch.nn.Parameter)
+                else w.to("meta")
+                for w in weights
+            }
+            vars(bare)[name] = copy.deepcopy(component, memo)
+    return bare
+
+
+def _not_a_lora(keys: Mapping[str, torch.Tensor]) -> str | None:
+    """Say what a file is, where it is known not to be a LoRA."""
+    first = min(keys, default="nothing")
+    for part, kind in _KINDS.items():
+        if any(part in key for key in keys):
+            return f"it is {kind}, which is not applied; such as {first}"
+    shapes = [tensor.shape for tensor in keys.values()]
+    is_named = any("lora" in key for key in keys)
+    if not is_named and len(keys) <= 4 and all(len(shape) < 3 for shape in shapes):
+        return "it is a textual inversion (an embedding of the prompt), which is not applied"
+    return None
+
+
+def _adapter_metadata(metadata: Mapping[str, str]) -> Mapping[str, Any]:
+    """PEFT's configuration of each component, which diffusers writes into the header."""
+    text = metadata.get(_METADATA)
+    if text is None:
+        return {}
+    read = parse_json(text.encode(), _METADATA)
+    if not isinstance(read, dict):
+        raise ArchiveError(f"its {_METADATA} is no object")
+    return read
+
+
+def _marked(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of the same names and shapes, each full of its own number, counted from 1.
+
+    An alpha is its layer's rank, so that nothing is multiplied on the way.
+    """
+    import torch
+
+    ranks: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        if re.search(r"lora(_linear_layer)?[._](down|A)\b", name) and tensor.ndim > 1:
+            ranks[_layer_of(name)] = tensor.shape[0]
+    marked = {}
+    for place, (name, tensor) in enumerate(tensors.items()):
+        is_alpha = _ALPHA.fullmatch(name) is not None
+        value = ranks.get(_layer_of(name), 1) if is_alpha else place + 1
+        marked[name] = torch.full((), float(value)).expand(tensor.shape)
+    return marked
+
+
+def _marks_in(tensor: torch.Tensor) -> set[int]:
+    """The numbers that a converted tensor carries; parts may have been joined or put apart."""
+    flat = tensor.reshape(len(tensor), -1).float() if tensor.ndim else tensor.reshape(1, 1)
+    return {round(value) for value in {*flat.amax(0).tolist(), *flat.amax(1).tolist()}}
+
+
+def _misfit(layer: Any, found: re.Match[str], tensor: torch.Tensor) -> list[str]:
+    """What is wrong with the shape of a weight for its layer."""
+    import torch
+
+    wanted: tuple[int, ...] | None = None
+    kernel: tuple[int, ...] = tuple(getattr(layer, "kernel_size", ()))
+    is_down, rank = found["side"] == "A", tensor.shape[0 if found["side"] == "A" else -1]
+    if found["part"] == "bias":
+        wanted = (getattr(layer, "out_features", getattr(layer, "out_channels", 0)),)
+    elif isinstance(layer, torch.nn.Embedding):
+        wanted = (rank, layer.num_embeddings) if is_down else (layer.embedding_dim, rank)
+    elif isinstance(layer, torch.nn.Linear):
+        wanted = (rank, layer.in_features) if is_down else (layer.out_features, rank)
+    elif kernel:
+        rank = tensor.shape[0] if is_down else tensor.shape[1]
+        ends = kernel if is_down else (1,) * len(kernel)
+        sides = (rank, layer.in_channels) if is_down else (layer.out_channels, rank)
+        wanted = (*sides, *ends)
+    if wanted is None:
+        return [f"{found['layer']} is a {type(layer).__name__}, which takes no LoRA"]
+    if tuple(tensor.shape) != wanted:
+        return [f"{found[0]} has the shape {tuple(tensor.shape)}, its layer wants {wanted}"]
+    return []
+
+
+def _paired(delivery: _Delivery) -> Iterator[tuple[str, LoraLayer]]:
+    """Both weights of each layer. Raises: ArchiveError, where one of them is missing."""
+    weights: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in delivery.tensors.items():
+        found = _WEIGHT.fullmatch(name)
+        assert found is not None, "checked before"
+        part = "bias" if found["part"] == "bias" else found["side"]
+        weights.setdefault(found["layer"], {})[part] = tensor
+        if found["embedding"]:
+            weights[found["layer"]]["embedding"] = tensor
+    for layer, parts in weights.items():
+        if not {"A", "B"} <= parts.keys():
+            raise ArchiveError(f"it is half a LoRA: of {layer} it has one weight of two")
+        alpha, divisor = delivery.scale_of(layer, parts["A"].shape[0])
+        yield (
+            layer,
+            LoraLayer(
+                parts["A"], parts["B"], parts.get("bias"), alpha, divisor, "embedding" in parts
+            ),
+        )
+
+
+def _layer_of(name: str) -> str:
+    return _LAYER_END.sub("", name)
+
+
+def _what_is_lost(names: list[str], lost: list[str], used: set[str]) -> str:
+    layers = list(dict.fromkeys(_layer_of(name) for name in names))
+    if not used:
+        return f"it is of another model: the pipeline has none of its layers {_shown(layers)}"
+    lost_layers = list(dict.fromkeys(_layer_of(name) for name in lost))
+    known = {_layer_of(name) for name in used}
+    if unknown := [layer for layer in lost_layers if layer not in known]:
+        return (
+            f"it is of another model: {len(unknown)} of its {len(layers)} layers are "
+            f"not in the pipeline, such as {_shown(unknown)}"
+        )
+    return (
+        f"{len(lost)} of its {len(names)} tensors would not be applied, such as "
+        f"{_shown(sorted(lost))}"
+    )
+
+
+def _shown(names: list[str]) -> str:
+    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
+    return ", ".join(names[:_NUM_SHOWN]) + more
+
+
+def read_lora(reader: LoraReader, path: Path, pipeline: Any, device: torch.device) -> Layers:
+    """The LoRA in the file at `path`, on `device`, in the precision of `pipeline`'s components.
+
+    Raises:
+        ArchiveError: the file is damaged or no LoRA, or not all of it fits.
+    """
+    size_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        header = read_header(file, size_bytes, path.name)
+    mapped = map_tensors(Extent(path, 0, size_bytes), path.name)
+    # Copied, for the operator may replace the file.
+    read = reader.read({name: each.clone() for name, each in mapped.items()}, header.metadata)
+    return {
+        component: {
+            name: layer.to(device, pipeline.components[component].dtype)
+            for name, layer in layers.items()
+        }
+        for component, layers in read.items()
+    }

@@ -1,0 +1,189 @@
+"""A gateway that runs in the background: start it, wait until it answers, find it, stop it."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+
+from scripts.errors import ServerError
+from scripts.hints import to_run
+from scripts.interrupts import signals_held
+from scripts.repository import REPOSITORY
+
+__all__ = ["DEFAULT_CONFIG", "GatewayOptions", "GatewayProcess", "command_line", "environment"]
+
+DEFAULT_CONFIG = REPOSITORY / "config" / "gateway.yaml"
+_START_TIMEOUT_S = 60.0
+_POLL_S = 0.05
+_LOG_LINES = 15
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayOptions:
+    """What one gateway runs with; None is what its configuration says."""
+
+    state_dir: Path
+    config: Path = DEFAULT_CONFIG
+    address: str | None = None
+    port: int | None = None
+    run_dir: Path | None = None
+
+    def fingerprint(self) -> str:
+        """Return a digest of all that a running gateway depends on."""
+        settings = {name: str(value) for name, value in asdict(self).items()}
+        text = json.dumps([settings, self.config.read_text()])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def command_line(options: GatewayOptions) -> list[str]:
+    """Return the command that runs a gateway. Raises: ServerError, where it is not installed."""
+    missing = [
+        name
+        for name in ("aiohttp", "httptools", "python_multipart", "starlette", "uvicorn")
+        if importlib.util.find_spec(name) is None
+    ]
+    if missing:
+        raise ServerError(
+            f"the gateway needs {', '.join(missing)}: pip install 'diffusers-torchserve[gateway]'"
+        )
+    given = {
+        "--config": options.config,
+        "--state-dir": options.state_dir,
+        "--run-dir": options.run_dir,
+        "--address": options.address,
+        "--port": options.port,
+    }
+    arguments = [
+        word for name, value in given.items() if value is not None for word in (name, str(value))
+    ]
+    return [sys.executable, "-m", "gateway", *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment in which that command finds its package, from any folder."""
+    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+class GatewayProcess:
+    """One gateway in the background, by its state folder."""
+
+    def __init__(self, process: psutil.Process, saved: Mapping[str, str], state_dir: Path) -> None:
+        self.url = saved["url"]
+        self.started_as = saved["started_as"]
+        self._process = process
+        self._state_dir = state_dir
+
+    @classmethod
+    def find(cls, state_dir: Path) -> GatewayProcess | None:
+        """Return the gateway that runs with this state folder, if any."""
+        try:
+            saved = json.loads((state_dir / "gateway.json").read_text())
+            process = psutil.Process(saved["pid"])
+            # The PID alone may have been given to somebody else since.
+            if process.create_time() != saved["created_s"]:
+                return None
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return None
+            return cls(process, saved, state_dir)
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return None
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return int(self._process.pid)
+
+    @classmethod
+    def start(cls, options: GatewayOptions) -> GatewayProcess:
+        """Start one and return when it answers. Raises: ServerError; nothing is left then."""
+        command = command_line(options)
+        state_dir = options.state_dir
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log_file = state_dir / "gateway.log"
+        saved_file = state_dir / "gateway.json"
+        with log_file.open("ab") as log:
+            log_begins_at = log.tell()
+            with signals_held():
+                launched = subprocess.Popen(
+                    command,
+                    env=environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C in the terminal that started it is not for it.
+                )
+        try:
+            url = _wait_until_it_answers(launched, log_file, log_begins_at)
+            process = psutil.Process(launched.pid)
+            saved = {
+                "pid": launched.pid,
+                "created_s": process.create_time(),
+                "url": url,
+                "started_as": options.fingerprint(),
+            }
+            saved_file.write_text(json.dumps(saved, indent=2) + "\n")
+        except BaseException:
+            launched.kill()
+            launched.wait()
+            raise
+        return cls(process, saved, state_dir)
+
+    def stop(self, timeout_s: float) -> None:
+        """End it once its requests are finished, by force after `timeout_s`."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout_s)
+        except psutil.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10)
+        (self._state_dir / "gateway.json").unlink(missing_ok=True)
+
+
+def _wait_until_it_answers(
+    launched: subprocess.Popen[bytes], log_file: Path, log_begins_at: int
+) -> str:
+    """Return its URL, which it logs; whether anything can be drawn is not asked."""
+    until_s = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < until_s:
+        said = log_file.read_bytes()[log_begins_at:].decode("utf-8", "replace")
+        if launched.poll() is not None:
+            lines = said.splitlines()[-_LOG_LINES:]
+            raise ServerError(
+                "the gateway did not start", "\n".join(f"    {line}" for line in lines)
+            )
+        url = next(
+            (
+                line.split(" at ", 1)[1].strip()
+                for line in said.splitlines()
+                if " listens at " in line
+            ),
+            None,
+        )
+        if url is not None and _is_alive(url):
+            return url
+        time.sleep(_POLL_S)
+    raise ServerError(f"the gateway did not answer; {log_file} says more, then `{to_run('up')}`")
+
+
+def _is_alive(url: str) -> bool:
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=5)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
