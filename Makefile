@@ -152,6 +152,7 @@ format: $(INSTALLED) ## Format the code and fix what can be fixed safely
 bench: $(INSTALLED) ## Measure the README's figures: one UNet, then servers under load (an hour)
 	@$(PY) -m benchmarks.engine --rounds 3 --served
 	@$(PY) -m benchmarks.load --speed max
+	@$(PY) -m benchmarks.gateway
 
 clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
 	@if grep -qsx '# This instance:' "$(RUN_DIR)/config.properties"; then \

@@ -335,8 +335,13 @@ def _marked(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _marks_in(tensor: torch.Tensor) -> set[int]:
     """The numbers that a converted tensor carries; parts may have been joined or put apart."""
-    flat = tensor.reshape(len(tensor), -1).float() if tensor.ndim else tensor.reshape(1, 1)
-    return {round(value) for value in {*flat.amax(0).tolist(), *flat.amax(1).tolist()}}
+    if not tensor.numel():
+        return set()
+    if not any(tensor.stride()):  # as it was marked: one number everywhere
+        return {round(tensor.flatten()[0].item())}
+    flat = tensor.reshape(len(tensor), -1).float()
+    edges = (flat.amax(0).unique(), flat.amax(1).unique())  # type: ignore[no-untyped-call]
+    return {round(value) for edge in edges for value in edge.tolist()}
 
 
 def _misfit(layer: Any, found: re.Match[str], tensor: torch.Tensor) -> list[str]:
