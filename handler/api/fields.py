@@ -154,7 +154,7 @@ class FieldReader:
         if value is None:
             return None
         if self._allow_text and isinstance(value, str) and _FORM_INTEGER.fullmatch(value.strip()):
-            value = int(value)
+            value = int(value.strip())
         if isinstance(value, bool) or not isinstance(value, int):
             quoted = isinstance(value, str) and _FORM_INTEGER.fullmatch(value)
             hint = "; write it without quotes" if quoted else ""
@@ -174,7 +174,7 @@ class FieldReader:
             return None
         allowed = number_range(low, high)
         if self._allow_text and isinstance(value, str) and _FORM_NUMBER.fullmatch(value.strip()):
-            value = float(value)
+            value = float(value.strip())
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             quoted = isinstance(value, str) and _FORM_NUMBER.fullmatch(value)
             hint = "; write it without quotes" if quoted else ""

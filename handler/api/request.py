@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from handler.api.fields import FieldReader
 from handler.api.images import SentPicture
 from handler.api.lora_names import lora_problem
 from handler.api.picture_sizes import choose_size
+from handler.api.prompt_syntax import take_loras, weight_problem
 from handler.api.samplers import (
     SCHEDULES,
     find_sampler,
@@ -87,6 +89,11 @@ class GenerationRequest:
         }
 
     @property
+    def is_weighted(self) -> bool:
+        """Whether words of its prompts have weights."""
+        return bool(self.extra.get("prompt_weighting"))
+
+    @property
     def sampler(self) -> str | None:
         """The scheduler with its sigmas, under one name; None is the pipeline's own as it is."""
         named = [each for each in (self.scheduler, self.extra.get("sigmas")) if each is not None]
@@ -120,8 +127,13 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
             f"num_inference_steps: {config.num_inference_steps} is too few for the default"
             f" scheduler; it needs at least {least}"
         )
+<<<<<<< HEAD
     if config.default_loras and (problem := lora_problem(config.default_loras, traits.loras)):
         problems.append(f"default_loras: {problem}")
+=======
+    if config.prompt_weighting and not traits.reads_weights:
+        problems.append("prompt_weighting: the text encoders of this pipeline read no weights")
+>>>>>>> styles
     if config.negative_prompt and "negative_prompt" not in traits.parameters:
         problems.append("negative_prompt: this pipeline takes none")
     if problems:
@@ -157,6 +169,7 @@ def parse_fields(
     }
     if sent["prompt"] is None and "prompt" not in reader.problems:
         reader.report("prompt", "is missing")
+    _take_loras(reader, sent, config)
     present = {name for name in SENT_PICTURES if _is_sent(name, fields)}
     task = choose_task(reader, sent["task"], present, traits)
     known = {} if known_pictures is None else known_pictures
@@ -168,7 +181,11 @@ def parse_fields(
     values = {**_defaults(config, parameters), **{n: v for n, v in sent.items() if v is not None}}
     values["task"] = task or TEXT_TO_IMAGE
     values.update(_resolve_sampler(reader, sent, values, traits))
+<<<<<<< HEAD
     _check_loras(reader, sent["loras"], traits)
+=======
+    _check_weights(reader, values, traits)
+>>>>>>> styles
     _size_by_picture(reader, values, sent, pictures, config, traits)
     extra = {name: value for name, value in values.items() if name not in _ATTRIBUTES}
     attributes = {name: values[name] for name in _ATTRIBUTES}
@@ -270,6 +287,39 @@ def _refuse_what_the_pipeline_lacks(
             needed = f"; {', '.join(others)} has it" if others else ""
             what = "this task" if others else "this pipeline"
             reader.report(name, f"{what} has no such parameter{needed}")
+
+
+def _take_loras(reader: FieldReader, sent: dict[str, Any], config: HandlerConfig) -> None:
+    """Move the LoRAs that a weighted prompt names to the field for them; mutates `sent`."""
+    prompt, weighting = sent["prompt"], sent["prompt_weighting"]
+    is_weighted = config.prompt_weighting if weighting is None else weighting
+    if not is_weighted or prompt is None or "loras" not in PICTURE_FIELDS:
+        return
+    try:
+        text, named = take_loras(prompt)
+    except ValueError as error:
+        reader.report("prompt", str(error))
+        return
+    if named:
+        sent["prompt"] = text.strip()
+        for name, scale in (sent["loras"] or {}).items():
+            if named.setdefault(name, scale) != scale:
+                reader.report("loras", f"{show(name)} has another scale in the prompt")
+        sent["loras"] = named
+
+
+def _check_weights(reader: FieldReader, values: dict[str, Value], traits: PipelineTraits) -> None:
+    """Check the weights in the prompts, where they count; mutates `values` where nothing does."""
+    if not values.get("prompt_weighting"):
+        values.pop("prompt_weighting", None)
+        return
+    if not traits.reads_weights:
+        reader.report("prompt_weighting", "this pipeline's text encoder reads no weights")
+    for name in ("prompt", "negative_prompt"):
+        text = values.get(name)
+        problem = weight_problem(text) if isinstance(text, str) else None
+        if problem is not None:
+            reader.report(name, problem)
 
 
 def _resolve_sampler(

@@ -142,6 +142,14 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             meaning="what not to draw",
         ),
         PictureField(
+            name="prompt_weighting",
+            kind=Kind.BOOLEAN,
+            default=Setting("prompt_weighting"),
+            argument=None,
+            meaning="whether A1111's `(word:1.3)`, `(word)`, `[word]`, `\\(` and `BREAK` in both"
+            " prompts are weights and breaks, or text",
+        ),
+        PictureField(
             name="num_inference_steps",
             aliases=("steps",),
             kind=Kind.INTEGER,

@@ -33,6 +33,9 @@ class PipelineTraits:
     controls: tuple[str, ...] = ()
     """The names of its ControlNets; empty where it has none, or one without a name."""
 
+    reads_weights: bool = False
+    """Whether words of a prompt can have weights."""
+
     def __post_init__(self) -> None:
         if not self.tasks:
             object.__setattr__(self, "tasks", {TEXT_TO_IMAGE: self.parameters})

@@ -15,6 +15,7 @@ from handler.engine.ticket import StepEnd, Ticket
 from handler.errors import DeadlineExceeded, TooLarge
 from handler.pipelines.adapters import AdapterSets
 from handler.pipelines.cost import Cost, estimate_cost, least_forwards
+from handler.pipelines.prompt_embeddings import PromptReading
 from handler.pipelines.schedulers import check_num_steps, make_scheduler
 from handler.pipelines.signature import unknown_arguments
 
@@ -43,6 +44,7 @@ class Submission:
     exact: bool
     adapters: Mapping[str, float] | None
     on_step: Callable[[StepEnd], None] | None
+    prompts: PromptReading | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -90,6 +92,7 @@ class Intake:
             adapters=None if adapters is None else adapters.weights,
             adapter_set=adapters,
             on_step=asked.on_step,
+            prompts=asked.prompts,
             submitted_s=now_s,
         )
 

@@ -258,6 +258,29 @@ def test_only_schedulers_that_go_with_the_pipeline(sent: str) -> None:
     )
 
 
+ON = {"prompt_weighting": True}
+WEIGHTED = dataclasses.replace(TRAITS, reads_weights=True)
+
+
+def test_weights_count_where_they_are_asked_for() -> None:
+    fields = {"prompt": "a (red:1.3) ring", "prompt_weighting": True}
+    assert parse(fields, traits=WEIGHTED).is_weighted
+    assert not parse({**fields, "prompt_weighting": False}, traits=WEIGHTED).is_weighted
+    assert not parse({"prompt": "a (red:99) ring"}, traits=WEIGHTED).is_weighted
+    on = HandlerConfig(prompt_weighting=True)
+    assert parse({"prompt": "a"}, on, traits=WEIGHTED).is_weighted
+    assert not parse({"prompt": "a", "prompt_weighting": False}, on, traits=WEIGHTED).is_weighted
+    found = problems({"prompt": "(a:99)", "negative_prompt": "((b:9):9)", **ON}, traits=WEIGHTED)
+    assert found.keys() == {"prompt", "negative_prompt"}
+    assert found["prompt"].startswith("a weight of 99 is out of range; allowed: -10 to 10")
+
+
+def test_weights_need_an_encoder_that_reads_them() -> None:
+    assert problems({"prompt": "a", **ON}).keys() == {"prompt_weighting"}
+    with pytest.raises(ConfigError, match="prompt_weighting: the text encoders"):
+        check_against_pipeline(HandlerConfig(prompt_weighting=True), TRAITS)
+
+
 def test_configured_defaults_are_filled_in() -> None:
     config = HandlerConfig(negative_prompt="blurry", scheduler="ddim", height=512)
     request = parse({"prompt": "a"}, config)
