@@ -2,6 +2,7 @@
 
     python -m benchmarks.engine            # in this process, about three minutes on two cores
     python -m benchmarks.engine --served   # through TorchServe as well, about six more
+    python -m benchmarks.engine --served --pictures   # and with large bodies
 
 The pipeline is the demo's architecture with random weights: a UNet of 4.4 M parameters on
 24×24 latents. The two sides take turns, so that a machine that changes its speed changes both;
@@ -257,8 +258,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
     parser.add_argument("--loras", action="store_true", help="only what LoRAs cost")
     parser.add_argument("--served", action="store_true", help="through TorchServe as well")
+    parser.add_argument("--pictures", action="store_true", help="with --served: large bodies too")
     parser.add_argument("--speed", default="safe", choices=("off", "safe", "max"), help="if served")
     arguments = parser.parse_args(argv)
+    if arguments.pictures and not arguments.served:
+        parser.error("--pictures needs --served")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.loras:
@@ -282,6 +286,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks.served import measure_served
 
         figures += measure_served(arguments.rounds, arguments.speed)
+        if arguments.pictures:
+            from benchmarks.pictures import measure_pictures
+
+            of_pictures, costs = measure_pictures(2 * arguments.rounds, arguments.speed)
+            figures += of_pictures
+            details |= costs
     details["torch_threads"] = torch.get_num_threads()
     is_shipped = not arguments.served or arguments.speed == "safe"
     file_name = "engine" if is_shipped else f"engine-{arguments.speed}"

@@ -22,8 +22,10 @@ from handler.api.request import GenerationRequest, check_against_pipeline
 from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.engine import BUCKETS, InFlightEngine
+from handler.engine.forward import is_out_of_memory
 from handler.errors import ConfigError, RequestError
 from handler.loading.lora_files import read_lora
+from handler.loading.memory import device_memory, drawing_problem
 from handler.loading.pipeline import LoadedPipeline
 from handler.pipelines.arguments import pipeline_arguments
 from handler.pipelines.describe import describe
@@ -84,7 +86,13 @@ def assemble(
             for each in requests
         ]
         names = [pipeline_name(each.engine_task, each.extra.get("control")) for each in requests]
-        speed_up.warm_up(engine, calls, names)
+        try:
+            speed_up.warm_up(engine, calls, names)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = drawing_problem(device_memory(loaded.device), loaded.dtype)
+            raise ConfigError(problem) from error
     return service
 
 

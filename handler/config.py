@@ -148,6 +148,12 @@ class HandlerConfig:
         left_out="nothing",
         example="blurry",
     )
+    prompt_weighting: bool = _key(
+        False,
+        allow.boolean(),
+        "read A1111's `(word:1.3)`, `[word]` and `BREAK` in prompts as weights, not as text",
+        note="Stable Diffusion and SDXL",
+    )
     scheduler: str | None = _key(
         None,
         allow.optional(allow.text()),

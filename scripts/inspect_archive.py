@@ -68,6 +68,7 @@ def inspect(path: Path) -> dict[str, Any]:
             },
             "is_mapped": _is_mapped(view),
             "pickled": pickled(view.model.sizes),
+            "samplers": _samplers(view),
             **_settings(view),
             **{
                 key: manifest.get(key)
@@ -155,6 +156,21 @@ def _settings(view: ArchiveView) -> dict[str, Any]:
     }
 
 
+def _samplers(view: ArchiveView) -> dict[str, list[str]]:
+    """Return the samplers that go with the pipeline, each with the sigmas it may have."""
+    if "scheduler" not in view.index.components:
+        return {}
+    from handler.api.samplers import samplers_of
+    from handler.loading.pipeline_class import component_class
+    from handler.pipelines.schedulers import compatible_with
+
+    try:
+        kind = component_class("scheduler", view.index)
+        return samplers_of(compatible_with(kind))
+    except (ArchiveError, AttributeError):  # of a diffusers that is not the installed one
+        return {}
+
+
 def _page(facts: Mapping[str, Any]) -> Iterator[str]:
     """Yield the lines of the readable page."""
     pipeline = facts["pipeline"]
@@ -189,6 +205,12 @@ def _page(facts: Mapping[str, Any]) -> Iterator[str]:
         if facts[title]:
             shown = [f"{key} {value}" for key, value in facts[title].items() if value is not None]
             yield _line(title, ", ".join(shown))
+    if facts["samplers"]:
+        yield _line("samplers", ", ".join(facts["samplers"]))
+        flags = ("karras", "exponential", "beta")
+        with_flags = [n for n, each in facts["samplers"].items() if {*flags} <= {*each}]
+        if with_flags:
+            yield _line("sigmas", f"{', '.join(flags)} with {', '.join(with_flags)}")
     if facts["pickled"]:
         yield _line("WARNING", f"pickled weights, which the worker refuses: {facts['pickled']}")
 

@@ -8,16 +8,17 @@ Here are the fields that steer the reply: output format, id, deadline, stream, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 from handler.api.accept import EVENT_STREAM, MEDIA_TYPES, negotiate
 from handler.api.body import ALONE, HOW_TO_SEND, Payload, media_type, open_body
 from handler.api.fields import ID_RULE, FieldReader, is_id
+from handler.api.images import SentPicture
 from handler.api.kserve import Envelope, Message, open_message
 from handler.api.request import GenerationRequest, parse_fields
-from handler.api.schema import REPLY_FIELDS, Value
+from handler.api.schema import REPLY_FIELDS, SENT_PICTURES, Value
 from handler.api.traits import PipelineTraits
 from handler.api.translation import names_for
 from handler.config import HandlerConfig
@@ -90,6 +91,7 @@ def read_call(
     options = _read_options(reader, headers, message.envelope, config)
     problems = {**message.problems, **reader.problems}
     requests, paths = [], []
+    pictures: dict[int, SentPicture] = {}
     for instance in message.instances:
         for name in REPLY_FIELDS.keys() & instance.fields.keys():
             problems[instance.path + name] = "counts for the whole body: put it beside instances"
@@ -100,6 +102,7 @@ def read_call(
                 traits,
                 is_form=payload.is_form,
                 draw_seed=draw_seed,
+                known_pictures=pictures,
             )
         except InvalidRequest as error:
             for name, problem in error.fields.items():
@@ -109,6 +112,7 @@ def read_call(
             requests.append(request)
             paths.append(instance.path)
             _check_image_count(request, options, message.envelope, problems)
+    _check_all_pictures(pictures.values(), message.envelope, config, problems)
     if problems:
         raise _invalid(problems, payload, headers)
     return Call(
@@ -202,6 +206,22 @@ def _check_image_count(
         problems["num_images"] = (
             f"{request.num_images} pictures do not fit into one {options.output_format};"
             ' ask for JSON: Accept: application/json or "output_format": "json"'
+        )
+
+
+def _check_all_pictures(
+    pictures: Collection[SentPicture],
+    envelope: Envelope,
+    config: HandlerConfig,
+    problems: dict[str, str],
+) -> None:
+    """Bound what one body makes the server decode: a small file may have many pixels."""
+    pixels = sum(each.width_px * each.height_px for each in pictures)
+    allowed = len(SENT_PICTURES) * config.max_picture_pixels
+    if pixels > allowed:
+        name = "inputs" if envelope is Envelope.KSERVE_V2 else "instances"
+        problems[name] = (
+            f"have {len(pictures)} pictures of {pixels} pixels together; allowed are {allowed}"
         )
 
 

@@ -21,16 +21,20 @@ Pictures = Mapping[str, Image.Image]
 
 
 def decode_pictures(
-    request: GenerationRequest, config: HandlerConfig, path: str = ""
+    request: GenerationRequest,
+    config: HandlerConfig,
+    path: str = "",
+    known: dict[object, Image.Image] | None = None,
 ) -> dict[str, Image.Image]:
     """Return the pictures of `request`, of one size: that of the request.
 
     With ``padding_mask_crop`` image and mask keep the image's own size, for what is drawn is laid
-    into it.
+    into it. What is `known` already is not decoded again. Mutates `known`.
 
     Raises:
         InvalidRequest: with every picture that is broken, by field; `path` goes before its name.
     """
+    known = {} if known is None else known
     decoded: dict[str, Image.Image] = {}
     problems: dict[str, str] = {}
     is_cropped = request.extra.get("padding_mask_crop") is not None
@@ -38,8 +42,12 @@ def decode_pictures(
         size = request.width, request.height
         if is_cropped and name != "control_image":
             size = within_limits(request.pictures["image"], config)
+        as_mask = name == "mask_image"
+        key = (id(picture), size, as_mask)
         try:
-            decoded[name] = picture.decode(*size, as_mask=name == "mask_image")
+            if key not in known:
+                known[key] = picture.decode(*size, as_mask=as_mask)
+            decoded[name] = known[key]
             if is_cropped and name == "mask_image" and decoded[name].getbbox() is None:
                 raise BadPicture("is black: with padding_mask_crop it must mask something")
         except BadPicture as problem:
@@ -59,9 +67,11 @@ def decode_all(
     """
     decoded: list[Pictures] = []
     problems: dict[str, str] = {}
+    # Prompts of one body may share a picture.
+    known: dict[object, Image.Image] = {}
     for request, path in zip(requests, paths, strict=True):
         try:
-            decoded.append(decode_pictures(request, config, path))
+            decoded.append(decode_pictures(request, config, path, known))
         except InvalidRequest as error:
             problems.update(error.fields)
     if problems:

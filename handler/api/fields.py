@@ -90,14 +90,22 @@ class FieldReader:
             return self.integer(name, aliases, low=int(low), high=int(high))
         return self.text(name, aliases, min_chars=int(low), max_chars=int(high))
 
-    def picture(self, field: Field, config: HandlerConfig) -> SentPicture | None:
-        """The picture sent for a field, checked by its header; None when absent or wrong."""
+    def picture(
+        self, field: Field, config: HandlerConfig, known: dict[int, SentPicture]
+    ) -> SentPicture | None:
+        """The picture sent for a field, checked by its header; None when absent or wrong.
+
+        `known` are those that other prompts of the body have read, by the identity of what was
+        sent: megabytes of base64 that all prompts share are read once. Mutates `known`.
+        """
         value = self.take(field.name, field.aliases)
         if value is None:
             return None
-        max_bytes = int(bounds_of(field, config)[1])
+        max_bytes, max_pixels = int(bounds_of(field, config)[1]), config.max_picture_pixels
         try:
-            return read_picture(value, max_bytes=max_bytes, max_pixels=config.max_picture_pixels)
+            if id(value) not in known:
+                known[id(value)] = read_picture(value, max_bytes=max_bytes, max_pixels=max_pixels)
+            return known[id(value)]
         except BadPicture as problem:
             self.report(field.name, str(problem))
             return None
@@ -146,7 +154,7 @@ class FieldReader:
         if value is None:
             return None
         if self._allow_text and isinstance(value, str) and _FORM_INTEGER.fullmatch(value.strip()):
-            value = int(value)
+            value = int(value.strip())
         if isinstance(value, bool) or not isinstance(value, int):
             quoted = isinstance(value, str) and _FORM_INTEGER.fullmatch(value)
             hint = "; write it without quotes" if quoted else ""
@@ -166,7 +174,7 @@ class FieldReader:
             return None
         allowed = number_range(low, high)
         if self._allow_text and isinstance(value, str) and _FORM_NUMBER.fullmatch(value.strip()):
-            value = float(value)
+            value = float(value.strip())
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             quoted = isinstance(value, str) and _FORM_NUMBER.fullmatch(value)
             hint = "; write it without quotes" if quoted else ""

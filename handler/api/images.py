@@ -117,10 +117,15 @@ class SentPicture:
             picture: Image.Image = opened
             if self.header.orientation in _TURNS:
                 picture = picture.transpose(_TURNS[self.header.orientation])
-            picture = _flattened(picture, "L" if as_mask else "RGB")
-        picture.info = {}
+            picture = _plain(picture, "L" if as_mask else "RGB")
         if picture.size != (width_px, height_px):
             picture = picture.resize((width_px, height_px), Image.Resampling.LANCZOS)
+        # After the resizing, which weighs pixels by their opacity: this one holds up other threads.
+        if picture.mode == "RGBA":
+            background = Image.new("RGBA", picture.size, "black" if as_mask else "white")
+            background.alpha_composite(picture)
+            picture = background.convert("L" if as_mask else "RGB")
+        picture.info = {}
         return picture
 
 
@@ -203,16 +208,12 @@ def _check_scans(content: bytes) -> None:
             raise BadPicture(f"is a JPEG of more than {_MAX_JPEG_SCANS} scans")
 
 
-def _flattened(picture: Image.Image, mode: str) -> Image.Image:
-    """The picture in `mode`, RGB or L, without transparency: RGB is laid on white, L on black."""
+def _plain(picture: Image.Image, mode: str) -> Image.Image:
+    """The picture in `mode`, RGB or L; as RGBA where parts of it are transparent."""
     if picture.mode.startswith("I"):  # 16 bits of grey: Pillow would cut them off at 255
         values = np.asarray(picture).astype(np.int64).clip(0, 65535) >> 8
         picture = Image.fromarray(values.astype(np.uint8))
-    if picture.has_transparency_data:
-        background = Image.new("RGBA", picture.size, "black" if mode == "L" else "white")
-        background.alpha_composite(picture.convert("RGBA"))
-        picture = background.convert("RGB")
-    return picture.convert(mode)
+    return picture.convert("RGBA" if picture.has_transparency_data else mode)
 
 
 def _said(error: Exception) -> str:

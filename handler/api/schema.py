@@ -16,6 +16,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TypeVar
 
+from handler.api.samplers import SCHEDULES
 from handler.api.tasks import IMAGE_TO_IMAGE, INPAINTING, TASKS, TEXT_TO_IMAGE
 from handler.config import OUTPUT_FORMATS, HandlerConfig
 
@@ -141,6 +142,14 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             meaning="what not to draw",
         ),
         PictureField(
+            name="prompt_weighting",
+            kind=Kind.BOOLEAN,
+            default=Setting("prompt_weighting"),
+            argument=None,
+            meaning="whether A1111's `(word:1.3)`, `(word)`, `[word]`, `\\(` and `BREAK` in both"
+            " prompts are weights and breaks, or text",
+        ),
+        PictureField(
             name="num_inference_steps",
             aliases=("steps",),
             kind=Kind.INTEGER,
@@ -160,8 +169,24 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             default_note="the pipeline's own",
             argument=None,
             label="Sampler",
-            meaning="`ddim`, `dpm++`, `euler`, `euler_a`, `heun`, `unipc` …, or the name of a"
-            " diffusers class; those that go with the pipeline's own",
+            meaning="a sampler by the name that AUTOMATIC1111, ComfyUI or k-diffusion has for it"
+            " (`DPM++ 2M Karras`, `Euler a`, `dpmpp_2m_sde`, `unipc`), or the name of a diffusers"
+            " class; those that go with the pipeline's own",
+        ),
+        PictureField(
+            name="sigmas",
+            kind=Kind.CHOICE,
+            choices={
+                alias: key
+                for key, schedule in SCHEDULES.items()
+                for alias in (key, schedule.name.lower(), *schedule.aliases)
+                if len(alias) > 2
+            },
+            default_note="the sampler's own",
+            argument=None,
+            label="Schedule type",
+            meaning="the schedule of sigmas, as at the end of a sampler's name: `karras`,"
+            " `exponential`, `beta`, `sgm_uniform`, `simple`, `normal` or `ddim_uniform`",
         ),
         PictureField(
             name="guidance_scale",

@@ -20,6 +20,7 @@ from handler.errors import ArchiveError, ConfigError
 from handler.library_logs import quiet_libraries
 from handler.loading.contents import LORA_FOLDER
 from handler.loading.lora_files import LoraReader, in_present_names
+from handler.loading.memory import device_memory, memory_problem, weights_bytes
 from handler.loading.model_dir import OpenedPipeline, check_loras, open_pipeline
 from handler.messages import first_lines
 
@@ -122,11 +123,27 @@ def load_opened(
             raise ArchiveError(f"the pipeline does not load: {first_lines(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cpu":
-        pipeline.to(device)
-        for controlnet in controlnets.values():
-            controlnet.to(device)
+        _move(pipeline, list(controlnets.values()), device)
     names = tuple(path.stem for path in loras)
     return LoadedPipeline(pipeline, device, dtype, controlnets, names, reader)
+
+
+def _move(pipeline: Any, controlnets: Sequence[Any], device: torch.device) -> None:
+    """Copy the weights to `device`. Raises: ConfigError, before any is copied where it can be."""
+    sizes = weights_bytes([*pipeline.components.values(), *controlnets])
+    if problem := memory_problem(sizes, device_memory(device), device):
+        raise ConfigError(problem)
+    if device.type == "cuda":
+        # Streams and graphs are of the current device, which is the first until this is said.
+        torch.cuda.set_device(device)
+    try:
+        for part in (pipeline, *controlnets):
+            part.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the weights did not fit on {device} while something else took memory there too: "
+            f"{first_lines(error)}"
+        ) from error
 
 
 @contextmanager

@@ -153,9 +153,13 @@ class GenerationService:
             fault.__cause__ = error
             self._refuse(request_id, fault)
 
-    def advance(self, budget_s: float | None = None) -> None:
-        """Tick until a request can be answered or `budget_s` is used; None: until all can be."""
-        ends_s = None if budget_s is None else self._clock() + budget_s
+    def advance(self, budget_s: float | None = None, *, hold_s: float = 0.0) -> None:
+        """Tick until a request can be answered or `budget_s` is used; None: until all can be.
+
+        What can be answered before `hold_s` is used waits for that.
+        """
+        begun_s = self._clock()
+        ends_s = None if budget_s is None else begun_s + budget_s
         # Also when nothing is live: the engine is still to report what was cancelled since.
         while self._live or self._has_work:
             self._end_drained()
@@ -166,7 +170,10 @@ class GenerationService:
                 wait_for_any([self._decoding.work, self._encoders], timeout_s)
             self._collect_decoded()
             self._collect_encoded()
-            if ends_s is not None and (self._replies or self._clock() >= ends_s):
+            if ends_s is None:
+                continue
+            now_s = self._clock()
+            if now_s >= ends_s or (self._replies and now_s >= begun_s + hold_s):
                 return
 
     def take_replies(self) -> dict[str, Reply]:

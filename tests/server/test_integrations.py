@@ -18,6 +18,7 @@ from scripts.repository import REPOSITORY
 from scripts.torchserve.options import Options, Ports
 from scripts.torchserve.process import TorchServer
 from tests.support.client import Answer, curl, pixels, post_json
+from tests.support.pictures import as_base64, encoded
 from tests.support.toy_archive import write_toy_archive
 
 PAGE = (REPOSITORY / "docs" / "integrations.md").read_text()
@@ -63,6 +64,24 @@ def test_hugging_faces_parameters_mean_what_ours_do(url: str) -> None:
         "a red ring", **fields | {"seed": 8}
     )
     assert not (pixels(answer.body) == seeded_otherwise).all()
+
+
+def test_hugging_faces_image_to_image(url: str, tmp_path: Path) -> None:
+    file = tmp_path / "in.png"
+    file.write_bytes(encoded((256, 192)))
+    fields = {"strength": 0.8, "num_inference_steps": 4, "seed": 7, "negative_prompt": "blue"}
+    client = InferenceClient(model=url)
+    body = {"prompt": "a red ring", "image": as_base64(file.read_bytes()), **fields}
+    expected = pixels(post_json(url, body).body)
+    for sent in (file, str(file), file.read_bytes()):
+        image = client.image_to_image(sent, prompt="a red ring", **fields)
+        assert image.size == (256, 192)
+        assert (expected == image).all()
+    size = {"width": 128, "height": 64}
+    resized = client.image_to_image(file, prompt="a red ring", target_size=size, **fields)
+    assert resized.size == (128, 64)
+    with pytest.raises(BadRequestError, match="the body is a picture"):
+        client.image_to_image(file)
 
 
 def test_hugging_faces_client_raises_what_is_wrong(url: str) -> None:

@@ -69,6 +69,20 @@ def faulty() -> Faulty:
     return Faulty(**build("stable_diffusion").components, requires_safety_checker=False)
 
 
+def tiny_config(**settings: Any) -> HandlerConfig:
+    """A configuration that goes with tiny pipelines, but for `settings`."""
+    return HandlerConfig(
+        **{
+            "num_inference_steps": 4,
+            "max_num_inference_steps": 1000,
+            "height": 32,
+            "width": 32,
+            "min_size_px": 8,
+            **settings,
+        }
+    )
+
+
 def make_service(
     clock: Clock,
     *,
@@ -81,16 +95,7 @@ def make_service(
 ) -> GenerationService:
     """A service on `pipeline`, by default a `faulty` one; `settings` are its configuration's."""
     pipeline = faulty() if pipeline is None else pipeline
-    config = HandlerConfig(
-        **{
-            "num_inference_steps": 4,
-            "max_num_inference_steps": 1000,
-            "height": 32,
-            "width": 32,
-            "min_size_px": 8,
-            **settings,
-        }
-    )
+    config = tiny_config(**settings)
     pipelines = pipelines_of(pipeline)
     engine = InFlightEngine(
         pipelines, max_rows=config.max_rows, max_pixels=engine_max_pixels, clock=clock

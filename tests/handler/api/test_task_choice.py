@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from handler.api.call import Call, read_call
-from handler.api.decoding import decode_pictures, forget_contents
+from handler.api.decoding import decode_all, decode_pictures, forget_contents
 from handler.api.metadata import ImageMetadata, parameters_line, request_parameters, to_json
 from handler.api.request import GenerationRequest
 from handler.api.tasks import IMAGE_TO_IMAGE, INPAINTING, TEXT_TO_IMAGE
@@ -51,7 +51,7 @@ SMALL_MASK = as_base64(encoded((128, 96), "PNG", "L", 255))
 def draw(
     fields: dict[str, Any], served: PipelineTraits = SERVED, config: HandlerConfig = CONFIG
 ) -> GenerationRequest:
-    body = {"prompt": "a", **fields}
+    body = fields if "instances" in fields else {"prompt": "a", **fields}
     call = read_call({"body": body}, {"host": "x"}, config, served, draw_seed=lambda: 1)
     assert isinstance(call, Call)
     (request,) = call.requests
@@ -307,6 +307,34 @@ def test_with_padding_mask_crop_pictures_keep_their_size() -> None:
         decode_pictures(draw(black), CONFIG, "instances[3].")
     assert caught.value.fields == {
         "instances[3].mask_image": "is black: with padding_mask_crop it must mask something"
+    }
+
+
+def test_prompts_that_share_a_picture_read_it_once() -> None:
+    shared = {"instances": ["a", "b"], "parameters": {"image": PICTURE, "mask": SMALL_MASK}}
+    call = read_call({"body": shared}, {}, CONFIG, SERVED, draw_seed=lambda: 1)
+    assert isinstance(call, Call)
+    first, second = call.requests
+    assert first.pictures["image"] is second.pictures["image"]
+    assert call.paths == ("instances[0].", "instances[1].")
+    decoded = decode_all(call.requests, CONFIG, call.paths)
+    assert decoded[0]["mask_image"] is decoded[1]["mask_image"]
+    assert decoded[0]["image"] is not decoded[0]["mask_image"]
+
+
+def test_the_pictures_of_a_body_are_bounded_together() -> None:
+    def body(number: int) -> dict[str, Any]:
+        return {
+            "instances": [
+                {"prompt": "a", "image": as_base64(header_only_png(4096, 4096 - index))}
+                for index in range(number)
+            ]
+        }
+
+    call = read_call({"body": body(3)}, {}, CONFIG, SERVED, draw_seed=lambda: 1)
+    assert isinstance(call, Call)
+    assert refusal(body(4)) == {
+        "instances": "have 4 pictures of 67084288 pixels together; allowed are 50331648"
     }
 
 

@@ -20,7 +20,6 @@ from PIL import Image
 
 from handler.api.decoding import Pictures, decode_all
 from handler.api.traits import PipelineTraits
-from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
 from handler.pipelines.describe import describe
 from handler.pipelines.signature import call_defaults
@@ -29,7 +28,16 @@ from handler.service.generation import GenerationService
 from tests.support.clock import Clock
 from tests.support.pictures import as_base64, encoded
 from tests.support.pipelines import build
-from tests.support.services import LONG, counted, error_of, finish, open_request, statuses, tick
+from tests.support.services import (
+    LONG,
+    counted,
+    error_of,
+    finish,
+    open_request,
+    statuses,
+    tick,
+    tiny_config,
+)
 
 PICTURE = encoded((32, 32))
 SENT = {"image": as_base64(PICTURE), "num_inference_steps": 4, "strength": 0.75}
@@ -83,16 +91,7 @@ def start(clock: Clock, gate: Gate) -> Iterator[Start]:
             found.parameters,
             tasks={task: frozenset(call_defaults(each)) for task, each in pipelines.items()},
         )
-        config = HandlerConfig(
-            **{
-                "num_inference_steps": 4,
-                "max_num_inference_steps": 1000,
-                "height": 32,
-                "width": 32,
-                "min_size_px": 8,
-                **settings,
-            }
-        )
+        config = tiny_config(**settings)
         engine = InFlightEngine(pipelines, max_rows=config.max_rows, clock=clock)
         services.append(
             GenerationService(
@@ -308,16 +307,16 @@ def test_one_id_is_taken_while_its_picture_is_decoded(start: Start, gate: Gate) 
     assert statuses(finish(service)) == {"a": 200}
 
 
-def test_what_the_decoder_does_not_expect_ends_one_request(start: Start, gate: Gate) -> None:
+def test_what_the_decoder_does_not_expect_ends_one_request(start: Start) -> None:
     service = start()
-    gate.is_open.set()
 
     def fail(*args: Any) -> list[Pictures]:
         raise MemoryError
 
+    pipeline = build("stable_diffusion")
     broken = GenerationService(
-        InFlightEngine(StableDiffusionPipeline(**build("stable_diffusion").components)),
-        build("stable_diffusion"),
+        InFlightEngine(pipeline),
+        pipeline,
         service.config,
         service.traits,
         model_name="tiny",
