@@ -127,13 +127,10 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
             f"num_inference_steps: {config.num_inference_steps} is too few for the default"
             f" scheduler; it needs at least {least}"
         )
-<<<<<<< HEAD
     if config.default_loras and (problem := lora_problem(config.default_loras, traits.loras)):
         problems.append(f"default_loras: {problem}")
-=======
     if config.prompt_weighting and not traits.reads_weights:
         problems.append("prompt_weighting: the text encoders of this pipeline read no weights")
->>>>>>> styles
     if config.negative_prompt and "negative_prompt" not in traits.parameters:
         problems.append("negative_prompt: this pipeline takes none")
     if problems:
@@ -181,11 +178,8 @@ def parse_fields(
     values = {**_defaults(config, parameters), **{n: v for n, v in sent.items() if v is not None}}
     values["task"] = task or TEXT_TO_IMAGE
     values.update(_resolve_sampler(reader, sent, values, traits))
-<<<<<<< HEAD
     _check_loras(reader, sent["loras"], traits)
-=======
     _check_weights(reader, values, traits)
->>>>>>> styles
     _size_by_picture(reader, values, sent, pictures, config, traits)
     extra = {name: value for name, value in values.items() if name not in _ATTRIBUTES}
     attributes = {name: values[name] for name in _ATTRIBUTES}
