@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -80,8 +80,10 @@ def describe_machine() -> dict[str, object]:
         "cpu": cpu,
         "cores": os.cpu_count(),
         "gpus": gpus,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(),
     }
 
@@ -104,14 +106,18 @@ def write_report(
     details: dict[str, object],
     *,
     file_name: str | None = None,
+    folder: Path | None = None,
+    is_quiet: bool = False,
 ) -> Path:
     """Print the table and write ``results/<file_name>.json``, by default `name`; returns its path.
 
-    `name` is the benchmark's module.
+    `name` is the benchmark's module; `folder` takes the place of ``results``.
     """
-    print(table(figures))
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{file_name or name}.json"
+    if not is_quiet:
+        print(table(figures))
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{file_name or name}.json"
     report = {
         "command": " ".join(["python", "-m", f"benchmarks.{name}", *sys.argv[1:]]),
         "machine": describe_machine(),
@@ -128,8 +134,33 @@ def write_report(
         ],
         **details,
     }
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    # Whole at any time: what writes as it goes may be ended while it does.
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=2) + "\n")
+    part.replace(path)
     return path
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    """The version of NVIDIA's driver; None where there is none."""
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip().partition("\n")[0] or None
 
 
 def _commit() -> str:

@@ -20,6 +20,7 @@ from gateway import (
     openai_edits,
     openai_images,
     openapi,
+    page,
     passing_on,
     picture_urls,
 )
@@ -32,7 +33,7 @@ from handler.messages import show
 __all__ = ["make_app"]
 
 # In this order: `/v1/models/{name}:predict` before `/v1/models/{name}`.
-_ROOMS = (openai_images, openai_edits, passing_on, models, picture_urls, health, openapi)
+_ROOMS = (openai_images, openai_edits, passing_on, models, picture_urls, health, openapi, page)
 _EXPOSED = ("x-request-id", "x-seed", "retry-after", "warning", "location")
 
 

@@ -7,8 +7,9 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from starlette.requests import Request
@@ -28,7 +29,7 @@ from handler.errors import (
     RequestError,
 )
 
-__all__ = ["Call", "Door", "Endpoint", "unless_gone"]
+__all__ = ["Call", "Door", "Endpoint"]
 
 logger = logging.getLogger("gateway.access")
 _problems = logging.getLogger(__name__)
@@ -44,6 +45,10 @@ class Call:
     request: Request
     request_id: str
     key: Key | None
+    until_over: ExitStack = field(default_factory=ExitStack)
+    """What counts until the reply is sent: limits, the id, the bytes of the body."""
+    is_streaming: bool = False
+    """Whether the reply closes `until_over` itself, when its last event is sent."""
 
     @property
     def key_name(self) -> str:
@@ -64,7 +69,7 @@ class Door:
         self._limiter = limiter
         self._bodies = bodies
         self._keys_required = keys_required
-        self._running: dict[str, tuple[str, asyncio.Task[Any]]] = {}
+        self._running: dict[str, tuple[str, Callable[[], object]]] = {}
 
     def route(
         self,
@@ -85,36 +90,54 @@ class Door:
         """Return the body, bounded in size and time. Raises: RequestError, ClientGone."""
         return await read_body(call.request, self._bodies)
 
+    @contextmanager
+    def cancellable(self, call: Call, cancel: Callable[[], object]) -> Iterator[None]:
+        """Let the request be cancelled by its id inside the block.
+
+        Raises:
+            Conflict: the id belongs to a request that is still running.
+        """
+        if call.request_id in self._running:
+            raise Conflict(
+                f"the id {call.request_id!r} belongs to a request that is still running",
+                {"X-Request-Id": "is taken"},
+            )
+        self._running[call.request_id] = (call.key_name, cancel)
+        try:
+            yield
+        finally:
+            del self._running[call.request_id]
+
     async def running(self, call: Call, work: Coroutine[Any, Any, _T]) -> _T:
         """Do `work` until it is done, its client has gone or somebody cancels it.
 
         Raises:
             Conflict: the id belongs to a request that is still running.
+            Cancelled: somebody cancelled it.
             ClientGone: the client has left.
         """
-        if call.request_id in self._running:
-            work.close()
-            raise Conflict(
-                f"the id {call.request_id!r} belongs to a request that is still running",
-                {"X-Request-Id": "is taken"},
-            )
         task = asyncio.create_task(work)
-        self._running[call.request_id] = (call.key_name, task)
         try:
-            return await unless_gone(call.request, task)
+            with self.cancellable(call, task.cancel):
+                return await _unless_gone(call.request, task)
         finally:
-            del self._running[call.request_id]
+            task.cancel()
+
+    async def unless_gone(self, call: Call, work: Coroutine[Any, Any, _T]) -> _T:
+        """Do `work`, unless the client leaves before it is done. Raises: ClientGone."""
+        return await _unless_gone(call.request, asyncio.create_task(work))
 
     def cancel(self, call: Call, request_id: str) -> None:
         """End a running request of the same key. Raises: NotFound."""
-        key_name, task = self._running.get(request_id, ("", None))
-        if task is None or key_name != call.key_name:
+        key_name, end = self._running.get(request_id, ("", None))
+        if end is None or key_name != call.key_name:
             raise NotFound(f"no request with the id {request_id!r} is running", {"id": "unknown"})
-        task.cancel()
+        end()
 
     async def _enter(self, request: Request, endpoint: Endpoint, *, keyless: bool) -> Response:
         started_s = time.monotonic()
         request_id, key = f"req_{secrets.token_hex(12)}", None
+        call: Call | None = None
         try:
             sent_id = request.headers.get("x-request-id")
             if sent_id is not None:
@@ -123,8 +146,10 @@ class Door:
                     raise InvalidRequest(f"X-Request-Id {problem}", {"X-Request-Id": problem})
                 request_id = sent_id
             key = None if keyless else self._identify(request)
-            with self._limiter.admit(key):
-                response = await endpoint(Call(request, request_id, key))
+            call = Call(request, request_id, key)
+            call.until_over.callback(self._bodies.release, request)
+            call.until_over.enter_context(self._limiter.admit(key))
+            response = await endpoint(call)
         except RequestError as error:
             response = error_response(error)
         except ClientGone:
@@ -133,7 +158,8 @@ class Door:
             _problems.exception("request %s", request_id)
             response = error_response(EngineFault("the gateway failed; its log says why"))
         finally:
-            self._bodies.release(request)
+            if call is not None and not call.is_streaming:
+                call.until_over.close()
         elapsed_ms = round(1000 * (time.monotonic() - started_s))
         response.headers["x-request-id"] = request_id
         response.headers["openai-processing-ms"] = str(elapsed_ms)
@@ -161,7 +187,7 @@ class Door:
         return key
 
 
-async def unless_gone(request: Request, task: asyncio.Task[_T]) -> _T:
+async def _unless_gone(request: Request, task: asyncio.Task[_T]) -> _T:
     """Wait for `task`; where the client leaves first, cancel it.
 
     Raises:

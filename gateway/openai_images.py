@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.body import read_sent
 from gateway.door import Call
 from gateway.errors import error_body
+from gateway.event_replies import reply_with_events
 from gateway.events import DONE, encode_event
 from gateway.forwarding import Order
 from gateway.gateway import Gateway
 from gateway.image_replies import (
     Picture,
     completed_event,
-    images_body,
+    images_json,
     in_the_clients_words,
     partial_event,
     picture_of,
@@ -27,7 +28,7 @@ from gateway.image_replies import (
 )
 from gateway.image_request import ImageRequest, read_image_request
 from gateway.picture_urls import picture_url
-from handler.errors import EngineFault, RequestError
+from handler.errors import RequestError
 
 __all__ = ["draw", "reply_with_images", "routes"]
 
@@ -63,7 +64,8 @@ async def reply_with_images(
         store = gateway.pictures
         names = [await store.add(each.content, request.output_format) for each in pictures]
         urls = [picture_url(gateway.settings, call.request, name) for name in names]
-    return _json(images_body(request, pictures, urls))
+    content = images_json(request, pictures, urls)
+    return Response(content, media_type="application/json")
 
 
 async def draw(gateway: Gateway, request: ImageRequest, key_name: str) -> list[Picture]:
@@ -89,84 +91,31 @@ async def draw(gateway: Gateway, request: ImageRequest, key_name: str) -> list[P
 async def _reply_with_events(
     gateway: Gateway, call: Call, request: ImageRequest, events: str
 ) -> Response:
-    """Begin the reply once an instance has taken the request, so that a refusal has its status."""
-    drawing = _StreamedDrawing(gateway, request, call.key_name, events)
+    num_partial = [0] * request.num_images
+
+    def encode(index: int, name: str, data: Mapping[str, Any]) -> bytes:
+        if name == "preview" and num_partial[index] < request.num_partial_images:
+            event = partial_event(request, data, num_partial[index])
+            num_partial[index] += 1
+            kind = "partial_image"
+        elif name == "image":
+            event, kind = completed_event(request, picture_of_event(data)), "completed"
+        else:
+            return b""
+        if request.num_images > 1:
+            event["image_index"] = index
+        return encode_event(f"{events}.{kind}", event)
+
+    def encode_error(error: RequestError) -> bytes:
+        return encode_event("error", error_body(in_the_clients_words(error, request)))
+
+    orders = [_order(request, index, call.key_name) for index in range(request.num_images)]
     try:
-        await gateway.door.running(call, drawing.until_accepted())
-    except BaseException:
-        await drawing.close()
-        raise
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(drawing.chunks(), media_type="text/event-stream", headers=headers)
-
-
-class _StreamedDrawing:
-    """The pictures of one request while they are drawn, as OpenAI's events."""
-
-    def __init__(self, gateway: Gateway, request: ImageRequest, key_name: str, events: str) -> None:
-        self._request = request
-        self._events = events
-        self._new: asyncio.Queue[bytes | RequestError | None] = asyncio.Queue()
-        self._num_left = request.num_images
-        self._tasks = [
-            asyncio.create_task(self._draw(gateway, index, key_name))
-            for index in range(request.num_images)
-        ]
-
-    async def until_accepted(self) -> None:
-        """Return when an instance has taken a picture. Raises: RequestError."""
-        first = await self._new.get()
-        if isinstance(first, RequestError):
-            raise first
-
-    async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield every event; an error ends the stream."""
-        try:
-            while self._num_left:
-                new = await self._new.get()
-                if isinstance(new, RequestError):
-                    yield encode_event("error", error_body(new))
-                    break
-                if new is None:
-                    self._num_left -= 1
-                elif new:
-                    yield new
-            yield DONE
-        finally:
-            await self.close()
-
-    async def close(self) -> None:
-        """End what is still being drawn."""
-        await _end(self._tasks)
-
-    async def _draw(self, gateway: Gateway, index: int, key_name: str) -> None:
-        request, num_partial = self._request, 0
-
-        def on_event(name: str, data: Mapping[str, Any]) -> None:
-            nonlocal num_partial
-            if name == "accepted":
-                self._new.put_nowait(b"")
-            elif name == "preview" and num_partial < request.num_partial_images:
-                self._add("partial_image", partial_event(request, data, num_partial), index)
-                num_partial += 1
-            elif name == "image":
-                picture = picture_of_event(data)
-                self._add("completed", completed_event(request, picture), index)
-
-        try:
-            await gateway.forwarder.stream(_order(request, index, key_name), on_event)
-            self._new.put_nowait(None)
-        except RequestError as error:
-            self._new.put_nowait(in_the_clients_words(error, request))
-        except Exception as error:
-            fault = EngineFault("the gateway failed; its log says why")
-            fault.__cause__ = error
-            self._new.put_nowait(fault)
-
-    def _add(self, name: str, data: dict[str, Any], index: int) -> None:
-        if self._request.num_images > 1:
-            data["image_index"] = index
-        self._new.put_nowait(encode_event(f"{self._events}.{name}", data))
+        return await reply_with_events(
+            gateway.door, call, gateway.forwarder, orders, encode, encode_error, DONE
+        )
+    except RequestError as error:
+        raise in_the_clients_words(error, request) from None
 
 
 def _order(request: ImageRequest, index: int, key_name: str) -> Order:

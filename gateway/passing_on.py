@@ -16,12 +16,13 @@ from starlette.routing import Route
 
 from gateway.body import read_form
 from gateway.door import Call
+from gateway.event_replies import reply_with_events
 from gateway.forwarding import Order, Reply
 from gateway.gateway import Gateway
 from gateway.limits import check_model, check_picture
 from gateway.routing import Model
 from handler.api.schema import PICTURE_FIELDS
-from handler.errors import InvalidRequest
+from handler.errors import InvalidRequest, RequestError
 
 __all__ = ["routes"]
 
@@ -67,8 +68,33 @@ async def _pass_on(gateway: Gateway, call: Call, path: str) -> Response:
         accept=headers.get("accept"),
         route=path.format(quote(model.name, safe="")),
     )
+    if _wants_events(body, media_type, order.accept):
+        return await reply_with_events(
+            gateway.door, call, gateway.forwarder, [order], _as_it_is, _error_in_an_event
+        )
     reply = await gateway.door.running(call, gateway.forwarder.send(order))
     return _response(reply)
+
+
+def _wants_events(body: bytes, media_type: str, accept: str | None) -> bool:
+    """Whether the reply is a stream, which is passed on as it comes."""
+    if "text/event-stream" in (accept or ""):
+        return True
+    if media_type == "application/json":
+        fields = json.loads(body)  # as it was checked before
+        return isinstance(fields, Mapping) and fields.get("stream") is True
+    if media_type == "application/x-www-form-urlencoded":
+        return dict(read_form(body)).get("stream", "").strip().lower() in ("true", "1")
+    return False
+
+
+def _as_it_is(index: int, name: str, data: Mapping[str, Any]) -> bytes:
+    text = json.dumps(data, separators=(",", ":"))
+    return f"event: {name}\ndata: {text}\n\n".encode("ascii")
+
+
+def _error_in_an_event(error: RequestError) -> bytes:
+    return _as_it_is(0, "error", {"status": error.status, **error.body()})
 
 
 def _response(reply: Reply) -> Response:

@@ -148,14 +148,15 @@ def _torchserve(view: ArchiveView) -> dict[str, Any] | None:
 def _settings(view: ArchiveView) -> dict[str, Any]:
     """Return what a request gets by default and what it may ask for at most."""
     if view.outer is None or CONFIG_NAME not in view.outer.sizes:
-        return {"defaults": None, "limits": None}
+        return {"defaults": None, "limits": None, "default_loras": None}
     try:
         config = read_config(view)
     except ConfigError:
-        return {"defaults": None, "limits": None}
+        return {"defaults": None, "limits": None, "default_loras": None}
     return {
         "defaults": {name: getattr(config, name) for name in _DEFAULTS},
         "limits": {name: getattr(config, name) for name in _LIMITS},
+        "default_loras": config.default_loras,
     }
 
 
@@ -266,11 +267,19 @@ def _provenance(facts: Mapping[str, Any]) -> Iterator[str]:
         value = facts[key]
         if isinstance(value, dict):
             value = [name if key != "settings" else f"{name}={value[name]}" for name in value]
+        if key == "loras" and isinstance(value, list):
+            value = [_lora(str(name), facts["default_loras"]) for name in value]
         if isinstance(value, list):
             value = ", ".join(str(each) for each in value)
         if value:
             yield _line(title, value)
     yield _line("signature", "beside it" if facts["is_signed"] else "none")
+
+
+def _lora(name: str, defaults: Mapping[str, float] | None) -> str:
+    """Say at which scale a LoRA is on without being named."""
+    scale = 1.0 if defaults is None else defaults.get(name)
+    return f"{name} (off)" if scale is None else name if scale == 1 else f"{name} (at {scale:g})"
 
 
 def _mapping(fact: object) -> Mapping[str, Any]:

@@ -83,6 +83,8 @@ def _allowed(field: Field) -> str:
         return "1 to 128 of `A-Z a-z 0-9 . _ : -`"
     if field.kind is Kind.BOOLEAN:
         return "true or false"
+    if field.kind is Kind.LORAS:
+        return f"names, with scales from {_bound(field.minimum)} to {_bound(field.maximum)}"
     if field.kind is Kind.PICTURE:
         return f"PNG, JPEG or WebP, up to {_bound(field.maximum)} bytes"
     span = f"{_bound(field.minimum)} to {_bound(field.maximum)}"

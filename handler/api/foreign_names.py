@@ -218,8 +218,8 @@ def _n_iter(value: object) -> Mapping[str, object]:
 _A1111, _OPENAI, _HF = "AUTOMATIC1111", "OpenAI", "Hugging Face"
 _DIFFUSERS, _STABILITY, _REPLICATE = "diffusers", "Stability AI", "Replicate"
 _NO_LORA = (
-    "a request cannot choose LoRAs or their strength; they are packed into the archive with"
-    " --lora FILE"
+    'LoRAs are named with their scales, "loras": {"style": 0.8}; a server has those packed with'
+    " --lora FILE and those in its lora_dir"
 )
 _NO_SIGMAS = (
     "a request cannot list its steps; sigmas names a schedule, such as karras, normal (evenly"
@@ -372,9 +372,7 @@ def _entries() -> Iterable[ForeignName]:
     )
     yield from _refused(
         "several",
-        **dict.fromkeys(
-            ["lora", "loras", "lora_scale", "lora_scales", "lora_weights", "lora_path"], _NO_LORA
-        ),
+        **dict.fromkeys(["lora_scale", "lora_scales", "lora_weights", "lora_path"], _NO_LORA),
         prompts=SEVERAL_PROMPTS,
         instances='KServe\'s; it is read in JSON: {"instances": [{"prompt": "a"}]}',
         **dict.fromkeys(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from handler.api.request import GenerationRequest
@@ -48,6 +49,8 @@ def parameters_line(metadata: ImageMetadata) -> str:
         for name, value in request.values().items()
         if (label := PICTURE_FIELDS[name].label)
     }
+    if isinstance(loras := settings.get("Lora"), Mapping):
+        settings["Lora"] = ", ".join(f"{k}: {_text(v)}" for k, v in loras.items()) or None
     settings["Model"] = metadata.model_name or None
     settings["Content flagged"] = "true" if metadata.is_flagged else None
     lines = [request.prompt]

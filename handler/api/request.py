@@ -13,6 +13,7 @@ from typing import Any
 
 from handler.api.fields import FieldReader
 from handler.api.images import SentPicture
+from handler.api.lora_names import lora_problem
 from handler.api.picture_sizes import choose_size
 from handler.api.prompt_syntax import take_loras, weight_problem
 from handler.api.samplers import (
@@ -73,6 +74,12 @@ class GenerationRequest:
         """What the engine calls the task."""
         return engine_task(self.task, control="control_image" in self.pictures)
 
+    @property
+    def loras(self) -> Mapping[str, float] | None:
+        """The scale of each LoRA that it is drawn with; None: what the pipeline came with."""
+        found = self.extra.get("loras")
+        return found if isinstance(found, Mapping) else None
+
     def values(self) -> dict[str, Value]:
         """The fields by name, in the order of the table."""
         return {
@@ -120,6 +127,8 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
             f"num_inference_steps: {config.num_inference_steps} is too few for the default"
             f" scheduler; it needs at least {least}"
         )
+    if config.default_loras and (problem := lora_problem(config.default_loras, traits.loras)):
+        problems.append(f"default_loras: {problem}")
     if config.prompt_weighting and not traits.reads_weights:
         problems.append("prompt_weighting: the text encoders of this pipeline read no weights")
     if config.negative_prompt and "negative_prompt" not in traits.parameters:
@@ -169,6 +178,7 @@ def parse_fields(
     values = {**_defaults(config, parameters), **{n: v for n, v in sent.items() if v is not None}}
     values["task"] = task or TEXT_TO_IMAGE
     values.update(_resolve_sampler(reader, sent, values, traits))
+    _check_loras(reader, sent["loras"], traits)
     _check_weights(reader, values, traits)
     _check_encoding(reader, sent, values, traits)
     _size_by_picture(reader, values, sent, pictures, config, traits)
@@ -350,6 +360,12 @@ def _resolve_sampler(
     is_own = name is None or (split is not None and not split[0])
     chosen = {} if sampler.sigmas is None else {"sigmas": sampler.sigmas}
     return {"scheduler": None if is_own else sampler.name, **chosen}
+
+
+def _check_loras(reader: FieldReader, named: Value, traits: PipelineTraits) -> None:
+    problem = lora_problem(named, traits.loras) if isinstance(named, Mapping) else None
+    if problem is not None:
+        reader.report("loras", problem)
 
 
 def _check_num_images(

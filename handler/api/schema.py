@@ -40,7 +40,7 @@ __all__ = [
 # The largest integer that every JSON reader keeps exact.
 MAX_SEED = 2**53 - 1
 
-Value = str | int | float | bool | None
+Value = str | int | float | bool | Mapping[str, float] | None
 """What a field may hold once it is checked."""
 
 
@@ -54,6 +54,7 @@ class Kind(Enum):
     CHOICE = "one of its choices"
     ID = "id"
     PICTURE = "a picture"
+    LORAS = "LoRAs by name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,10 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """What every field has; bounds are of a number, a text's characters or a picture's bytes."""
+    """What every field has.
+
+    Bounds are of a number, a text's characters, a picture's bytes or the scale of a LoRA.
+    """
 
     name: str
     kind: Kind
@@ -280,6 +284,20 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             is_recorded=False,
             label="Seed",
             meaning="the same seed, the same picture; picture k of a request has the seed + k",
+        ),
+        PictureField(
+            name="loras",
+            aliases=("lora",),
+            kind=Kind.LORAS,
+            minimum=-10,
+            maximum=10,
+            default=Setting("default_loras"),
+            default_note="those packed",
+            argument=None,
+            label="Lora",
+            meaning='the LoRAs to draw with, and no others: `{"style": 0.8}`, `["style"]`,'
+            ' `[{"name": "style", "scale": 0.8}]` or `"style:0.8, ink"`; `{}` is none. Names only:'
+            " of what is packed or in the server's `lora_dir`; an unknown name is told them all",
         ),
         PictureField(
             name="height",

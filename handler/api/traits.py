@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from handler.api.samplers import find_sampler
@@ -28,6 +28,8 @@ class PipelineTraits:
     out: text to image alone, with `parameters`."""
     required: frozenset[str] = frozenset()
     """The pictures that it cannot do without, by field."""
+    loras: Collection[str] = ()
+    """The names of the LoRAs that a request may name; what is in a folder may come and go."""
     controls: tuple[str, ...] = ()
     """The names of its ControlNets; empty where it has none, or one without a name."""
 

@@ -208,6 +208,12 @@ class InFlightEngine:
         """The LoRAs that `attach_lora` added, and the bytes of each."""
         return self._adapters.loaded
 
+    @property
+    def loras_in_use(self) -> frozenset[str]:
+        """The LoRAs that requests in flight, or waiting to be, have named."""
+        tickets = [*self._waiting, *self._runs.parked]
+        return frozenset(name for ticket in tickets for name in ticket.adapters or ())
+
     def attach_lora(self, name: str, layers: Mapping[str, Mapping[str, LoraWeights]]) -> None:
         """Let requests name a LoRA that adds to these layers, by component and the layer's path.
 

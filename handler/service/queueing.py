@@ -114,6 +114,7 @@ class EngineQueue:
                 scheduler=request.sampler,
                 prompts=PromptReading(request.is_weighted),
                 deadline_s=deadline_s,
+                adapters=request.loras,
                 on_step=on_step,
             )
         except RequestError:

@@ -5,6 +5,7 @@ Bytes are copied and hashed meanwhile. Threads would not do: what imports holds 
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -56,7 +57,12 @@ def beside(work: Callable[[], T], *, is_slow: bool = True) -> Iterator[Callable[
 
 
 def _run(work: Callable[[], object], sender: Connection) -> None:
-    """Do the work in the forked process, and send what comes of it."""
+    """Do the work in the forked process, and send what comes of it.
+
+    Of signals that the whole group gets, as Ctrl-C, the caller hears too, who then ends this.
+    """
+    for each in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(each, signal.SIG_IGN)
     try:
         with signals_as_interrupts():
             try:

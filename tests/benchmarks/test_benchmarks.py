@@ -15,7 +15,7 @@ import httpx2
 import pytest
 import torch
 
-from benchmarks import cpu, engine, gpu, load, report, traffic
+from benchmarks import cpu, engine, gpu, load, pictures, report, traffic
 from benchmarks.shapes import MODELS, count_flops
 from benchmarks.traffic import CLASSES, Outcome, Wish, mixed_wishes, summarise
 from tests.support.compilers import Compiler
@@ -237,6 +237,8 @@ def test_the_parts_of_a_request_and_the_ways_to_wait_are_timed(
 
 # GPU.
 
+DRAWING = ("eager", "compiled", "in-flight")
+
 
 @pytest.mark.parametrize("name", ["tiny", "tinyxl"])
 def test_every_system_of_the_gpu_benchmark_draws_the_same_pictures(name: str) -> None:
@@ -250,6 +252,7 @@ def test_every_system_of_the_gpu_benchmark_draws_the_same_pictures(name: str) ->
         steps=(2, 3, 4),
         backend="eager",
         peak_flops=1e9,
+        systems=DRAWING,
     )
     names = [run.name for run in runs]
     assert names[0] == "eager, one at a time"
@@ -284,6 +287,7 @@ def test_the_gpu_benchmark_measures_prepared_forwards() -> None:
         rounds=1,
         steps=(2, 3),
         backend="eager",
+        systems=DRAWING,
         compiler=compiler,
     )
     assert compiler.num_graphs >= 1
@@ -294,11 +298,49 @@ def test_the_gpu_benchmark_measures_prepared_forwards() -> None:
 def test_the_gpu_benchmark_from_its_command_line(
     results: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = "--models tiny --device cpu --speed safe --in-flight 2 --rounds 1 --steps 2"
-    assert gpu.main([*arguments.split(), "--backend", "eager", "--name", "dry"]) == 0
-    written = json.loads((results / "dry.json").read_text())
-    assert [run["name"] for run in written["tiny"]][-1] == "in flight, 2"
-    assert "tiny: in flight / compiled one at a time" in capsys.readouterr().out
+    assert gpu.main(["--tiny", "--models", "tiny", "--systems", ",".join(gpu.SYSTEMS)]) == 0
+    written = json.loads((results / "gpu-cpu.json").read_text())
+    assert [run["name"] for run in written["tiny"]] == [
+        "eager, one at a time",
+        "compiled (reduce-overhead), one at a time",
+        "in flight, 2",
+        "2 steps behind 2 x 4",
+    ]
+    assert written["is_complete"]
+    assert written["machine"]["versions"]["torch"] == torch.__version__
+    names = [figure["name"] for figure in written["figures"]]
+    assert "tiny: in flight / compiled one at a time" in names
+    assert "tiny: 2 steps behind 2 x 4, of the time after them" in names
+    assert "tiny: the engine's own share" in capsys.readouterr().out
+    (behind,) = (run for run in written["tiny"] if run["of_waiting"] is not None)
+    assert behind["of_waiting"] > 0
+
+
+def test_what_fails_is_named_and_the_rest_is_measured(results: Path) -> None:
+    arguments = ["--tiny", "--models", "tiny", "--systems", "eager,compiled,in-flight"]
+    assert gpu.main([*arguments, "--backend", "nonsense", "--name", "failing"]) == 1
+    written = json.loads((results / "failing.json").read_text())
+    failures = [run["failure"] for run in written["tiny"]]
+    assert [failure is None for failure in failures] == [True, False, True]
+    assert "nonsense" in failures[1]
+    assert "tiny: in flight / eager one at a time" in [f["name"] for f in written["figures"]]
+
+
+def test_results_are_written_as_they_come(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "run_in_flight", stop)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--tiny", "--models", "tiny", "--systems", "eager,in-flight"])
+    written = json.loads((results / "gpu-cpu.json").read_text())
+    assert [run["name"] for run in written["tiny"]] == ["eager, one at a time"]
+    assert not written["is_complete"]
+
+
+def test_chips_have_files_of_their_own() -> None:
+    assert gpu.slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
+    assert gpu.slug("NVIDIA GeForce RTX 4090") == "geforce-rtx-4090"
 
 
 def test_the_gpu_benchmark_refuses_what_it_does_not_know() -> None:
@@ -329,3 +371,13 @@ def test_what_a_row_costs_is_measured_for_every_size() -> None:
     for figure, of_size in zip(figures, table.values(), strict=True):
         assert len(figure.value.values) == 2
         assert all(ms > 0 for ms in of_size.values())
+
+
+# Bodies of the size of pictures.
+
+
+@pytest.mark.parametrize("num_bytes", pictures.SIZES.values())
+def test_a_padded_body_asks_for_the_same_as_a_small_one(num_bytes: int) -> None:
+    small, padded = pictures.body_of(7, 0), pictures.body_of(7, num_bytes)
+    assert json.loads(padded) == json.loads(small)
+    assert len(padded) == max(num_bytes, len(small))

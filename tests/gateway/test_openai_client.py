@@ -260,6 +260,27 @@ def test_an_id_that_is_taken(client: OpenAI) -> None:
     asyncio.run(talk())
 
 
+def test_a_stream_is_cancelled_by_its_id(client: OpenAI) -> None:
+    async def talk() -> None:
+        mine = {"X-Request-Id": "my-stream"}
+        async with AsyncOpenAI(
+            base_url=str(client.base_url), api_key="none", max_retries=0
+        ) as async_client:
+            stream = await async_client.images.generate(
+                prompt=PROMPT, stream=True, extra_headers=mine, extra_body={"steps": 1000}
+            )
+            with pytest.raises(openai.ConflictError):
+                await async_client.images.generate(prompt=PROMPT, extra_headers=mine)
+            await async_client.delete("/requests/my-stream", cast_to=object)
+            with pytest.raises(openai.APIError) as ended:
+                [event async for event in stream]
+            assert ended.value.code == "cancelled"
+            with pytest.raises(openai.NotFoundError):
+                await async_client.delete("/requests/my-stream", cast_to=object)
+
+    asyncio.run(talk())
+
+
 def test_an_error_in_a_stream(client: OpenAI) -> None:
     stream = client.images.generate(
         prompt=PROMPT, stream=True, extra_body={"deadline_s": 0.5, "steps": 1000}

@@ -47,16 +47,8 @@ def test_a_broken_mask_is_refused() -> None:
     assert caught.value.fields == {"mask": "cannot be decoded"}
 
 
-@pytest.fixture(scope="module")
-def _draws_over_pictures(gateway: RunningGateway) -> None:
-    answer = curl(f"{gateway.url}/predictions/stable_diffusion", "-d", "prompt=a&task=inpainting")
-    if b"does not serve" in answer.body:
-        pytest.skip("the embedded archive draws from text only")
-
-
 @pytest.mark.server
 class TestWithAServer:
-    @pytest.mark.usefixtures("_draws_over_pictures")
     def test_an_edit(self, client: OpenAI) -> None:
         """Little is changed with little strength, and more with more."""
         drawn = client.images.generate(prompt=PROMPT, size="128x128", extra_body={"seed": 1})
@@ -68,7 +60,6 @@ class TestWithAServer:
         )
         assert 0 < little < much
 
-    @pytest.mark.usefixtures("_draws_over_pictures")
     def test_only_what_is_masked_changes(self, client: OpenAI) -> None:
         picture = encoded(colour=(200, 30, 30), size=(128, 128))
         mask = Image.new("RGBA", (128, 128), (0, 0, 0, 255))
@@ -83,7 +74,6 @@ class TestWithAServer:
         change = np.abs(after - array(picture)).mean(axis=(0, 2))
         assert change[:48].mean() < change[80:].mean() / 2
 
-    @pytest.mark.usefixtures("_draws_over_pictures")
     def test_a_stream(self, client: OpenAI) -> None:
         events = list(
             client.images.edit(
@@ -99,7 +89,6 @@ class TestWithAServer:
             "image_edit.completed",
         ]
 
-    @pytest.mark.usefixtures("_draws_over_pictures")
     @pytest.mark.parametrize(
         ("fields", "param", "said"),
         [
@@ -125,7 +114,6 @@ class TestWithAServer:
         assert answer.status == 400
         assert answer.json()["error"]["param"] == "image"
 
-    @pytest.mark.usefixtures("_draws_over_pictures")
     def test_base64_in_json(self, gateway: RunningGateway) -> None:
         body = {"prompt": "a ring", "image": base64.b64encode(encoded()).decode(), "steps": 4}
         answer = curl(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import json
+from urllib.parse import urlencode
 
 import pytest
 from huggingface_hub import InferenceClient
@@ -10,6 +12,7 @@ from huggingface_hub.errors import BadRequestError
 
 from tests.support.client import curl, pixels, post_json
 from tests.support.gateways import RunningGateway
+from tests.support.traffic import parse_events
 
 pytestmark = pytest.mark.server
 
@@ -53,6 +56,26 @@ def test_errors_of_an_instance_are_its_own(gateway: RunningGateway) -> None:
     assert reply.status == 400
     assert reply.error()["fields"] == {"stpes": "unknown field; did you mean steps?"}
     assert post_json(f"{gateway.url}/predictions/none", {"prompt": "a"}).status == 404
+
+
+def test_an_instances_own_stream(gateway: RunningGateway) -> None:
+    url = f"{gateway.url}/predictions/stable_diffusion"
+    fields = {"prompt": "a ring", "previews": 1, **SMALL}
+    for arguments in (
+        ("-H", "Accept: text/event-stream", "-d", urlencode(fields)),
+        ("-d", urlencode({**fields, "stream": "true"})),
+        ("-H", "Content-Type: application/json", "-d", json.dumps({**fields, "stream": True})),
+    ):
+        answer = curl(url, *arguments)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        events = parse_events(answer.body.decode())
+        assert [name for name, _ in events] == ["step", "preview", "step", "preview", "image"]
+        assert events[0][1].keys() == {"step", "num_steps", "elapsed_s"}
+    late = curl(url, "-H", "Accept: text/event-stream", "-d", "prompt=a&steps=900&deadline_s=0.5")
+    ((_, error),) = [each for each in parse_events(late.body.decode()) if each[0] == "error"]
+    assert error["status"] == 504
+    wrong = curl(url, "-H", "Accept: text/event-stream", "-d", "prompt=a&steps=0")
+    assert wrong.status == 400
 
 
 def test_health(gateway: RunningGateway) -> None:

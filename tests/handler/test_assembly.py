@@ -17,6 +17,7 @@ from handler.errors import ConfigError
 from handler.loading.pipeline import LoadedPipeline
 from handler.service.generation import GenerationService
 from tests.support.frontend import QUICK
+from tests.support.picture_tasks import make_controlnet
 from tests.support.pipelines import build
 
 
@@ -109,3 +110,36 @@ def test_a_short_request_has_two_steps_or_what_its_scheduler_needs(
 def test_a_short_request_asks_for_nothing_that_the_pipeline_lacks() -> None:
     fields = short_request(HandlerConfig(), traits(parameters=frozenset({"prompt"})), size=(8, 8))
     assert fields == {"prompt": "a", "seed": 0}
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion_inpaint", "stable_diffusion_controlnet"])
+def test_what_needs_a_picture_is_warmed_up_and_drawn_with_one(
+    family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {**QUICK, "height": 32, "width": 32, "min_size_px": 32}
+    config = HandlerConfig.from_mapping({**settings, "warm_up_sizes": ["32x32"], "speed": "safe"})
+    with (
+        caplog.at_level(logging.INFO),
+        closing(assemble(loaded(family), config, model_name="tiny")) as service,
+    ):
+        fields = short_request(config, service.traits, size=(32, 32))
+        (result,) = service.draw(service.read([{"body": fields}]))
+    assert result.images[0].size == (32, 32)
+    assert "warming up failed" not in caplog.text
+    served = next(iter(service.traits.tasks))
+    assert f" serves {served}" in caplog.text
+
+
+def test_every_task_is_warmed_up(caplog: pytest.LogCaptureFixture) -> None:
+    pipeline = build("stable_diffusion")
+    controlnets = {name: make_controlnet(pipeline, name) for name in ("canny", "depth")}
+    loaded_too = LoadedPipeline(pipeline, torch.device("cpu"), torch.float32, controlnets)
+    called: list[str] = []
+    for module in (pipeline.vae.encoder, *controlnets.values()):
+        module.register_forward_pre_hook(lambda each, _: called.append(type(each).__name__))
+    config = HandlerConfig.from_mapping(
+        {**QUICK, "height": 32, "width": 32, "min_size_px": 32, "warm_up_sizes": ["32x32"]}
+    )
+    with closing(assemble(loaded_too, config, model_name="tiny")):
+        assert "warming up failed" not in caplog.text
+    assert {"Encoder", "ControlNetModel"} <= {*called}

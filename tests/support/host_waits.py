@@ -1,7 +1,8 @@
 """What makes the host wait for its device, recorded with who asked for it.
 
 On the CPU nothing waits, but the calls that would are the same: values of tensors that become
-Python's, and copies between devices.
+Python's, and copies between devices. Where there is CUDA, what its own mode says is recorded too,
+as `SYNCHRONIZES`.
 
     with host_waits() as waits:
         engine.step()
@@ -11,6 +12,7 @@ Python's, and copies between devices.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Wait", "host_waits", "ours"]
+__all__ = ["SYNCHRONIZES", "Wait", "host_waits", "ours"]
+
+SYNCHRONIZES = "synchronizes"
 
 _READS = frozenset(
     {
@@ -72,8 +76,29 @@ def _asking() -> tuple[str, int]:
 def host_waits() -> Iterator[list[Wait]]:
     """Record all waits of this thread."""
     waits: list[Wait] = []
-    with _Recorder(waits):
+    with _cuda_told(waits), _Recorder(waits):
         yield waits
+
+
+@contextmanager
+def _cuda_told(waits: list[Wait]) -> Iterator[None]:
+    """Let torch warn wherever CUDA makes the host wait, and note who asked."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+
+        def note(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+            if "synchronizing CUDA operation" in str(message):
+                waits.append(Wait(SYNCHRONIZES, *_asking()))
+
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def ours(waits: Sequence[Wait]) -> list[Wait]:

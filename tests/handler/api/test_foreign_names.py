@@ -489,8 +489,8 @@ def test_counts_of_pictures_are_not_pictures(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("lora", {"style": 0.6}),
-        ("loras", ["style"]),
+        ("lora_scale", 0.6),
+        ("lora_path", "style.safetensors"),
         ("cross_attention_kwargs", {"scale": 0.5}),
     ],
 )

@@ -102,10 +102,6 @@ LEFT = "conv_in.weigth"
 @pytest.mark.parametrize(
     ("layout", "words"),
     [
-        (
-            lambda f: save_pipeline(f, "stable_diffusion_inpaint"),
-            "StableDiffusionInpaintPipeline needs a picture",
-        ),
         (lambda f: save_pipeline(f, "kandinsky_2_2"), "needs image_embeds"),
         (lambda f: save_pipeline(f, "stable_cascade_prior"), "gives embeddings"),
         (scaled_fp8, "unet: its weights are scaled (there are "),

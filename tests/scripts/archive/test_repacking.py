@@ -264,9 +264,9 @@ def test_a_quantized_component_ends_the_claim_that_all_is_converted(tmp_path: Pa
 def test_an_archive_is_checked_when_it_is_packed_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pipeline = save_pipeline(tmp_path / "p", "stable_diffusion_img2img")
+    pipeline = save_pipeline(tmp_path / "p", "kandinsky_2_2")
     first = pack(tmp_path, ["--pipeline", str(pipeline)], "--no-check")
     out = tmp_path / "found"
     assert main(["--from", str(first), "--out", str(out)]) == FAILED
-    assert "needs a picture" in capsys.readouterr().err
+    assert "needs image_embeds" in capsys.readouterr().err
     assert not out.exists() or not [*out.iterdir()]
