@@ -78,7 +78,8 @@ def inspect(path: Path) -> dict[str, Any]:
                 key: manifest.get(key)
                 for key in (
                     *("source", "licence", "made_with", "tool", "converted_to"),
-                    *("replaced_components", "loras", "controlnets", "settings", "smoke_prompt"),
+                    *("replaced_components", "loras", "controlnets", "embeddings", "settings"),
+                    "smoke_prompt",
                 )
             },
         }
@@ -261,6 +262,7 @@ def _provenance(facts: Mapping[str, Any]) -> Iterator[str]:
         ("replaced_components", "replaced"),
         ("loras", "LoRAs"),
         ("controlnets", "ControlNets"),
+        ("embeddings", "embeddings"),
         ("settings", "settings"),
         ("smoke_prompt", "smoke prompt"),
     ):
