@@ -199,7 +199,8 @@ def _kill_instance(victim: str, server: TorchServer) -> None:
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     until(lambda: server.pid, lambda pid: pid is None)
-    server.stop()
+    # Its threads may hold the ports for a while longer.
+    assert not until(server.options.ports.taken, lambda taken: not taken, _END_S)
     server.start()
     server.wait_until_ready(_END_S)
 
