@@ -57,7 +57,7 @@ EMBEDDED        := $(STORE)/.embedded
 START = --run-dir "$(RUN_DIR)" --store "$(STORE)" --port $(PORT) --grpc-port $(GRPC_PORT) \
 	--address $(ADDRESS) --auth $(AUTH)
 
-.PHONY: help demo setup archive inspect verify push pull serve up down key stop status logs test test-fast lint format bench clean
+.PHONY: help demo setup archive inspect verify push pull serve up down key stop status logs test test-fast gpu-check lint format bench clean
 
 help: ## List the targets
 	@echo "make demo first; then your own curl."
@@ -137,6 +137,9 @@ test: $(INSTALLED) ## Everything that must pass, on the real TorchServe too [JOB
 test-fast: $(INSTALLED) ## The tests that need no server and little time
 	@$(PY) -m pytest $(PARALLEL) -m "not server and not slow"
 
+gpu-check: $(INSTALLED) ## On a machine with an NVIDIA GPU: its tests, a real server, short benchmarks; 8 minutes [ARGS=]
+	@$(PY) -m scripts.gpu_check $(ARGS)
+
 lint: $(INSTALLED) ## Report what ruff and mypy find; changes nothing
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
@@ -149,6 +152,7 @@ format: $(INSTALLED) ## Format the code and fix what can be fixed safely
 bench: $(INSTALLED) ## Measure the README's figures: one UNet, then servers under load (an hour)
 	@$(PY) -m benchmarks.engine --rounds 3 --served
 	@$(PY) -m benchmarks.load --speed max
+	@$(PY) -m benchmarks.gateway
 
 clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
 	@if grep -qsx '# This instance:' "$(RUN_DIR)/config.properties"; then \

@@ -2,6 +2,7 @@
 
     python -m benchmarks.engine            # in this process, about three minutes on two cores
     python -m benchmarks.engine --served   # through TorchServe as well, about six more
+    python -m benchmarks.engine --served --pictures   # and with large bodies
 
 The pipeline is the demo's architecture with random weights: a UNet of 4.4 M parameters on
 24×24 latents. The two sides take turns, so that a machine that changes its speed changes both;
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from benchmarks.loras import measure_loras
 from benchmarks.report import Figure, Spread, write_report
 from demo.build import build_pipeline
 from handler.engine import InFlightEngine
@@ -254,11 +256,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each side (default: 3)")
     parser.add_argument("--threads", type=int, help="of torch (default: its own choice)")
+    parser.add_argument("--loras", action="store_true", help="only what LoRAs cost")
     parser.add_argument("--served", action="store_true", help="through TorchServe as well")
+    parser.add_argument("--pictures", action="store_true", help="with --served: large bodies too")
     parser.add_argument("--speed", default="safe", choices=("off", "safe", "max"), help="if served")
     arguments = parser.parse_args(argv)
+    if arguments.pictures and not arguments.served:
+        parser.error("--pictures needs --served")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    if arguments.loras:
+        of_loras = measure_loras(mixed_requests(), arguments.rounds)
+        threads: dict[str, object] = {"torch_threads": torch.get_num_threads()}
+        print(f"\n{write_report('engine', of_loras, threads, file_name='engine-loras')}")
+        return 0
     pipeline = build_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     draw_alone(pipeline, Request("warm up", 2, 7.5, 0, None))
@@ -275,6 +286,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from benchmarks.served import measure_served
 
         figures += measure_served(arguments.rounds, arguments.speed)
+        if arguments.pictures:
+            from benchmarks.pictures import measure_pictures
+
+            of_pictures, costs = measure_pictures(2 * arguments.rounds, arguments.speed)
+            figures += of_pictures
+            details |= costs
     details["torch_threads"] = torch.get_num_threads()
     is_shipped = not arguments.served or arguments.speed == "safe"
     file_name = "engine" if is_shipped else f"engine-{arguments.speed}"

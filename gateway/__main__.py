@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
 import logging
 import os
@@ -20,6 +21,8 @@ from gateway.settings import Settings, read_settings
 from handler.errors import ConfigError
 
 __all__ = ["main"]
+
+_TICK_S = 0.5
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,9 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What is imported stays: looking through it for garbage again and again costs a request's time.
     gc.collect()
     gc.freeze()
-    server = uvicorn.Server(_config(settings, arguments.state_dir))
+    gc.set_threshold(10_000)
+    server = _Server(_config(settings, arguments.state_dir))
     server.run(sockets=[listener])
     return 0 if server.started else 1
+
+
+class _Server(uvicorn.Server):
+    """Wakes up twice a second, not ten times, to see whether it shall end."""
+
+    async def main_loop(self) -> None:
+        """Return when a signal has come; keep the header Date."""
+        while not await self.on_tick(0):
+            await asyncio.sleep(_TICK_S)
 
 
 def _check_keys(settings: Settings) -> None:

@@ -20,6 +20,7 @@ from gateway import (
     openai_edits,
     openai_images,
     openapi,
+    page,
     passing_on,
     picture_urls,
 )
@@ -42,6 +43,7 @@ _ROOMS = (
     picture_urls,
     health,
     openapi,
+    page,
 )
 _EXPOSED = ("x-request-id", "x-seed", "retry-after", "warning", "location")
 

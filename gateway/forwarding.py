@@ -98,6 +98,8 @@ class Forwarder:
         async def attempt(lease: Lease, upstream_id: str) -> None:
             async with self._post(lease, order, upstream_id) as response:
                 reply.append(await _read(response))
+                if response.status == 200:
+                    lease.drew()
 
         await self._until_taken(order, attempt)
         return reply[-1]
@@ -130,6 +132,7 @@ class Forwarder:
                         lease.progress = min(1.0, data["step"] / data["num_steps"])
                     on_event(name, data)
                     if name == "image":
+                        lease.drew()
                         return
                 raise _Died("the stream ended before the picture came")
 

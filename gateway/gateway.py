@@ -28,7 +28,7 @@ __all__ = ["Gateway", "open_session"]
 
 logger = logging.getLogger(__name__)
 
-_SWEEP_S = 1.0
+_SWEEP_S = 2.0
 
 
 def open_session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:

@@ -107,11 +107,14 @@ def read_image_request(
         Forbidden: the key may not have so large a picture.
     """
     reader = FieldReader(sent.fields, allow_text=sent.is_form)
-    values = {name: reader.read(each, _BOUNDS) for name, each in fields.items()}
-    values = {n: fields[n].default if v is None else v for n, v in values.items()}  # type: ignore[misc]
-    for name, problem in WITHOUT_MEANING.items():
+    values: dict[str, Value] = {}
+    for name, each in fields.items():
+        is_sent = any(each_name in sent.fields for each_name in each.names)
+        read = reader.read(each, _BOUNDS) if is_sent else None
+        values[name] = cast(Value, each.default) if read is None else read
+    for name in WITHOUT_MEANING.keys() & sent.fields.keys():
         if reader.take(name) is not None:
-            reader.report(name, f"cannot be sent here: {problem}")
+            reader.report(name, f"cannot be sent here: {WITHOUT_MEANING[name]}")
     rest = {name: value for name, value in reader.rest().items() if value is not None}
     if sent.is_form:
         rest = {name: _from_form(name, value) for name, value in rest.items()}

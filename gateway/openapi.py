@@ -233,8 +233,10 @@ def _paths() -> Iterator[tuple[str, dict[str, Any]]]:
         ("/v2/health/ready", "get", "KServe v2: whether anything can be drawn"),
         ("/predictions/{name}", "post", "TorchServe's own path, passed on to an instance"),
         ("/hf/{name}", "post", "The same, for Hugging Face's client"),
+        ("/v1/fields", "get", "The fields of a model's requests, for a form: ?model=NAME"),
         ("/v1/requests/{id}", "delete", "Cancel a running request by its X-Request-Id"),
         ("/pictures/{name}", "get", "A picture that was asked for as a URL"),
+        ("/", "get", "The page to draw on"),
         ("/healthz", "get", "Whether the gateway lives"),
         ("/readyz", "get", "Whether anything can be drawn"),
     ):

@@ -55,6 +55,8 @@ class Instance:
         """Known to have no worker: what was sent there is not being drawn."""
         self.paused_until_s = 0.0
         self.silent_checks = 0
+        self.drew_s = -math.inf
+        """When it last sent a picture: then nobody need ask whether it can."""
         self.seen_s = int(time.time())
         self.leases: set[Lease] = set()
 
@@ -93,6 +95,10 @@ class Lease:
         self.is_lost = True
         if self._scope is not None:
             self._scope.reschedule(asyncio.get_running_loop().time())
+
+    def drew(self) -> None:
+        """Note that its worker has sent a picture."""
+        self.instance.drew_s = time.monotonic()
 
     def instance_died(self) -> None:
         """Send nothing more there until its worker is READY again."""
@@ -330,6 +336,9 @@ class Fleet:
             return
         if instance.address is None or address.started != instance.address.started:
             instance.seen_s = int(time.time())
+        has_just_drawn = time.monotonic() - instance.drew_s < self._settings.poll_s
+        if instance.is_ready and has_just_drawn and address == instance.address:
+            return
         instance.address = address
         is_ready = await self._check.is_ready(address)
         if is_ready is None:

@@ -10,6 +10,8 @@ import base64
 import io
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -20,13 +22,17 @@ from handler.api.request import GenerationRequest, check_against_pipeline
 from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.engine import BUCKETS, InFlightEngine
+from handler.engine.forward import is_out_of_memory
 from handler.errors import ConfigError, RequestError
+from handler.loading.lora_files import read_lora
+from handler.loading.memory import device_memory, drawing_problem
 from handler.loading.pipeline import LoadedPipeline
 from handler.pipelines.arguments import pipeline_arguments
 from handler.pipelines.describe import describe
 from handler.pipelines.safety import SafetyChecker, has_safety_checker
 from handler.pipelines.tasks import pictures_of, pipeline_name, pipelines_of, split_name
 from handler.service.generation import GenerationService
+from handler.service.lora_shelf import LoraNames, LoraShelf
 from handler.service.reading import read_requests
 
 __all__ = ["assemble", "short_request"]
@@ -47,9 +53,12 @@ def assemble(
         ConfigError: the configuration does not fit the pipeline.
     """
     _check_safety(config, loaded.pipeline)
+    loras = LoraNames(loaded.loras, _lora_folder(config))
     pipelines = pipelines_of(loaded.pipeline, loaded.controlnets)
-    traits = describe(loaded.pipeline, pipelines)
+    traits = replace(describe(loaded.pipeline, pipelines), loras=loras)
     logger.info("%s serves %s", type(loaded.pipeline).__name__, ", ".join(pipelines))
+    if config.default_loras is None and loaded.loras:
+        config = replace(config, default_loras=dict.fromkeys(loaded.loras, 1.0))
     check_against_pipeline(config, traits)
     requests = _warm_up_requests(config, traits, pipelines)
     plan = make_plan(config, pipelines, loaded.device, loaded.dtype)
@@ -69,6 +78,7 @@ def assemble(
         traits,
         model_name=model_name,
         checker=SafetyChecker.take_from(engine.pipelines.values()),
+        shelf=_shelf(engine, loaded, config, loras),
     )
     if warm_up:
         calls = [
@@ -76,8 +86,39 @@ def assemble(
             for each in requests
         ]
         names = [pipeline_name(each.engine_task, each.extra.get("control")) for each in requests]
-        speed_up.warm_up(engine, calls, names)
+        try:
+            speed_up.warm_up(engine, calls, names)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = drawing_problem(device_memory(loaded.device), loaded.dtype)
+            raise ConfigError(problem) from error
     return service
+
+
+def _lora_folder(config: HandlerConfig) -> Path | None:
+    if config.lora_dir is None:
+        return None
+    folder = Path(config.lora_dir)
+    if not folder.is_dir():
+        raise ConfigError(f"model-config.yaml: lora_dir: {config.lora_dir!r} is not a folder")
+    return folder
+
+
+def _shelf(
+    engine: InFlightEngine, loaded: LoadedPipeline, config: HandlerConfig, names: LoraNames
+) -> LoraShelf | None:
+    """Return what reads the LoRAs of a folder; None where there is no folder."""
+    reader = loaded.lora_reader
+    if reader is None or names.folder is None:
+        return None
+    return LoraShelf(
+        engine,
+        names,
+        lambda path: read_lora(reader, path, loaded.pipeline, loaded.device),
+        max_loras=config.max_loras,
+        max_bytes=config.max_lora_bytes,
+    )
 
 
 def _check_safety(config: HandlerConfig, pipeline: Any) -> None:

@@ -102,6 +102,19 @@ class HandlerConfig:
         "how far forwards are made faster, see docs/performance.md",
         note="`max` may change pictures slightly",
     )
+    lora_dir: str | None = _key(
+        None,
+        allow.optional(allow.text()),
+        "folder of LoRAs, NAME.safetensors, that requests may name; read at first use",
+        left_out="none but those packed",
+        example="/srv/loras",
+    )
+    max_loras: int = _key(
+        16, allow.integer(1, 1000), "LoRAs of `lora_dir` that are kept; the longest unused goes"
+    )
+    max_lora_bytes: int = _key(
+        4 * 2**30, allow.integer(1024, 2**50), "bytes that these may occupy together"
+    )
     warm_up_sizes: tuple[tuple[int, int], ...] | None = _key(
         None,
         allow.optional(allow.sizes()),
@@ -135,12 +148,25 @@ class HandlerConfig:
         left_out="nothing",
         example="blurry",
     )
+    prompt_weighting: bool = _key(
+        False,
+        allow.boolean(),
+        "read A1111's `(word:1.3)`, `[word]` and `BREAK` in prompts as weights, not as text",
+        note="Stable Diffusion and SDXL",
+    )
     scheduler: str | None = _key(
         None,
         allow.optional(allow.text()),
         "short name, or name of a diffusers class",
         left_out="the pipeline's own",
         example="ddim",
+    )
+    default_loras: Mapping[str, float] | None = _key(
+        None,
+        allow.optional(allow.loras()),
+        "LoRAs that are on without being named, with their scales",
+        left_out="all that are packed, at 1",
+        example='{"style":0.8}',
     )
     default_output: str = _key(
         "png",

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import cast
 
 from handler.messages import number_range
 
-__all__ = ["Check", "boolean", "device", "integer", "number", "one_of", "optional", "sizes", "text"]
+__all__ = [
+    "Check",
+    "boolean",
+    "device",
+    "integer",
+    "loras",
+    "number",
+    "one_of",
+    "optional",
+    "sizes",
+    "text",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +108,23 @@ def device() -> Check:
         return value
 
     return Check(span.replace("`", ""), span, convert)
+
+
+def loras() -> Check:
+    """Scales of LoRAs by name; a list of names has the scale 1."""
+
+    def convert(value: object) -> object:
+        if isinstance(value, (list, tuple)):
+            value = dict.fromkeys(value, 1.0)
+        if not isinstance(value, Mapping) or len(value) > 16:
+            raise ValueError
+        for name, scale in value.items():
+            is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+            if not isinstance(name, str) or not name or not is_number or not -10 <= scale <= 10:
+                raise ValueError
+        return {name: float(scale) for name, scale in value.items()}
+
+    return Check("up to 16 names with scales, -10 to 10", "up to 16, scales -10 to 10", convert)
 
 
 def sizes() -> Check:

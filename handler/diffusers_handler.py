@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +28,8 @@ from ts.torch_handler.base_handler import BaseHandler
 from handler.api.traits import PipelineTraits
 from handler.assembly import assemble
 from handler.config import HandlerConfig
+from handler.cycle_messages import CycleMessages
+from handler.cycle_pace import MIN_BYTES, CyclePace
 from handler.cycle_replies import CycleReplies, http_headers
 from handler.errors import ConfigError, ServingError
 from handler.library_logs import quiet_for_good
@@ -38,11 +41,13 @@ from handler.single_worker import hold_model
 from handler.torchserve_logs import shorten_torchserve_logs
 from handler.watchdog import Watchdog
 
-__all__ = ["EXIT_DEVICE_LOST", "SILENT_AFTER_S", "DiffusersHandler"]
+__all__ = ["EXIT_DEVICE_LOST", "MAX_WAITING_S", "SILENT_AFTER_S", "DiffusersHandler"]
 
 logger = logging.getLogger(__name__)
 
 _EMIT_EVERY_S = 1.0
+MAX_WAITING_S = 2.0
+"""How long is drawn while TorchServe's next message is awaited."""
 # Between two cycles with live requests there are milliseconds.
 SILENT_AFTER_S = 5.0
 """How long TorchServe may send nothing while requests are live."""
@@ -62,6 +67,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self.traits = PipelineTraits(schedulers=(), size_multiple_px=8, parameters=frozenset())
         self._service: GenerationService | None = None
         self._watchdog: Watchdog | None = None
+        self._messages: CycleMessages | None = None
+        self._pace = CyclePace(self.config.cycle_ms / 1000)
         self._replies = CycleReplies()
         self._drain_file: Path | None = None
         self._is_continuous = False
@@ -114,6 +121,14 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             self._drain_file = Path(drain_file)
         if self._is_continuous:
             self._watchdog = Watchdog(self.on_silence, SILENT_AFTER_S)
+            self._pace = CyclePace(self.config.cycle_ms / 1000)
+            self._messages = CycleMessages(
+                self._is_known,
+                self.draw_while_waiting,
+                # From a message's first byte on nothing may change which bodies are known.
+                on_message=self._watchdog.stop,
+            )
+            self._messages.install()
 
     def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[str]:
         """Return the prompts of the bodies that TorchServe delivers, in their order.
@@ -138,30 +153,49 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         service = self.service
         if self._watchdog is not None:
             self._watchdog.stop()
+        self._pace.begin(self._messages.num_bytes if self._messages is not None else 0)
         ids: dict[int, str] = dict(context.request_ids)
         self._drop(service.live_ids - set(ids.values()))
         if self._drain_file is not None:
             service.drain(Drain.read(self._drain_file, time.monotonic()))
         for index, request_id in ids.items():
-            if request_id in service.live_ids or self._replies.is_interrupted(request_id):
+            if self._is_known(request_id):
                 continue
             service.open(request_id, data[index], http_headers(context, index))
-        service.advance(self.config.cycle_ms / 1000 if self._is_continuous else None)
+        if self._is_continuous:
+            service.advance(self._pace.budget_s, hold_s=self._pace.hold_s)
+        else:
+            service.advance()
         bodies = self._replies.write(service, ids, context)
         self._emit_metrics(context)
         if service.is_device_lost:
             self._end_process()
         if self._watchdog is not None and service.live_ids:
             self._watchdog.start()
+        self._pace.end(is_live=bool(service.live_ids))
         return bodies
+
+    def draw_while_waiting(self, connection: socket.socket) -> None:
+        """Draw while TorchServe puts its next message together.
+
+        That takes long where the last one brought large bodies, which the next brings again.
+        """
+        if self._messages is None or self._messages.num_bytes < MIN_BYTES:
+            return
+        service, until_s = self.service, time.monotonic() + MAX_WAITING_S
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        while service.load.num_running and time.monotonic() < until_s and not _has_data(connection):
+            service.advance(0.0)
+        if self._watchdog is not None and service.live_ids:
+            self._watchdog.start()
 
     def on_silence(self) -> None:
         """Let go of all live requests: TorchServe sends nothing, so it has let go of them.
 
         Should its next message have come just now, `handle` finds its context as it was.
         """
-        is_sending, _, _ = select.select([self.context.cl_socket], [], [], 0)
-        if is_sending:
+        if _has_data(self.context.cl_socket):
             if self._watchdog is not None:
                 self._watchdog.start()
             return
@@ -170,6 +204,10 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._drop(service.live_ids)
         service.advance(self.config.cycle_ms / 1000)
         self._emit_metrics(self.context)
+
+    def _is_known(self, request_id: str) -> bool:
+        """Whether its body is not to be read (again)."""
+        return request_id in self.service.live_ids or self._replies.is_interrupted(request_id)
 
     def _end_process(self) -> None:
         """End once the replies are sent: only a new process can use the device again."""
@@ -192,6 +230,11 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             return
         self._emitted_s = now_s
         emit(self.service.samples(), context.metrics, context.model_name)
+
+
+def _has_data(connection: socket.socket) -> bool:
+    readable, _, _ = select.select([connection], [], [], 0)
+    return bool(readable)
 
 
 def _check_workers(model_config: Mapping[str, Any], *, is_continuous: bool) -> None:

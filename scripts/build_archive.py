@@ -51,7 +51,8 @@ examples:
 The archive is OUT/NAME.mar, or with --format dir the folder OUT/NAME, which TorchServe links
 instead of copying: one copy of the weights on disk instead of two. The same pipeline,
 configuration and versions give the same bytes. What is in it: the command inspect;
-whether it is whole: verify. LoRAs are active from the start, all of them, at weight 1.
+whether it is whole: verify. LoRAs are on, all of them, unless a request names others or the
+configuration does (default_loras).
 
 The model's own size, steps and guidance become the defaults of requests, unless --config or --set
 say otherwise; --from keeps the archive's. What could not be served is refused before it is packed:
@@ -61,6 +62,7 @@ and ControlNets of other models.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _NONE = "none"
 _WORD = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SCALE = re.compile(r"-?[0-9]{1,3}(\.[0-9]{1,9})?")
 _UNUSUAL = re.compile(r"[^A-Za-z0-9_-]")
 
 
@@ -119,6 +121,7 @@ def _run(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out / (name if is_folder else f"{name}.mar")
     if os.path.lexists(out) and not arguments.force:
         raise UsageError(f"{out} exists; --force replaces it ({to_run('pack', force='1')})")
+    loras, lora_scales = _loras(arguments.lora)
     plan = ArchivePlan(
         pipeline=packed or arguments.pipeline or _download_folder(arguments),
         name=name,
@@ -127,7 +130,8 @@ def _run(arguments: argparse.Namespace) -> int:
         settings=_settings(arguments.set),
         dtype=arguments.dtype,
         components=_paths(_pairs("--component", arguments.component)),
-        loras=_paths(_loras(arguments.lora)),
+        loras=_paths(loras),
+        lora_scales=lora_scales,
         controlnets=_paths(_pairs("--controlnet", arguments.controlnet)),
         smoke_prompt=arguments.smoke_prompt,
         sign_key=arguments.sign,
@@ -224,15 +228,32 @@ def _pairs(flag: str, values: Sequence[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _loras(values: Sequence[str]) -> list[tuple[str, str]]:
-    """Read ``NAME=FILE`` or ``FILE``, whose name then is the file's."""
-    named = []
+def _loras(values: Sequence[str]) -> tuple[list[tuple[str, str]], dict[str, float]]:
+    """Read ``NAME=FILE:SCALE``: without NAME it is the file's, and without SCALE 1.
+
+    Returns names with files, and the scales that were given.
+    """
+    named, scales = [], {}
     for value in values:
-        if "=" in value and not Path(value).is_file():
-            named.append(value)
-        else:
-            named.append(f"{_UNUSUAL.sub('_', Path(value).stem)[:64]}={value}")
-    return _pairs("--lora", named)
+        name, equals, path = value.partition("=")
+        if not equals or Path(_unscaled(value)[0]).is_file():
+            name, path = "", value
+        path, scale = _unscaled(path)
+        name = name or _UNUSUAL.sub("_", Path(path).stem)[:64]
+        named.append(f"{name}={path}")
+        if scale is not None:
+            scales[name] = scale
+    if wrong := [name for name, scale in scales.items() if not -10 <= scale <= 10]:
+        raise UsageError(f"--lora {wrong[0]}: the scale may be from -10 to 10")
+    return _pairs("--lora", named), scales
+
+
+def _unscaled(value: str) -> tuple[str, float | None]:
+    """A path without the scale behind it, and that scale."""
+    path, colon, scale = value.rpartition(":")
+    if colon and not Path(value).is_file() and _SCALE.fullmatch(scale):
+        return path, float(scale)
+    return value, None
 
 
 def _settings(values: Sequence[str]) -> dict[str, object]:
@@ -286,8 +307,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, metavar, text in (
         ("--set", "KEY=VALUE", "a setting of the handler: section; may be repeated"),
         ("--component", "NAME=PATH", "another folder or .safetensors; none leaves it out"),
+        ("--lora", "[NAME=]FILE[:SCALE]", "a LoRA to pack, on at SCALE; NAME=none leaves one out"),
         ("--controlnet", "NAME=FOLDER", "a ControlNet to choose by name; NAME=none leaves it out"),
-        ("--lora", "[NAME=]FILE", "a LoRA to pack and switch on; NAME=none leaves one out"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
 

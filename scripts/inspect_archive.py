@@ -68,6 +68,7 @@ def inspect(path: Path) -> dict[str, Any]:
             },
             "is_mapped": _is_mapped(view),
             "pickled": pickled(view.model.sizes),
+            "samplers": _samplers(view),
             **_settings(view),
             **{
                 key: manifest.get(key)
@@ -143,15 +144,31 @@ def _torchserve(view: ArchiveView) -> dict[str, Any] | None:
 def _settings(view: ArchiveView) -> dict[str, Any]:
     """Return what a request gets by default and what it may ask for at most."""
     if view.outer is None or CONFIG_NAME not in view.outer.sizes:
-        return {"defaults": None, "limits": None}
+        return {"defaults": None, "limits": None, "default_loras": None}
     try:
         config = read_config(view)
     except ConfigError:
-        return {"defaults": None, "limits": None}
+        return {"defaults": None, "limits": None, "default_loras": None}
     return {
         "defaults": {name: getattr(config, name) for name in _DEFAULTS},
         "limits": {name: getattr(config, name) for name in _LIMITS},
+        "default_loras": config.default_loras,
     }
+
+
+def _samplers(view: ArchiveView) -> dict[str, list[str]]:
+    """Return the samplers that go with the pipeline, each with the sigmas it may have."""
+    if "scheduler" not in view.index.components:
+        return {}
+    from handler.api.samplers import samplers_of
+    from handler.loading.pipeline_class import component_class
+    from handler.pipelines.schedulers import compatible_with
+
+    try:
+        kind = component_class("scheduler", view.index)
+        return samplers_of(compatible_with(kind))
+    except (ArchiveError, AttributeError):  # of a diffusers that is not the installed one
+        return {}
 
 
 def _page(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -188,6 +205,12 @@ def _page(facts: Mapping[str, Any]) -> Iterator[str]:
         if facts[title]:
             shown = [f"{key} {value}" for key, value in facts[title].items() if value is not None]
             yield _line(title, ", ".join(shown))
+    if facts["samplers"]:
+        yield _line("samplers", ", ".join(facts["samplers"]))
+        flags = ("karras", "exponential", "beta")
+        with_flags = [n for n, each in facts["samplers"].items() if {*flags} <= {*each}]
+        if with_flags:
+            yield _line("sigmas", f"{', '.join(flags)} with {', '.join(with_flags)}")
     if facts["pickled"]:
         yield _line("WARNING", f"pickled weights, which the worker refuses: {facts['pickled']}")
 
@@ -220,11 +243,19 @@ def _provenance(facts: Mapping[str, Any]) -> Iterator[str]:
         value = facts[key]
         if isinstance(value, dict):
             value = [name if key != "settings" else f"{name}={value[name]}" for name in value]
+        if key == "loras" and isinstance(value, list):
+            value = [_lora(str(name), facts["default_loras"]) for name in value]
         if isinstance(value, list):
             value = ", ".join(str(each) for each in value)
         if value:
             yield _line(title, value)
     yield _line("signature", "beside it" if facts["is_signed"] else "none")
+
+
+def _lora(name: str, defaults: Mapping[str, float] | None) -> str:
+    """Say at which scale a LoRA is on without being named."""
+    scale = 1.0 if defaults is None else defaults.get(name)
+    return f"{name} (off)" if scale is None else name if scale == 1 else f"{name} (at {scale:g})"
 
 
 def _mapping(fact: object) -> Mapping[str, Any]:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from handler.api.accept import MEDIA_TYPES
 from handler.api.foreign_names import FOREIGN_NAMES
+from handler.api.samplers import SAMPLERS, SCHEDULER_CLASSES, SCHEDULES
 from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, Field, Kind, Setting, Value
-from handler.api.traits import SCHEDULER_SHORT_NAMES
 from handler.config import HandlerConfig, keys
 from handler.errors import RequestError
 from scripts.console import DONE, FAILED, atomic_output, run_command
@@ -83,6 +83,8 @@ def _allowed(field: Field) -> str:
         return "1 to 128 of `A-Z a-z 0-9 . _ : -`"
     if field.kind is Kind.BOOLEAN:
         return "true or false"
+    if field.kind is Kind.LORAS:
+        return f"names, with scales from {_bound(field.minimum)} to {_bound(field.maximum)}"
     if field.kind is Kind.PICTURE:
         return f"PNG, JPEG or WebP, up to {_bound(field.maximum)} bytes"
     span = f"{_bound(field.minimum)} to {_bound(field.maximum)}"
@@ -125,9 +127,19 @@ def _output_formats() -> Iterable[list[str]]:
 
 
 def _schedulers() -> Iterable[list[str]]:
-    yield ["`scheduler`", "diffusers class"]
-    for short, class_name in SCHEDULER_SHORT_NAMES.items():
-        yield [f"`{short}`", f"`{class_name}`"]
+    yield ["`scheduler`", "also", "diffusers class", "its options", "`sigmas`"]
+    for solver in SAMPLERS.values():
+        options = ", ".join(f"`{name}={value!r}`" for name, value in solver.options.items())
+        sigmas = [k for k, each in SCHEDULES.items() if each.options_for(solver.class_names[0])]
+        yield [
+            f"`{solver.name}`",
+            ", ".join(f"`{alias}`" for alias in solver.aliases),
+            " or ".join(f"`{class_name}`" for class_name in solver.class_names),
+            options,
+            ", ".join(sigmas),
+        ]
+    for short, class_name in SCHEDULER_CLASSES.items():
+        yield [f"`{short}`", "", f"`{class_name}`", "as the pipeline's own is configured", ""]
 
 
 def _foreign_names() -> Iterable[list[str]]:

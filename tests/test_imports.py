@@ -19,6 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config": {"config_checks", "errors", "messages"},
     "library_logs": set(),
     "watchdog": set(),
+    "cycle_messages": set(),
+    "cycle_pace": set(),
     "single_worker": {"errors"},
     "torchserve_logs": set(),
     "api": {"config", "errors", "messages"},
@@ -35,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "cycle_replies": {"service", "api"},
     "diffusers_handler": {
-        *("assembly", "cycle_replies", "service", "loading", "api"),
+        *("assembly", "cycle_messages", "cycle_pace", "cycle_replies", "service", "loading", "api"),
         *("config", "errors", "library_logs", "single_worker", "torchserve_logs", "watchdog"),
     },
     "torchserve_entry": {"diffusers_handler"},

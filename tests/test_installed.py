@@ -58,12 +58,18 @@ def call(command: Path, folder: Path, *arguments: str) -> subprocess.CompletedPr
     )
 
 
+WHAT_RUNS = (
+    *("gateway/**/*.py", "gateway/page/*", "handler/**/*.py", "scripts/**/*.py"),
+    *("config/*", "demo/pipeline/**/*"),
+)
+
+
 def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
     wanted = {
         f"diffusers_torchserve/repository/{path.relative_to(REPOSITORY).as_posix()}"
-        for pattern in ("handler/**/*.py", "scripts/**/*.py", "config/*", "demo/pipeline/**/*")
+        for pattern in WHAT_RUNS
         for path in REPOSITORY.glob(pattern)
         if path.is_file()
     }

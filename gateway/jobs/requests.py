@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
+from typing import cast
 
 from gateway.body import Sent
 from gateway.gateway import Gateway
@@ -106,7 +107,7 @@ async def read_job(
         request.response_format,
         base_url,
     )
-    previews = _MAX_PREVIEWS if num_previews is None else int(num_previews)
+    previews = _MAX_PREVIEWS if num_previews is None else cast(int, num_previews)
     return NewJob(
         id=f"job_{secrets.token_hex(16)}",
         key_name="" if key is None else key.name,

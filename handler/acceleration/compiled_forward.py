@@ -21,6 +21,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from handler.batching.arguments import STEP_PARAMETERS, num_rows
+from handler.batching.devices import moved
 from handler.batching.invariance import agree
 from handler.batching.merging import merge
 from handler.engine.forward import is_out_of_memory
@@ -119,6 +120,16 @@ class PreparedForward:
             return self(*args, **kwargs)
 
         return prepared
+
+    @property
+    def has_graphs(self) -> bool:
+        """Whether runs were recorded."""
+        return bool(self._replays)
+
+    def forget_graphs(self) -> None:
+        """Give the memory of the recorded runs back, and record no more."""
+        self._replays.clear()
+        self._record = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the forward returns, from prepared code where there is any for this call."""
@@ -259,7 +270,7 @@ def _one_form(name: str, value: Any, rows: int, device: torch.device) -> Any:
     """
     is_step = name in STEP_PARAMETERS and isinstance(value, torch.Tensor) and value.ndim <= 1
     if is_step and value.numel() in (1, rows):
-        value = value.to(device, torch.float32).reshape(-1).expand(rows)
+        value = moved(value.to(torch.float32), device).reshape(-1).expand(rows)
     return pytree.tree_map_only(torch.Tensor, _without_gaps, value)
 
 

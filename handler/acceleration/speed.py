@@ -33,6 +33,8 @@ from handler.acceleration.compiled_forward import PreparedForward, record_cuda_g
 from handler.batching.arguments import SHARED_PARAMETERS, STEP_PARAMETERS
 from handler.config import HandlerConfig
 from handler.engine import BUCKETS, InFlightEngine
+from handler.engine.device_faults import is_device_lost
+from handler.engine.forward import is_out_of_memory
 from handler.engine.parking import find_slots
 from handler.engine.wrappers import CompiledForwards, ForwardWrapper
 from handler.pipelines.shared_state import SharedState
@@ -114,7 +116,8 @@ def make_plan(
     return Plan(
         channels_last=True,
         slice_decoding=on_cuda,
-        fuse_projections=on_cuda and obstacle is None,
+        # Fused projections are not the layers that a LoRA adds to.
+        fuse_projections=on_cuda and obstacle is None and config.lora_dir is None,
         tf32=on_cuda and dtype is torch.float32,
         precision=torch.bfloat16 if halves else None,
         compile=obstacle is None and (on_cpu or on_cuda),
@@ -185,6 +188,10 @@ class SpeedUp:
         """Draw `calls`; meanwhile forwards are prepared for all that look like theirs.
 
         `tasks` name the pipeline of each call; where there is no name, it is the engine's first.
+
+        Raises:
+            Exception: what a call failed with, where memory ran out or the device is lost: nothing
+                of the kind could be drawn later either.
         """
         if not self.plan.warm_up:
             return
@@ -192,14 +199,33 @@ class SpeedUp:
         self._set_warming(True)
         try:
             for kwargs, task in itertools.zip_longest(calls, tasks):
-                ticket = engine.submit(kwargs, task=task)
-                engine.run()
-                if ticket.error is not None:
-                    logger.warning("warming up failed: %s", ticket.error)
+                error = _drawn(engine, kwargs, task)
+                if error is not None and is_out_of_memory(error) and self._forget_graphs():
+                    error = _drawn(engine, kwargs, task)
+                if error is None:
+                    continue
+                if is_out_of_memory(error) or is_device_lost(error):
+                    raise error
+                logger.warning("warming up failed: %s", error)
         finally:
             self._set_warming(False)
         seconds = time.monotonic() - started_s
-        logger.info("warmed up in %.1f s (%s)", seconds, self.plan)
+        logger.info("warmed up in %.1f s (%s)%s", seconds, self.plan, _memory_held())
+
+    def _forget_graphs(self) -> bool:
+        """Whether there were any, which left too little memory for the rest of a picture."""
+        if not any(prepared.has_graphs for prepared in self.prepared):
+            return False
+        logger.warning(
+            "captured forwards of up to %d rows leave too little memory to draw: they are launched "
+            "as usual; with a smaller max_rows they would fit",
+            self._max_rows,
+        )
+        for prepared in self.prepared:
+            prepared.forget_graphs()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return True
 
     def _prepare(self, forward: Forward) -> Forward:
         record = self._record
@@ -221,6 +247,22 @@ class SpeedUp:
         if self.plan.capture:
             # cuDNN tries all its algorithms at every new shape: now, and never in traffic.
             torch.backends.cudnn.benchmark = is_warming
+
+
+def _drawn(
+    engine: InFlightEngine, kwargs: Mapping[str, Any], task: str | None
+) -> BaseException | None:
+    """Draw one picture; what it failed with, if it did."""
+    ticket = engine.submit(kwargs, task=task)
+    engine.run()
+    return ticket.error
+
+
+def _memory_held() -> str:
+    """What the process holds of its device, for the log."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return ""
+    return f", {torch.cuda.memory_reserved() / 2**30:.1f} GiB of the device's memory are held"
 
 
 def compile_forward(forward: Forward) -> Forward:

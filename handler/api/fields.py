@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from handler.api.images import BadPicture, SentPicture, read_picture
+from handler.api.lora_names import read_loras
 from handler.api.schema import Field, Kind, Value, bounds_of
 from handler.config import HandlerConfig
 from handler.messages import nearest, number_range, show, shown_name
@@ -81,6 +82,8 @@ class FieldReader:
         if field.kind is Kind.ID:
             return self.id(name)
         low, high = bounds_of(field, config)
+        if field.kind is Kind.LORAS:
+            return self.loras(name, aliases, low=low, high=high)
         if field.kind is Kind.NUMBER:
             return self.number(name, aliases, low=low, high=high)
         if field.kind is Kind.INTEGER:
@@ -105,6 +108,19 @@ class FieldReader:
             return known[id(value)]
         except BadPicture as problem:
             self.report(field.name, str(problem))
+            return None
+
+    def loras(
+        self, name: str, aliases: Sequence[str], *, low: float, high: float
+    ) -> dict[str, float] | None:
+        """The scale of each LoRA by its name, in any of the forms that these are sent in."""
+        value = self.take(name, aliases)
+        if value is None:
+            return None
+        try:
+            return read_loras(value, low=low, high=high)
+        except ValueError as error:
+            self.report(name, str(error))
             return None
 
     def text(
@@ -138,7 +154,7 @@ class FieldReader:
         if value is None:
             return None
         if self._allow_text and isinstance(value, str) and _FORM_INTEGER.fullmatch(value.strip()):
-            value = int(value)
+            value = int(value.strip())
         if isinstance(value, bool) or not isinstance(value, int):
             quoted = isinstance(value, str) and _FORM_INTEGER.fullmatch(value)
             hint = "; write it without quotes" if quoted else ""
@@ -158,7 +174,7 @@ class FieldReader:
             return None
         allowed = number_range(low, high)
         if self._allow_text and isinstance(value, str) and _FORM_NUMBER.fullmatch(value.strip()):
-            value = float(value)
+            value = float(value.strip())
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             quoted = isinstance(value, str) and _FORM_NUMBER.fullmatch(value)
             hint = "; write it without quotes" if quoted else ""

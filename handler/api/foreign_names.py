@@ -193,6 +193,16 @@ def _override_settings(value: object) -> Mapping[str, object]:
     return {}
 
 
+def _flag_of(sigmas: str) -> Translation:
+    def convert(value: object) -> Mapping[str, object]:
+        value = _plain(value)
+        if not isinstance(value, bool):
+            raise ValueError(f"{show(value)} is neither true nor false")
+        return {"sigmas": sigmas} if value else {}
+
+    return convert
+
+
 def _n_iter(value: object) -> Mapping[str, object]:
     if _plain(value) != 1:
         raise ValueError(
@@ -204,10 +214,13 @@ def _n_iter(value: object) -> Mapping[str, object]:
 _A1111, _OPENAI, _HF = "AUTOMATIC1111", "OpenAI", "Hugging Face"
 _DIFFUSERS, _STABILITY, _REPLICATE = "diffusers", "Stability AI", "Replicate"
 _NO_LORA = (
-    "a request cannot choose LoRAs or their strength; they are packed into the archive with"
-    " --lora FILE"
+    'LoRAs are named with their scales, "loras": {"style": 0.8}; a server has those packed with'
+    " --lora FILE and those in its lora_dir"
 )
-_NO_SIGMAS = "a request cannot choose how sigmas are spaced; leave it out"
+_NO_SIGMAS = (
+    "a request cannot list its steps; sigmas names a schedule, such as karras, normal (evenly"
+    " spaced) or sgm_uniform (trailing)"
+)
 _LAST_LAYER = "the text encoder is read at its last layer"
 _OVERRIDES = {
     "CLIP_stop_at_last_layers": _LAST_LAYER,
@@ -352,20 +365,12 @@ def _entries() -> Iterable[ForeignName]:
         cross_attention_kwargs=_NO_LORA,
         attention_kwargs=_NO_LORA,
         joint_attention_kwargs=_NO_LORA,
-        use_karras_sigmas=_NO_SIGMAS,
-        use_exponential_sigmas=_NO_SIGMAS,
-        use_beta_sigmas=_NO_SIGMAS,
         timestep_spacing=_NO_SIGMAS,
-        sigmas=_NO_SIGMAS,
         timesteps=_NO_SIGMAS,
     )
     yield from _refused(
         "several",
-        **dict.fromkeys(
-            ["lora", "loras", "lora_scale", "lora_scales", "lora_weights", "lora_path"], _NO_LORA
-        ),
-        schedule_type=_NO_SIGMAS,
-        karras=_NO_SIGMAS,
+        **dict.fromkeys(["lora_scale", "lora_scales", "lora_weights", "lora_path"], _NO_LORA),
         prompts=SEVERAL_PROMPTS,
         instances='KServe\'s; it is read in JSON: {"instances": [{"prompt": "a"}]}',
         **dict.fromkeys(
@@ -384,6 +389,15 @@ def _entries() -> Iterable[ForeignName]:
     yield from _renamed(
         "several", conditioning_image="control_image", controlnet_image="control_image"
     )
+    yield from _renamed(f"{_A1111}, several", schedule_type="sigmas")
+    for name, sigmas in (
+        ("use_karras_sigmas", "karras"),
+        ("use_exponential_sigmas", "exponential"),
+        ("use_beta_sigmas", "beta"),
+        ("karras", "karras"),
+    ):
+        meaning = f'true is `sigmas: "{sigmas}"`'
+        yield _converted(name, f"{_DIFFUSERS}, several", ("sigmas",), meaning, _flag_of(sigmas))
     yield from _renamed(_STABILITY, samples="num_images", sampler="scheduler")
     yield from _refused(
         _STABILITY,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from handler.api.request import GenerationRequest
+from handler.api.samplers import SCHEDULES
 from handler.api.schema import PICTURE_FIELDS
-from handler.api.traits import SAMPLER_NAMES
 
 __all__ = ["ImageMetadata", "parameters_line", "request_parameters", "to_json"]
 
@@ -37,10 +38,9 @@ def request_parameters(request: GenerationRequest) -> dict[str, object]:
 def parameters_line(metadata: ImageMetadata) -> str:
     """Prompt, negative prompt and settings, laid out as AUTOMATIC1111's web UI does."""
     request = metadata.request
+    sigmas = request.extra.get("sigmas")
     written = {
-        # Others than these are written as their class name. None is the pipeline's own, whose
-        # name is not known here: it is left out.
-        "scheduler": SAMPLER_NAMES.get(request.scheduler or "", request.scheduler),
+        "sigmas": SCHEDULES[sigmas].name if isinstance(sigmas, str) else None,
         "seed": metadata.seed,
         "height": f"{request.width}x{request.height}",
     }
@@ -49,6 +49,8 @@ def parameters_line(metadata: ImageMetadata) -> str:
         for name, value in request.values().items()
         if (label := PICTURE_FIELDS[name].label)
     }
+    if isinstance(loras := settings.get("Lora"), Mapping):
+        settings["Lora"] = ", ".join(f"{k}: {_text(v)}" for k, v in loras.items()) or None
     settings["Model"] = metadata.model_name or None
     settings["Content flagged"] = "true" if metadata.is_flagged else None
     lines = [request.prompt]

@@ -9,10 +9,20 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from handler.api.fields import FieldReader
 from handler.api.images import SentPicture
+from handler.api.lora_names import lora_problem
 from handler.api.picture_sizes import choose_size
+from handler.api.prompt_syntax import take_loras, weight_problem
+from handler.api.samplers import (
+    SCHEDULES,
+    find_sampler,
+    offered,
+    sampler_problem,
+    split_schedule,
+)
 from handler.api.schema import (
     MAX_SEED,
     PICTURE_FIELDS,
@@ -26,13 +36,7 @@ from handler.api.schema import (
 )
 from handler.api.task_choice import check_together, choose_control, choose_task
 from handler.api.tasks import TEXT_TO_IMAGE, engine_task
-from handler.api.traits import (
-    PipelineTraits,
-    scheduler_choices,
-    scheduler_class,
-    scheduler_problem,
-    short_name,
-)
+from handler.api.traits import PipelineTraits
 from handler.api.translation import translate
 from handler.config import HandlerConfig
 from handler.errors import ConfigError, InvalidRequest
@@ -58,7 +62,7 @@ class GenerationRequest:
     width: int
     num_images: int
     scheduler: str | None
-    """A diffusers class name; None is the pipeline's own."""
+    """A sampler's name, or a diffusers class; None is the pipeline's own."""
     extra: Mapping[str, Value] = field(default_factory=dict, hash=False)
     task: str = TEXT_TO_IMAGE
     """Without what a control picture adds; see `engine_task`."""
@@ -70,6 +74,12 @@ class GenerationRequest:
         """What the engine calls the task."""
         return engine_task(self.task, control="control_image" in self.pictures)
 
+    @property
+    def loras(self) -> Mapping[str, float] | None:
+        """The scale of each LoRA that it is drawn with; None: what the pipeline came with."""
+        found = self.extra.get("loras")
+        return found if isinstance(found, Mapping) else None
+
     def values(self) -> dict[str, Value]:
         """The fields by name, in the order of the table."""
         return {
@@ -77,6 +87,17 @@ class GenerationRequest:
             for name in PICTURE_FIELDS
             if name in _ATTRIBUTES or name in self.extra
         }
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether words of its prompts have weights."""
+        return bool(self.extra.get("prompt_weighting"))
+
+    @property
+    def sampler(self) -> str | None:
+        """The scheduler with its sigmas, under one name; None is the pipeline's own as it is."""
+        named = [each for each in (self.scheduler, self.extra.get("sigmas")) if each is not None]
+        return " ".join(map(str, named)) or None
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -97,8 +118,8 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
     for name, size_px in (("height", config.height), ("width", config.width)):
         if size_px % multiple:
             problems.append(f"{name}: {_not_a_multiple(size_px, multiple)}")
-    if config.scheduler is not None and scheduler_class(config.scheduler, traits) is None:
-        choices = ", ".join(scheduler_choices(traits))
+    if config.scheduler is not None and not find_sampler(config.scheduler, traits.schedulers):
+        choices = ", ".join(offered(traits.schedulers))
         problems.append(f"scheduler: {show(config.scheduler)} is not one of {choices}")
     least = traits.least_steps_with(config.scheduler)
     if config.num_inference_steps < least:
@@ -106,6 +127,10 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
             f"num_inference_steps: {config.num_inference_steps} is too few for the default"
             f" scheduler; it needs at least {least}"
         )
+    if config.default_loras and (problem := lora_problem(config.default_loras, traits.loras)):
+        problems.append(f"default_loras: {problem}")
+    if config.prompt_weighting and not traits.reads_weights:
+        problems.append("prompt_weighting: the text encoders of this pipeline read no weights")
     if config.negative_prompt and "negative_prompt" not in traits.parameters:
         problems.append("negative_prompt: this pipeline takes none")
     if problems:
@@ -141,6 +166,7 @@ def parse_fields(
     }
     if sent["prompt"] is None and "prompt" not in reader.problems:
         reader.report("prompt", "is missing")
+    _take_loras(reader, sent, config)
     present = {name for name in SENT_PICTURES if _is_sent(name, fields)}
     task = choose_task(reader, sent["task"], present, traits)
     known = {} if known_pictures is None else known_pictures
@@ -151,7 +177,9 @@ def parse_fields(
     _refuse_what_the_pipeline_lacks(reader, fields, traits, parameters)
     values = {**_defaults(config, parameters), **{n: v for n, v in sent.items() if v is not None}}
     values["task"] = task or TEXT_TO_IMAGE
-    values["scheduler"] = _resolve_scheduler(reader, values["scheduler"], traits)
+    values.update(_resolve_sampler(reader, sent, values, traits))
+    _check_loras(reader, sent["loras"], traits)
+    _check_weights(reader, values, traits)
     _size_by_picture(reader, values, sent, pictures, config, traits)
     extra = {name: value for name, value in values.items() if name not in _ATTRIBUTES}
     attributes = {name: values[name] for name in _ATTRIBUTES}
@@ -255,14 +283,71 @@ def _refuse_what_the_pipeline_lacks(
             reader.report(name, f"{what} has no such parameter{needed}")
 
 
-def _resolve_scheduler(reader: FieldReader, name: Value, traits: PipelineTraits) -> str | None:
-    """The class name for the name that was sent or configured."""
-    if not isinstance(name, str):
-        return None
-    class_name = scheduler_class(name, traits)
-    if class_name is None:
-        reader.report("scheduler", scheduler_problem(name, traits))
-    return class_name
+def _take_loras(reader: FieldReader, sent: dict[str, Any], config: HandlerConfig) -> None:
+    """Move the LoRAs that a weighted prompt names to the field for them; mutates `sent`."""
+    prompt, weighting = sent["prompt"], sent["prompt_weighting"]
+    is_weighted = config.prompt_weighting if weighting is None else weighting
+    if not is_weighted or prompt is None or "loras" not in PICTURE_FIELDS:
+        return
+    try:
+        text, named = take_loras(prompt)
+    except ValueError as error:
+        reader.report("prompt", str(error))
+        return
+    if named:
+        sent["prompt"] = text.strip()
+        for name, scale in (sent["loras"] or {}).items():
+            if named.setdefault(name, scale) != scale:
+                reader.report("loras", f"{show(name)} has another scale in the prompt")
+        sent["loras"] = named
+
+
+def _check_weights(reader: FieldReader, values: dict[str, Value], traits: PipelineTraits) -> None:
+    """Check the weights in the prompts, where they count; mutates `values` where nothing does."""
+    if not values.get("prompt_weighting"):
+        values.pop("prompt_weighting", None)
+        return
+    if not traits.reads_weights:
+        reader.report("prompt_weighting", "this pipeline's text encoder reads no weights")
+    for name in ("prompt", "negative_prompt"):
+        text = values.get(name)
+        problem = weight_problem(text) if isinstance(text, str) else None
+        if problem is not None:
+            reader.report(name, problem)
+
+
+def _resolve_sampler(
+    reader: FieldReader,
+    sent: Mapping[str, Value],
+    values: Mapping[str, Value],
+    traits: PipelineTraits,
+) -> dict[str, Value]:
+    """The fields `scheduler` and `sigmas` for what was sent or configured of them."""
+    name, sigmas = values["scheduler"], values.get("sigmas")
+    assert name is None or isinstance(name, str)
+    assert sigmas is None or isinstance(sigmas, str)
+    split = split_schedule(name or "")
+    said = split[1] if sent["scheduler"] is not None and split is not None else None
+    if said is not None and sigmas is not None and said != SCHEDULES[sigmas].name:
+        reader.report("sigmas", f"{show(sigmas)}, but the scheduler says {said}: send one")
+    if name is None and sigmas is None:
+        return {"scheduler": None}
+    sampler = find_sampler(name, traits.schedulers, sigmas)
+    if sampler is None:
+        is_named = name is not None and find_sampler(name, traits.schedulers) is None
+        own = next(iter(traits.schedulers), "")
+        problem = sampler_problem(name or own, traits.schedulers, None if is_named else sigmas)
+        reader.report("scheduler" if is_named else "sigmas", problem)
+        return {"scheduler": None}
+    is_own = name is None or (split is not None and not split[0])
+    chosen = {} if sampler.sigmas is None else {"sigmas": sampler.sigmas}
+    return {"scheduler": None if is_own else sampler.name, **chosen}
+
+
+def _check_loras(reader: FieldReader, named: Value, traits: PipelineTraits) -> None:
+    problem = lora_problem(named, traits.loras) if isinstance(named, Mapping) else None
+    if problem is not None:
+        reader.report("loras", problem)
 
 
 def _check_num_images(
@@ -299,11 +384,11 @@ def _not_a_multiple(size_px: int, multiple: int) -> str:
 def _check_steps(
     reader: FieldReader, request: GenerationRequest, config: HandlerConfig, traits: PipelineTraits
 ) -> None:
-    num_steps, least = request.num_inference_steps, traits.least_steps_with(request.scheduler)
+    num_steps, least = request.num_inference_steps, traits.least_steps_with(request.sampler)
     if num_steps < least and not {"num_inference_steps", "scheduler"} & reader.problems.keys():
         reader.report(
             "num_inference_steps",
-            f"{num_steps} is too few for {short_name(request.scheduler or traits.schedulers[0])};"
+            f"{num_steps} is too few for {request.scheduler or traits.schedulers[0]};"
             f" allowed: {least} to {config.max_num_inference_steps}",
         )
 

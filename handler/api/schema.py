@@ -16,6 +16,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TypeVar
 
+from handler.api.samplers import SCHEDULES
 from handler.api.tasks import IMAGE_TO_IMAGE, INPAINTING, TASKS, TEXT_TO_IMAGE
 from handler.config import OUTPUT_FORMATS, HandlerConfig
 
@@ -39,7 +40,7 @@ __all__ = [
 # The largest integer that every JSON reader keeps exact.
 MAX_SEED = 2**53 - 1
 
-Value = str | int | float | bool | None
+Value = str | int | float | bool | Mapping[str, float] | None
 """What a field may hold once it is checked."""
 
 
@@ -53,6 +54,7 @@ class Kind(Enum):
     CHOICE = "one of its choices"
     ID = "id"
     PICTURE = "a picture"
+    LORAS = "LoRAs by name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,10 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """What every field has; bounds are of a number, a text's characters or a picture's bytes."""
+    """What every field has.
+
+    Bounds are of a number, a text's characters, a picture's bytes or the scale of a LoRA.
+    """
 
     name: str
     kind: Kind
@@ -137,6 +142,14 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             meaning="what not to draw",
         ),
         PictureField(
+            name="prompt_weighting",
+            kind=Kind.BOOLEAN,
+            default=Setting("prompt_weighting"),
+            argument=None,
+            meaning="whether A1111's `(word:1.3)`, `(word)`, `[word]`, `\\(` and `BREAK` in both"
+            " prompts are weights and breaks, or text",
+        ),
+        PictureField(
             name="num_inference_steps",
             aliases=("steps",),
             kind=Kind.INTEGER,
@@ -156,8 +169,24 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             default_note="the pipeline's own",
             argument=None,
             label="Sampler",
-            meaning="`ddim`, `dpm++`, `euler`, `euler_a`, `heun`, `unipc` …, or the name of a"
-            " diffusers class; those that go with the pipeline's own",
+            meaning="a sampler by the name that AUTOMATIC1111, ComfyUI or k-diffusion has for it"
+            " (`DPM++ 2M Karras`, `Euler a`, `dpmpp_2m_sde`, `unipc`), or the name of a diffusers"
+            " class; those that go with the pipeline's own",
+        ),
+        PictureField(
+            name="sigmas",
+            kind=Kind.CHOICE,
+            choices={
+                alias: key
+                for key, schedule in SCHEDULES.items()
+                for alias in (key, schedule.name.lower(), *schedule.aliases)
+                if len(alias) > 2
+            },
+            default_note="the sampler's own",
+            argument=None,
+            label="Schedule type",
+            meaning="the schedule of sigmas, as at the end of a sampler's name: `karras`,"
+            " `exponential`, `beta`, `sgm_uniform`, `simple`, `normal` or `ddim_uniform`",
         ),
         PictureField(
             name="guidance_scale",
@@ -180,6 +209,20 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             is_recorded=False,
             label="Seed",
             meaning="the same seed, the same picture; picture k of a request has the seed + k",
+        ),
+        PictureField(
+            name="loras",
+            aliases=("lora",),
+            kind=Kind.LORAS,
+            minimum=-10,
+            maximum=10,
+            default=Setting("default_loras"),
+            default_note="those packed",
+            argument=None,
+            label="Lora",
+            meaning='the LoRAs to draw with, and no others: `{"style": 0.8}`, `["style"]`,'
+            ' `[{"name": "style", "scale": 0.8}]` or `"style:0.8, ink"`; `{}` is none. Names only:'
+            " of what is packed or in the server's `lora_dir`; an unknown name is told them all",
         ),
         PictureField(
             name="height",

@@ -12,8 +12,8 @@ from handler.api.foreign_names import (
     is_picture_input,
 )
 from handler.api.images import looks_like_base64_picture
+from handler.api.samplers import schedule_of, split_schedule
 from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, SENT_PICTURES
-from handler.api.traits import split_schedule
 from handler.messages import show, shown_name
 
 __all__ = ["holds_picture", "names_for", "translate"]
@@ -39,6 +39,7 @@ def translate(fields: Mapping[str, object]) -> tuple[dict[str, object], dict[str
 
     A field that is sent under a foreign name and its own is a problem of the field.
     """
+    fields = _schedules_as_sigmas(fields)
     translated: dict[str, object] = {}
     problems: dict[str, str] = {}
     foreign: dict[str, object] = {}
@@ -67,7 +68,9 @@ def translate(fields: Mapping[str, object]) -> tuple[dict[str, object], dict[str
             for target, meant in found.items():
                 own = [n for n in PICTURE_FIELDS[target].names if translated.get(n) is not None]
                 earlier = sent_as.setdefault(target, own[0] if own else name)
-                if earlier != name:
+                # Names of samplers hold it, so that many say it twice.
+                is_said = target == "sigmas" and translated.get(target) == meant
+                if earlier != name and not is_said:
                     problems[target] = (
                         f"given more than once, as {earlier} and {name}: send one of them"
                     )
@@ -126,18 +129,28 @@ def _seed(value: object) -> object:
     return None if value == -1 and type(value) is int else value
 
 
-def _scheduler(value: object) -> object:
-    """AUTOMATIC1111 has a field of this name for the schedule of sigmas."""
-    if not isinstance(value, str):
-        return value
-    if value.strip().lower() == "automatic":
+def _not_automatic(value: object) -> object:
+    """What AUTOMATIC1111 calls automatic is what counts where nothing is sent."""
+    if isinstance(value, str) and value.strip().lower() == "automatic":
         return None
-    match split_schedule(value):
-        case ("", schedule):
-            raise ValueError(
-                f"{show(value)}: a request cannot choose {schedule} sigmas; leave it out"
-            )
     return value
+
+
+def _schedules_as_sigmas(fields: Mapping[str, object]) -> dict[str, object]:
+    """The fields with a schedule of sigmas that is sent as `scheduler` under its own name.
+
+    AUTOMATIC1111 and ComfyUI have a field of that name for it, beside one for the sampler.
+    """
+    value = fields.get("scheduler")
+    if not isinstance(value, str):
+        return dict(fields)
+    split = split_schedule(value)
+    if split is None or split[0] or (key := schedule_of(value)) is None:
+        return dict(fields)
+    moved = {name: each for name, each in fields.items() if name != "scheduler"}
+    if moved.get("sigmas") not in (None, key):
+        return dict(fields)  # two different ones: each is read, and refused, for what it is
+    return {**moved, "sigmas": key}
 
 
 # Values that others send in our own fields.
@@ -145,7 +158,8 @@ _VALUES: Mapping[str, Callable[[object], object]] = {
     "prompt": _one_text(SEVERAL_PROMPTS),
     "negative_prompt": _one_text("a prompt has one: join them with commas"),
     "seed": _seed,
-    "scheduler": _scheduler,
+    "scheduler": _not_automatic,
+    "sigmas": _not_automatic,
     **dict.fromkeys(SENT_PICTURES, _one_of_list),
 }
 # Hugging Face's name for what a model takes: a prompt, or a picture.

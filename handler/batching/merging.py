@@ -24,16 +24,17 @@ from handler.batching.arguments import (
     EXACT_VALUES,
     Arguments,
     Layout,
-    Part,
     Path,
     is_list_of_tensors,
     is_listed,
+    leading,
     leaves,
     members,
     num_rows,
     parameter_of,
     part_of,
 )
+from handler.batching.devices import moved
 from handler.batching.fingerprints import Fingerprints
 
 __all__ = ["merge", "merge_key", "output_members", "rebuild", "split", "was_written"]
@@ -94,6 +95,9 @@ def merge(
     if padding < 0:
         raise ValueError(f"pad_to={pad_to} is less than the {sum(rows)} rows to merge")
     listed = is_listed(calls[0])
+    first_rows = leading(calls[0])
+    batch = first_rows[0] if isinstance(first_rows, list) else first_rows
+    device = None if batch is None else batch.device
 
     def join(path: Path, name: str, values: Sequence[Any]) -> Any:
         first = values[0]
@@ -103,7 +107,9 @@ def merge(
             part = part_of(path, name, first, rows[0], layout)
             if part == "shared":
                 return first.clone() if copies else first
-            return _joined(part, values, rows, padding)
+            if part == "step":
+                values = _steps(values, rows, device)
+            return _joined(values, rows, padding)
         if isinstance(first, EXACT_VALUES) or (parts := members(first)) is None:
             return first
         columns = [members(value) or () for value in values]
@@ -116,11 +122,7 @@ def merge(
     return {name: join((name,), name, [call[name] for call in calls]) for name in calls[0]}
 
 
-def _joined(
-    part: Part, values: Sequence[torch.Tensor], rows: Sequence[int], padding: int
-) -> torch.Tensor:
-    if part == "step":
-        values = _steps(values, rows)
+def _joined(values: Sequence[torch.Tensor], rows: Sequence[int], padding: int) -> torch.Tensor:
     if padding:
         rows_a_row = values[-1].shape[0] // rows[-1]
         last = values[-1][-rows_a_row:]
@@ -169,14 +171,22 @@ def was_written(merged: Arguments) -> bool:
     )
 
 
-def _steps(values: Sequence[torch.Tensor], rows: Sequence[int]) -> list[torch.Tensor]:
-    """Each value as one number a row, in a dtype that holds all of them without rounding."""
+def _steps(
+    values: Sequence[torch.Tensor], rows: Sequence[int], device: torch.device | None
+) -> list[torch.Tensor]:
+    """Each value as one number a row, in a dtype that holds all of them without rounding.
+
+    On `device`: a module moves a number there by itself, but not a list of them.
+    """
     dtypes = {value.dtype for value in values}
     if len(dtypes) == 1:
         (dtype,) = dtypes
     else:
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
-    return [v.to(dtype).reshape(-1).expand(n) for v, n in zip(values, rows, strict=True)]
+    converted = [value.to(dtype).reshape(-1) for value in values]
+    if device is not None:
+        converted = [moved(value, device) for value in converted]
+    return [value.expand(n) for value, n in zip(converted, rows, strict=True)]
 
 
 def output_members(value: Any) -> list[tuple[Hashable, Any]] | None:

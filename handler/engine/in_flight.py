@@ -40,6 +40,7 @@ from handler.pipelines.adapted_layers import LoraWeights
 from handler.pipelines.adapters import AdapterSets
 from handler.pipelines.cost import Cost
 from handler.pipelines.placement import is_asynchronous
+from handler.pipelines.prompt_embeddings import PromptReading
 from handler.pipelines.shared_state import SharedState
 
 __all__ = ["BUCKETS", "InFlightEngine"]
@@ -174,13 +175,15 @@ class InFlightEngine:
         exact: bool | None = None,
         adapters: Mapping[str, float] | None = None,
         on_step: Callable[[StepEnd], None] | None = None,
+        prompts: PromptReading | None = None,
     ) -> Ticket:
         """Queue one call of a pipeline with exactly these keyword arguments.
 
         `task` names the pipeline, the first by default. `scheduler` is a diffusers class name or a
         short name (``"euler"``), or a scheduler object to copy. `deadline_s` is in seconds from
-        now. `adapters` maps the names of loaded adapters to weights. Give each call its own
-        `generator`.
+        now. `adapters` maps the names of loaded adapters to weights. `prompts` says that prompts
+        longer than the text encoder are read whole, and whether words have weights. Give each call
+        its own `generator`.
 
         Raises:
             ValueError: an unknown task; an argument, the scheduler or an adapter that the pipeline
@@ -195,7 +198,7 @@ class InFlightEngine:
         if served is None:
             raise ValueError(f"no pipeline for the task {task!r}; there are {list(self._served)}")
         exact = self.exact if exact is None else exact
-        asked = Submission(kwargs, scheduler, deadline_s, exact, adapters, on_step)
+        asked = Submission(kwargs, scheduler, deadline_s, exact, adapters, on_step, prompts)
         ticket = self._intake.ticket(served, asked, self.limits)
         self._waiting.append(ticket)
         return ticket
@@ -204,6 +207,12 @@ class InFlightEngine:
     def loras(self) -> Mapping[str, int]:
         """The LoRAs that `attach_lora` added, and the bytes of each."""
         return self._adapters.loaded
+
+    @property
+    def loras_in_use(self) -> frozenset[str]:
+        """The LoRAs that requests in flight, or waiting to be, have named."""
+        tickets = [*self._waiting, *self._runs.parked]
+        return frozenset(name for ticket in tickets for name in ticket.adapters or ())
 
     def attach_lora(self, name: str, layers: Mapping[str, Mapping[str, LoraWeights]]) -> None:
         """Let requests name a LoRA that adds to these layers, by component and the layer's path.

@@ -15,7 +15,8 @@ from handler.engine.ticket import StepEnd, Ticket
 from handler.errors import DeadlineExceeded, TooLarge
 from handler.pipelines.adapters import AdapterSets
 from handler.pipelines.cost import Cost, estimate_cost, least_forwards
-from handler.pipelines.schedulers import make_scheduler
+from handler.pipelines.prompt_embeddings import PromptReading
+from handler.pipelines.schedulers import check_num_steps, make_scheduler
 from handler.pipelines.signature import unknown_arguments
 
 __all__ = ["Intake", "Served", "Submission"]
@@ -43,6 +44,7 @@ class Submission:
     exact: bool
     adapters: Mapping[str, float] | None
     on_step: Callable[[StepEnd], None] | None
+    prompts: PromptReading | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -58,6 +60,7 @@ class Intake:
 
         Raises:
             ValueError: an argument, the scheduler or an adapter that the pipeline does not have.
+            InvalidRequest: more steps than the scheduler has.
             TooLarge: it would never fit.
             DeadlineExceeded: it would surely be late.
         """
@@ -69,6 +72,8 @@ class Intake:
             if isinstance(asked.scheduler, str)
             else copy.deepcopy(asked.scheduler)
         )
+        own = getattr(pipeline, "scheduler", None) if scheduler is None else scheduler
+        check_num_steps(own, kwargs.get("num_inference_steps"))
         cost = estimate_cost(pipeline, kwargs)
         if not limits.hold(cost):
             raise TooLarge(limits.refusal(cost))
@@ -87,6 +92,7 @@ class Intake:
             adapters=None if adapters is None else adapters.weights,
             adapter_set=adapters,
             on_step=asked.on_step,
+            prompts=asked.prompts,
             submitted_s=now_s,
         )
 

@@ -14,6 +14,7 @@ from greenlet import greenlet
 
 from handler.pipelines.adapters import AdapterSet
 from handler.pipelines.cost import Cost
+from handler.pipelines.prompt_embeddings import PromptReading
 
 __all__ = ["State", "StepEnd", "Ticket", "release_frames"]
 
@@ -63,6 +64,8 @@ class Ticket:
     adapter_set: AdapterSet | None = None
     """The same, with what they add to which layers."""
     on_step: Callable[[StepEnd], None] | None = None
+    prompts: PromptReading | None = None
+    """How its prompts are read; None: as the pipeline does."""
 
     serial: int = field(default_factory=lambda: next(_serial_numbers))
     state: State = State.WAITING

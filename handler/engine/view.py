@@ -18,6 +18,8 @@ from transformers.image_processing_base import ImageProcessingMixin
 
 from handler.engine.ticket import StepEnd, Ticket
 from handler.pipelines.broken_pictures import watch_pictures
+from handler.pipelines.prompt_embeddings import read_prompts
+from handler.pipelines.schedulers import seed_noise
 from handler.pipelines.signature import call_defaults
 
 __all__ = ["make_view"]
@@ -48,7 +50,10 @@ def make_view(pipeline: Any, ticket: Ticket) -> tuple[Any, dict[str, Any]]:
     view = _private_copy(pipeline)
     if ticket.scheduler is not None:
         view.scheduler = ticket.scheduler
+    if ticket.prompts is not None:
+        read_prompts(view, ticket.prompts)
     kwargs = dict(ticket.kwargs)
+    seed_noise(getattr(view, "scheduler", None), kwargs.get("generator"))
     parameters = call_defaults(pipeline)
     if "callback_on_step_end" in parameters:
         theirs = kwargs.get("callback_on_step_end")

@@ -10,20 +10,24 @@ import copy
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from handler.errors import ArchiveError
 from handler.library_logs import quiet_libraries
 from handler.loading.documents import parse_json
+from handler.loading.model_dir import Extent
+from handler.loading.safetensors_map import map_tensors, read_header
 from handler.messages import first_lines
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from handler.loading.safetensors_map import Header
 
-__all__ = ["LoraLayer", "LoraReader"]
+__all__ = ["LoraLayer", "LoraReader", "in_present_names", "read_lora"]
 
 _NUM_SHOWN = 3
 _KINDS = {
@@ -58,6 +62,12 @@ class LoraLayer:
     divisor: float
     """The rank, or its square root for a rank-stabilised LoRA."""
     is_embedding: bool
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> LoraLayer:
+        """The same somewhere else, in another precision."""
+        bias = None if self.bias is None else self.bias.to(device, dtype)
+        down, up = (each.to(device, dtype).contiguous() for each in (self.down, self.up))
+        return replace(self, down=down, up=up, bias=bias)
 
 
 Layers = Mapping[str, Mapping[str, LoraLayer]]
@@ -102,6 +112,15 @@ class LoraReader:
         for each in self._delivered(tensors, configured):
             layers[each.component] = dict(_paired(each))
         return layers
+
+    def read_file(self, path: Path) -> Layers:
+        """The same of the file at `path`; nothing of it stays mapped. Raises: ArchiveError."""
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header = read_header(file, size_bytes, path.name)
+        mapped = map_tensors(Extent(path, 0, size_bytes), path.name)
+        # Copied, for the operator may replace the file.
+        return self.read({name: each.clone() for name, each in mapped.items()}, header.metadata)
 
     def _check_keys(
         self, tensors: Mapping[str, torch.Tensor], configured: Mapping[str, Any]
@@ -149,7 +168,8 @@ class LoraReader:
         except Exception as error:
             # What the libraries raise about a wrong LoRA is of any kind.
             reason = first_lines(error, num_chars=200)
-            keys = _shown(sorted(tensors))
+            # What is named like nothing of a LoRA comes first.
+            keys = _shown(sorted(tensors, key=lambda name: (_layer_of(name) != name, name)))
             raise ArchiveError(
                 f"it does not fit the pipeline: {reason}; its keys are {keys}"
             ) from error
@@ -324,8 +344,13 @@ def _marked(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _marks_in(tensor: torch.Tensor) -> set[int]:
     """The numbers that a converted tensor carries; parts may have been joined or put apart."""
-    flat = tensor.reshape(len(tensor), -1).float() if tensor.ndim else tensor.reshape(1, 1)
-    return {round(value) for value in {*flat.amax(0).tolist(), *flat.amax(1).tolist()}}
+    if not tensor.numel():
+        return set()
+    if not any(tensor.stride()):  # as it was marked: one number everywhere
+        return {round(tensor.flatten()[0].item())}
+    flat = tensor.reshape(len(tensor), -1).float()
+    edges = (flat.amax(0).unique(), flat.amax(1).unique())  # type: ignore[no-untyped-call]
+    return {round(value) for edge in edges for value in edge.tolist()}
 
 
 def _misfit(layer: Any, found: re.Match[str], tensor: torch.Tensor) -> list[str]:
@@ -399,3 +424,31 @@ def _what_is_lost(names: list[str], lost: list[str], used: set[str]) -> str:
 def _shown(names: list[str]) -> str:
     more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
     return ", ".join(names[:_NUM_SHOWN]) + more
+
+
+def read_lora(reader: LoraReader, path: Path, pipeline: Any, device: torch.device) -> Layers:
+    """The LoRA in the file at `path`, on `device`, in the precision of `pipeline`'s components.
+
+    Raises:
+        ArchiveError: the file is damaged or no LoRA, or not all of it fits.
+    """
+    return {
+        component: {
+            name: layer.to(device, pipeline.components[component].dtype)
+            for name, layer in layers.items()
+        }
+        for component, layers in reader.read_file(path).items()
+    }
+
+
+def in_present_names(layers: Layers) -> dict[str, torch.Tensor]:
+    """The same in the names that diffusers and PEFT use now, with the scale in the weights."""
+    found: dict[str, torch.Tensor] = {}
+    for component, of in layers.items():
+        for name, layer in of.items():
+            scale = layer.alpha / layer.divisor
+            found[f"{component}.{name}.lora_A.weight"] = layer.down
+            found[f"{component}.{name}.lora_B.weight"] = layer.up * scale
+            if layer.bias is not None:
+                found[f"{component}.{name}.lora_B.bias"] = layer.bias * scale
+    return found

@@ -19,9 +19,9 @@ import torch
 from handler.errors import ArchiveError, ConfigError
 from handler.library_logs import quiet_libraries
 from handler.loading.contents import LORA_FOLDER
-from handler.loading.lora_files import LoraReader
+from handler.loading.lora_files import LoraReader, in_present_names
+from handler.loading.memory import device_memory, memory_problem, weights_bytes
 from handler.loading.model_dir import OpenedPipeline, check_loras, open_pipeline
-from handler.loading.safetensors_map import read_header
 from handler.messages import first_lines
 
 if TYPE_CHECKING:
@@ -50,6 +50,10 @@ class LoadedPipeline:
     device: torch.device
     dtype: torch.dtype
     controlnets: Mapping[str, Any] = field(default_factory=dict)
+    loras: tuple[str, ...] = ()
+    """The names of the LoRAs that were packed."""
+    lora_reader: LoraReader | None = None
+    """Reads more of them, where the configuration names a folder."""
 
 
 def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
@@ -109,7 +113,8 @@ def load_opened(
         try:
             left_out = ["safety_checker"] if config.safety_checker == "off" else []
             pipeline = _from_pretrained(opened, dtype, left_out)
-            _load_loras(pipeline, loras)
+            reader = LoraReader(pipeline) if loras or config.lora_dir else None
+            _load_loras(pipeline, loras, reader)
             controlnets = _load_controlnets(opened, dtype)
         except ArchiveError:
             raise
@@ -118,10 +123,27 @@ def load_opened(
             raise ArchiveError(f"the pipeline does not load: {first_lines(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     if device.type != "cpu":
-        pipeline.to(device)
-        for controlnet in controlnets.values():
-            controlnet.to(device)
-    return LoadedPipeline(pipeline, device, dtype, controlnets)
+        _move(pipeline, list(controlnets.values()), device)
+    names = tuple(path.stem for path in loras)
+    return LoadedPipeline(pipeline, device, dtype, controlnets, names, reader)
+
+
+def _move(pipeline: Any, controlnets: Sequence[Any], device: torch.device) -> None:
+    """Copy the weights to `device`. Raises: ConfigError, before any is copied where it can be."""
+    sizes = weights_bytes([*pipeline.components.values(), *controlnets])
+    if problem := memory_problem(sizes, device_memory(device), device):
+        raise ConfigError(problem)
+    if device.type == "cuda":
+        # Streams and graphs are of the current device, which is the first until this is said.
+        torch.cuda.set_device(device)
+    try:
+        for part in (pipeline, *controlnets):
+            part.to(device)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the weights did not fit on {device} while something else took memory there too: "
+            f"{first_lines(error)}"
+        ) from error
 
 
 @contextmanager
@@ -162,23 +184,13 @@ def _load_controlnets(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, A
     return load_controlnets(opened, dtype)
 
 
-def _load_loras(pipeline: Any, paths: Sequence[Path]) -> None:
+def _load_loras(pipeline: Any, paths: Sequence[Path], reader: LoraReader | None) -> None:
     """Load the LoRAs that were packed, each as the adapter of its file's name; all are active."""
-    if not paths:
+    if reader is None or not paths:
         return
-    reader = LoraReader(pipeline)
     for path in paths:
         try:
-            with path.open("rb") as file:
-                reader.check(read_header(file, path.stat().st_size, str(path)))
-            # By its path, for diffusers reads the scale out of the file's metadata.
-            pipeline.load_lora_weights(
-                os.fspath(path.parent),
-                weight_name=path.name,
-                adapter_name=path.stem,
-                local_files_only=True,
-                use_safetensors=True,
-            )
+            _load_lora(pipeline, path, reader)
         except (
             *(ArchiveError, AttributeError, ValueError, RuntimeError, KeyError, ImportError),
         ) as error:
@@ -186,3 +198,24 @@ def _load_loras(pipeline: Any, paths: Sequence[Path]) -> None:
                 f"{path}: this LoRA does not fit the pipeline: {first_lines(error)}"
             ) from error
     pipeline.set_adapters([path.stem for path in paths])
+
+
+def _load_lora(pipeline: Any, path: Path, reader: LoraReader) -> None:
+    layers = reader.read_file(path)
+    # By its path, for diffusers reads the scale out of the file's metadata.
+    pipeline.load_lora_weights(
+        os.fspath(path.parent),
+        weight_name=path.name,
+        adapter_name=path.stem,
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    modules = {name: dict(getattr(pipeline, name).named_modules()) for name in layers}
+    if not all(
+        path.stem in getattr(modules[name][layer], "scaling", ())
+        for name, found in layers.items()
+        for layer in found
+    ):
+        # diffusers hands PEFT some of a text encoder's layers under names that it drops.
+        pipeline.delete_adapters(path.stem)
+        pipeline.load_lora_weights(in_present_names(layers), adapter_name=path.stem)

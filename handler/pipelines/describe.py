@@ -9,6 +9,7 @@ from typing import Any
 
 from handler.api.traits import PipelineTraits
 from handler.library_logs import quiet_libraries
+from handler.pipelines.prompt_embeddings import reads_windows
 from handler.pipelines.schedulers import compatible_schedulers, least_steps
 from handler.pipelines.tasks import pictures_of, split_name, task_of
 
@@ -29,6 +30,7 @@ def describe(pipeline: Any, pipelines: Mapping[str, Any] | None = None) -> Pipel
         size_multiple_px=math.lcm(*(_size_multiple_px(each) for each in named.values())),
         parameters=_parameters(type(pipeline)),
         least_steps=least_steps(pipeline),
+        reads_weights=reads_windows(pipeline),
         tasks={task: _parameters(kind) for task, kind in kinds.items()},
         required=pictures_of(own),
         controls=tuple(dict.fromkeys(name for name in controls if name is not None)),

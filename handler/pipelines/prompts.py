@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from handler.api.request import GenerationRequest
+from handler.pipelines.prompt_embeddings import reads_windows
 
 __all__ = ["prompt_warnings"]
 
@@ -26,6 +27,11 @@ _SYNTAX = {
 }
 
 
+# Those that count where words have weights.
+_WEIGHTING = ("(word:1.3)", "((word))", "[word]", "BREAK")
+_HOW_TO_WEIGH = '; "prompt_weighting": true reads A1111\'s weights'
+
+
 def prompt_warnings(pipeline: Any, request: GenerationRequest) -> tuple[str, ...]:
     """Warnings about each prompt of a request; they never quote it.
 
@@ -36,13 +42,17 @@ def prompt_warnings(pipeline: Any, request: GenerationRequest) -> tuple[str, ...
         for name, part in pipeline.components.items()
         if name.startswith("tokenizer") and part is not None
     ]
+    reads_whole = reads_windows(pipeline)
     prompts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
     warnings = []
     for name, text in prompts.items():
         syntax = [example for example, pattern in _SYNTAX.items() if pattern.search(text or "")]
+        if request.is_weighted:
+            syntax = [example for example in syntax if example not in _WEIGHTING]
         if syntax:
-            warnings.append(f"the {name} has {', '.join(syntax)}: it is read as plain text")
-        if not text or not tokenizers:
+            can = "" if request.is_weighted or not reads_whole else _HOW_TO_WEIGH
+            warnings.append(f"the {name} has {', '.join(syntax)}: it is read as plain text{can}")
+        if not text or not tokenizers or reads_whole:
             continue
         dropped, window = min(_dropped_tokens(pipeline, t, text) for t in tokenizers)
         if dropped:

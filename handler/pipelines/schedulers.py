@@ -1,15 +1,28 @@
-"""Which noise schedulers go with a pipeline, and fresh ones by name."""
+"""Which noise schedulers go with a pipeline, and fresh ones by the names of samplers."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 from typing import Any
 
 import diffusers
 
-from handler.api.traits import SCHEDULER_SHORT_NAMES
+from handler.api.samplers import find_sampler
+from handler.errors import InvalidRequest
 from handler.messages import first_lines
 
-__all__ = ["compatible_schedulers", "least_steps", "make_scheduler"]
+__all__ = [
+    "check_num_steps",
+    "compatible_schedulers",
+    "compatible_with",
+    "least_steps",
+    "make_scheduler",
+    "seed_noise",
+]
+
+# For any noise schedule of the usual kind, though diffusers lists them as compatible with none.
+_DISTILLED = ("LCMScheduler", "SASolverScheduler", "TCDScheduler")
 
 
 def compatible_schedulers(pipeline: Any) -> tuple[str, ...]:
@@ -18,11 +31,16 @@ def compatible_schedulers(pipeline: Any) -> tuple[str, ...]:
     Those whose own dependencies are not installed are left out.
     """
     scheduler = getattr(pipeline, "scheduler", None)
-    if scheduler is None:
-        return ()
-    own = type(scheduler).__name__
-    usable = {kind.__name__ for kind in scheduler.compatibles if ".dummy_" not in kind.__module__}
-    return (own, *sorted(usable - {own}))
+    return () if scheduler is None else compatible_with(type(scheduler))
+
+
+def compatible_with(own: Any) -> tuple[str, ...]:
+    """Class names of the schedulers that may run in place of one of the class `own`, it first."""
+    kinds = own._get_compatibles()
+    usable = {kind.__name__ for kind in kinds if ".dummy_" not in kind.__module__}
+    if "EulerDiscreteScheduler" in usable:
+        usable.update(_DISTILLED)
+    return (own.__name__, *sorted(usable - {own.__name__}))
 
 
 def least_steps(pipeline: Any) -> dict[str, int]:
@@ -37,20 +55,72 @@ def least_steps(pipeline: Any) -> dict[str, int]:
 
 
 def make_scheduler(pipeline: Any, name: str) -> Any:
-    """A fresh scheduler of the named class with the configuration of the pipeline's own.
+    """A fresh scheduler for the name of a sampler or class, with its sigmas where it says so.
+
+    What the name does not say is as the pipeline's own scheduler is configured.
 
     Raises:
-        ValueError: no compatible scheduler has this class name or short name, or it cannot be made
-            with the configuration of the pipeline's own.
+        ValueError: no compatible scheduler has this name, or it cannot be made with the
+            configuration of the pipeline's own.
     """
-    class_name = SCHEDULER_SHORT_NAMES.get(name, name)
     compatible = compatible_schedulers(pipeline)
-    if class_name not in compatible:
+    sampler = find_sampler(name, compatible) if name else None
+    if sampler is None:
         raise ValueError(f"scheduler {name!r} does not fit; this pipeline takes {list(compatible)}")
+    kind = getattr(diffusers, sampler.class_name, type(pipeline.scheduler))
+    parameters = inspect.signature(kind.__init__).parameters
+    options = {key: value for key, value in sampler.options.items() if key in parameters}
     try:
-        return getattr(diffusers, class_name).from_config(pipeline.scheduler.config)
+        return kind.from_config(pipeline.scheduler.config, **options)
     except Exception as error:  # each class has its own way to refuse what another one configured
         raise ValueError(
             f"scheduler {name!r} does not go with the configuration of this pipeline's own: "
             f"{first_lines(error, 1)}"
         ) from error
+
+
+def seed_noise(scheduler: Any, generator: Any) -> None:
+    """Let a scheduler that draws noise from a seed of its own draw from that of the request.
+
+    DPMSolverSDEScheduler follows Brownian paths, and has no use for a generator: of the request's
+    `generator` it gets the seed, of a list of them one a picture. A seed that its configuration
+    fixes stays. Mutates `scheduler`.
+    """
+    if getattr(scheduler, "noise_sampler_seed", 0) is not None:
+        return
+    if isinstance(generator, (list, tuple)):
+        scheduler.noise_sampler_seed = [each.initial_seed() for each in generator] or None
+    elif generator is not None:
+        scheduler.noise_sampler_seed = generator.initial_seed()
+
+
+def check_num_steps(scheduler: Any, num_steps: Any) -> None:
+    """Refuse steps that begin beyond the noisiest one that the model was trained with.
+
+    Steps that are spaced ``leading`` are offset, by one for Stable Diffusion: as many steps as in
+    training would begin one too far.
+
+    Raises:
+        InvalidRequest: with how many steps are allowed.
+    """
+    config = getattr(scheduler, "config", {})
+    num_trained = config.get("num_train_timesteps")
+    if not isinstance(num_steps, int) or config.get("timestep_spacing") != "leading":
+        return
+    if not num_trained or 2 * num_steps <= num_trained or _begins_within(scheduler, num_steps):
+        return
+    most = next(n for n in range(num_steps - 1, 0, -1) if _begins_within(scheduler, n))
+    name = type(scheduler).__name__
+    problem = f"{num_steps} is too many for {name} as it is configured; allowed: 1 to {most}"
+    raise InvalidRequest(f"num_inference_steps: {problem}", {"num_inference_steps": problem})
+
+
+def _begins_within(scheduler: Any, num_steps: int) -> bool:
+    probe = copy.deepcopy(scheduler)
+    try:
+        probe.set_timesteps(num_steps)
+    except Exception:  # too many for it in a way of its own
+        return False
+    first, last = max(probe.timesteps), min(probe.timesteps)
+    # Multistep solvers stay where they are when there is no whole step of training for each.
+    return bool(first < probe.config.num_train_timesteps and (first > last or num_steps == 1))

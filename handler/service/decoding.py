@@ -1,8 +1,8 @@
-"""Requests whose pictures are decoded in threads before the engine gets them."""
+"""Requests whose pictures and LoRAs are read in threads before the engine gets them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from handler.api.request import GenerationRequest
 from handler.config import HandlerConfig
 from handler.errors import DeadlineExceeded, EngineFault, RequestError
 from handler.service.live_requests import LiveRequest
+from handler.service.lora_shelf import Layers, LoraShelf
 from handler.service.side_work import SideWork
 
 __all__ = ["Decoded", "Decoding"]
@@ -18,29 +19,36 @@ __all__ = ["Decoded", "Decoding"]
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What became of a live request: its pictures, and its requests without the files of them."""
+    """What became of a live request.
+
+    Its pictures, its requests without the files of them, and the LoRAs that were read for it.
+    """
 
     requests: tuple[GenerationRequest, ...]
     pictures: list[Pictures]
+    loras: Mapping[str, Layers]
 
 
 class Decoding:
-    """Decodes the pictures of live requests; a deadline that passes meanwhile ends its request."""
+    """Reads what live requests need; a deadline that passes meanwhile ends its request."""
 
     def __init__(
         self,
         config: HandlerConfig,
         clock: Callable[[], float],
         decode: Callable[..., list[Pictures]] = decode_all,
+        shelf: LoraShelf | None = None,
     ) -> None:
         self._config = config
+        self._shelf = shelf
         self._clock = clock
         self._decode = decode
         self.work = SideWork[Decoded]("decode", config.encode_threads)
 
     def start(self, live: LiveRequest) -> None:
-        """Begin to decode the pictures of `live`."""
-        self.work.start(live, self._decoded)
+        """Begin to decode the pictures of `live`, and to read the LoRAs that are not there yet."""
+        missing = [] if self._shelf is None else self._shelf.missing(live.sent.requests)
+        self.work.start(live, self._decoded, missing)
 
     def take_ended(self) -> list[tuple[LiveRequest, Decoded | RequestError]]:
         """Return what is decoded, has failed or is late, each once."""
@@ -53,10 +61,11 @@ class Decoding:
                 ended.append((live, late))
         return ended
 
-    def _decoded(self, live: LiveRequest) -> Decoded:
+    def _decoded(self, live: LiveRequest, missing: list[str]) -> Decoded:
         """Run in a thread."""
+        loras = {} if self._shelf is None else self._shelf.read(missing)
         pictures = self._decode(live.sent.requests, self._config, live.sent.paths)
-        return Decoded(tuple(map(forget_contents, live.sent.requests)), pictures)
+        return Decoded(tuple(map(forget_contents, live.sent.requests)), pictures, loras)
 
 
 def _outcome(future: Future[Decoded]) -> Decoded | RequestError:
@@ -65,6 +74,6 @@ def _outcome(future: Future[Decoded]) -> Decoded | RequestError:
         return future.result()
     if isinstance(error, RequestError):
         return error
-    fault = EngineFault("the pictures could not be decoded; the server's log says why")
+    fault = EngineFault("the request could not be read; the server's log says why")
     fault.__cause__ = error
     return fault

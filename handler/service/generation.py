@@ -40,6 +40,7 @@ from handler.service.decoding import Decoding
 from handler.service.draining import Drain, num_live_reply
 from handler.service.event_stream import EventStream
 from handler.service.live_requests import LiveRequest, LiveRequests
+from handler.service.lora_shelf import LoraShelf, named_by
 from handler.service.metrics import Load, Meter, Sample
 from handler.service.queueing import EngineQueue
 from handler.service.reading import draw_seed, read_requests
@@ -64,8 +65,9 @@ class GenerationService:
     """Serves requests on `engine`, all but coding of pictures in the caller's thread.
 
     `pipeline` is what the engine serves. `checker` looks at its pictures in the threads that encode
-    them, and is given back by `close`. `model_name` and `config` go into the replies, which
-    `encode` makes; `decode` makes the pictures that requests begin with; `clock` is the engine's.
+    them, and is given back by `close`. `shelf` has the LoRAs of a folder. `model_name` and `config`
+    go into the replies, which `encode` makes; `decode` makes the pictures that requests begin with;
+    `clock` is the engine's.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class GenerationService:
         encode: Callable[..., Reply] = success_reply,
         decode: Callable[..., list[Pictures]] = decode_all,
         checker: SafetyChecker | None = None,
+        shelf: LoraShelf | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -95,7 +98,8 @@ class GenerationService:
         self._live = LiveRequests()
         self._replies: dict[str, Reply] = {}
         self._previewer = Previewer(pipeline)
-        self._decoding = Decoding(config, clock, decode)
+        self._shelf = shelf
+        self._decoding = Decoding(config, clock, decode, shelf)
         self._encoders = SideWork[Reply]("encode", config.encode_threads)
         self._meter = Meter()
         self._drain: Drain | None = None
@@ -149,9 +153,13 @@ class GenerationService:
             fault.__cause__ = error
             self._refuse(request_id, fault)
 
-    def advance(self, budget_s: float | None = None) -> None:
-        """Tick until a request can be answered or `budget_s` is used; None: until all can be."""
-        ends_s = None if budget_s is None else self._clock() + budget_s
+    def advance(self, budget_s: float | None = None, *, hold_s: float = 0.0) -> None:
+        """Tick until a request can be answered or `budget_s` is used; None: until all can be.
+
+        What can be answered before `hold_s` is used waits for that.
+        """
+        begun_s = self._clock()
+        ends_s = None if budget_s is None else begun_s + budget_s
         # Also when nothing is live: the engine is still to report what was cancelled since.
         while self._live or self._has_work:
             self._end_drained()
@@ -162,7 +170,10 @@ class GenerationService:
                 wait_for_any([self._decoding.work, self._encoders], timeout_s)
             self._collect_decoded()
             self._collect_encoded()
-            if ends_s is not None and (self._replies or self._clock() >= ends_s):
+            if ends_s is None:
+                continue
+            now_s = self._clock()
+            if now_s >= ends_s or (self._replies and now_s >= begun_s + hold_s):
                 return
 
     def take_replies(self) -> dict[str, Reply]:
@@ -201,6 +212,8 @@ class GenerationService:
             RequestError: the first that failed.
         """
         pictures = decode_all(requests, self.config, [""] * len(requests))
+        if self._shelf is not None:
+            self._shelf.attach(self._shelf.read(self._shelf.missing(requests)))
         tickets = self._queue.submit(requests, pictures)
         while not all(ticket.ended for ticket in tickets):
             if self.is_device_lost:
@@ -232,7 +245,8 @@ class GenerationService:
         if sent.stream:
             stream = EventStream(self._previewer, sent.preview_every, self._clock)
         live = LiveRequest(request_id, sent, self._clock(), stream)
-        if any(request.pictures for request in sent.requests):
+        is_lacking = self._shelf is not None and bool(self._shelf.missing(sent.requests))
+        if is_lacking or any(request.pictures for request in sent.requests):
             if self._live:
                 self._queue.check_room()
             self._decoding.start(live)
@@ -315,11 +329,16 @@ class GenerationService:
         return [result_of(t, r, self._pipeline) for t, r in zip(tickets, requests, strict=True)]
 
     def _collect_decoded(self) -> None:
-        for live, decoded in self._decoding.take_ended():
+        ended = self._decoding.take_ended()
+        coming = [*(live for live, _ in ended), *self._decoding.work.requests]
+        wanted = named_by(request for live in coming for request in live.sent.requests)
+        for live, decoded in ended:
             try:
                 if isinstance(decoded, RequestError):
                     raise decoded
                 live.sent = replace(live.sent, requests=decoded.requests)
+                if self._shelf is not None:
+                    self._shelf.attach(decoded.loras, wanted=wanted)
                 self._submit(live, decoded.pictures, is_limited=len(self._live) > 1)
             except RequestError as error:
                 self._fail(live, error)

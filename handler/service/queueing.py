@@ -12,6 +12,7 @@ from handler.engine.ticket import StepEnd, Ticket
 from handler.errors import InvalidRequest, QueueFull, RequestError
 from handler.pipelines.arguments import pipeline_arguments
 from handler.pipelines.cost import least_forwards
+from handler.pipelines.prompt_embeddings import PromptReading
 from handler.pipelines.signature import call_defaults
 from handler.pipelines.tasks import pipeline_name
 from handler.service.results import as_request_error
@@ -110,8 +111,10 @@ class EngineQueue:
             return self._engine.submit(
                 arguments,
                 task=name,
-                scheduler=request.scheduler,
+                scheduler=request.sampler,
+                prompts=PromptReading(request.is_weighted),
                 deadline_s=deadline_s,
+                adapters=request.loras,
                 on_step=on_step,
             )
         except RequestError:

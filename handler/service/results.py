@@ -50,7 +50,7 @@ def checked_result(result: Result, checker: SafetyChecker | None, *, refuses: bo
     Raises:
         ContentFlagged: a picture is flagged and `refuses`.
     """
-    if checker is not None:
+    if checker is not None and not any(result.flagged):
         images, flagged = checker.check(result.images)
         result = replace(result, images=tuple(images), flagged=flagged)
     if refuses and any(result.flagged):

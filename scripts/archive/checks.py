@@ -168,7 +168,7 @@ def check_models(view: ArchiveView) -> Iterator[str]:
     except ConfigError:
         return  # reported by check_archive
     if not skeleton.problems:
-        yield from check_settings(skeleton, config)
+        yield from check_settings(skeleton, config, loras)
 
 
 def _lora_headers(view: ArchiveView) -> dict[str, Header]:

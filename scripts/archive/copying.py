@@ -3,7 +3,7 @@
 Members are copied several at once, each through a buffer that stays in a core's own cache: what is
 read is hashed there and written from there, so that what is hashed is what is written, and memory
 is read once. (``copy_file_range`` leaves nothing to hash: what it copied had to be read again, and
-took 1.6 times the CPU time where it was measured.) While a core has nothing else to do, BLAKE3 is
+took 1.5 times the CPU time where it was measured.) While a core has nothing else to do, BLAKE3 is
 taken by a thread of its own. What is in memory does not grow with what is copied.
 """
 

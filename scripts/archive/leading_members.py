@@ -21,7 +21,9 @@ _REQUIRED = (
     "peft",
     "pillow",
     "safetensors",
+    "scipy",
     "torch",
+    "torchsde",
     "transformers",
 )
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from types import UnionType
 from typing import Any
 
@@ -59,15 +60,19 @@ def check_pipeline(
         yield from check_loras(pipeline, loras)
 
 
-def check_settings(skeleton: Skeleton, config: HandlerConfig) -> Iterator[str]:
-    """Yield what the configuration asks for that the pipeline does not do."""
+def check_settings(
+    skeleton: Skeleton, config: HandlerConfig, loras: Collection[str]
+) -> Iterator[str]:
+    """Yield what the configuration asks for that the pipeline does not do, with these LoRAs."""
     from handler.api.request import check_against_pipeline
     from handler.pipelines.describe import describe
 
     if skeleton.pipeline is None:
         return
+    # Those of the server's own folder are not here.
+    known = {*loras, *(config.default_loras or ())} if config.lora_dir is not None else loras
     try:
-        check_against_pipeline(config, describe(skeleton.pipeline))
+        check_against_pipeline(config, replace(describe(skeleton.pipeline), loras=known))
     except ConfigError as error:
         yield " ".join(str(error).split())
 

@@ -6,7 +6,7 @@ before it takes its name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -31,10 +31,12 @@ class Examined:
 
     skeleton: Skeleton
     defaults: Mapping[str, int | float]
+    loras: Collection[str] = ()
+    """The names of those that are packed with it."""
 
     def check_settings(self, config: HandlerConfig) -> None:
         """Refuse a configuration that the pipeline does not do. Raises: ArchiveError."""
-        _refuse([*check_settings(self.skeleton, config)])
+        _refuse([*check_settings(self.skeleton, config, self.loras)])
 
 
 class _Files:
@@ -69,7 +71,7 @@ def examine(
     _refuse([*check_pipeline(index, names, skeleton, lora_headers)])
     assert skeleton.pipeline is not None
     _refuse([*check_controlnets(skeleton.pipeline, small, headers)])
-    return Examined(skeleton, find_defaults(skeleton.pipeline))
+    return Examined(skeleton, find_defaults(skeleton.pipeline), lora_headers.keys())
 
 
 def check_written(archive: Path, *, is_smoke: bool = False) -> None:

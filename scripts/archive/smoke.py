@@ -49,6 +49,8 @@ def _draw(view: ArchiveView) -> Result:
 
     configured = read_config(view)
     config = replace(configured, device=None, dtype=None, speed=_smoke_speed(configured))
+    if config.lora_dir is not None:  # the folder is on the server
+        config = replace(config, lora_dir=None, default_loras=None)
     prompt = str((read_manifest(view) or {}).get("smoke_prompt") or _SMOKE_PROMPT)
     prompt = prompt[: config.max_prompt_chars]
     with quiet_libraries():

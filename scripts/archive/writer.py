@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from handler.config import HandlerConfig
@@ -73,6 +73,8 @@ class ArchivePlan:
     dtype: str | None = None
     components: Mapping[str, Path | None] = field(default_factory=dict)
     loras: Mapping[str, Path | None] = field(default_factory=dict)
+    lora_scales: Mapping[str, float] = field(default_factory=dict)
+    """At which those are on that are not on at 1."""
     controlnets: Mapping[str, Path | None] = field(default_factory=dict)
     smoke_prompt: str | None = None
     sign_key: Path | None = None
@@ -164,6 +166,9 @@ def _contents(plan: ArchivePlan, opened: Opened) -> Iterator[_Contents]:
     for note in pipeline.notes:
         print(note, file=sys.stderr)
     loras = _loras(plan, opened.kept)
+    if plan.lora_scales:
+        scales = {name: plan.lora_scales.get(name, 1.0) for name in sorted(loras)}
+        plan = replace(plan, settings={"default_loras": scales, **plan.settings})
     packed_loras = [make_member(file) for _, file in sorted(loras.items())]
     controlnets = controlnet_files(
         plan.controlnets, _kept_controlnets(opened), opened.dtype or "float16"

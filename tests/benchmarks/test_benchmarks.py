@@ -15,7 +15,7 @@ import httpx2
 import pytest
 import torch
 
-from benchmarks import cpu, engine, gpu, load, report, traffic
+from benchmarks import cpu, engine, gpu, load, pictures, report, traffic
 from benchmarks.shapes import MODELS, count_flops
 from benchmarks.traffic import CLASSES, Outcome, Wish, mixed_wishes, summarise
 from tests.support.compilers import Compiler
@@ -371,3 +371,13 @@ def test_what_a_row_costs_is_measured_for_every_size() -> None:
     for figure, of_size in zip(figures, table.values(), strict=True):
         assert len(figure.value.values) == 2
         assert all(ms > 0 for ms in of_size.values())
+
+
+# Bodies of the size of pictures.
+
+
+@pytest.mark.parametrize("num_bytes", pictures.SIZES.values())
+def test_a_padded_body_asks_for_the_same_as_a_small_one(num_bytes: int) -> None:
+    small, padded = pictures.body_of(7, 0), pictures.body_of(7, num_bytes)
+    assert json.loads(padded) == json.loads(small)
+    assert len(padded) == max(num_bytes, len(small))

@@ -38,7 +38,7 @@ def test_what_is_assembled_draws_as_configured() -> None:
     with assembled(scheduler="euler", num_inference_steps=2, guidance_scale=1.0) as service:
         (result,) = service.draw(service.read([{"body": {"prompt": "a cat", "width": 64}}]))
         assert result.images[0].size == (64, 32)
-        assert result.request.scheduler == "EulerDiscreteScheduler"
+        assert result.request.scheduler == "Euler"
         assert (result.request.num_inference_steps, result.request.guidance_scale) == (2, 1.0)
         counts = {sample.name: sample.value for sample in service.samples()}
         assert counts["diffusers_steps_total"] == 2

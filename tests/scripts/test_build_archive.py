@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load, save, save_file
 
+from scripts import inspect_archive
 from scripts.archive.hub import download
 from scripts.build_archive import main
 from scripts.console import DONE, FAILED, MISUSED
@@ -214,3 +217,36 @@ def test_overwrites_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert mar.read_bytes() == before
     build(tmp_path, "--set", "height=64", "--force")
     assert mar.read_bytes() != before
+
+
+def test_a_lora_is_on_at_the_scale_that_it_is_packed_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("style", "ink"):
+        save_file(lora_of_unet(), tmp_path / f"{name}.safetensors")
+    flags = ("--lora", f"{tmp_path / 'style.safetensors'}:0.8", "--lora")
+    mar = build(tmp_path, *flags, f"black={tmp_path / 'ink.safetensors'}")
+    with zipfile.ZipFile(mar) as packed:
+        config = yaml.safe_load(packed.read("model-config.yaml"))
+        assert json.loads(packed.read("MAR-INF/PIPELINE.json"))["loras"] == ["black", "style"]
+    assert config["handler"]["default_loras"] == {"black": 1.0, "style": 0.8}
+    capsys.readouterr()
+    assert inspect_archive.main([str(mar)]) == DONE
+    assert "LoRAs:        black, style (at 0.8)" in capsys.readouterr().out
+
+
+def test_a_default_lora_that_is_not_packed_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(lora_of_unet(), tmp_path / "style.safetensors")
+    pipeline = save_pipeline(tmp_path / "p")
+    flags = ["--lora", str(tmp_path / "style.safetensors"), "--set", "default_loras=[stile]"]
+    out = ["--out", str(tmp_path / "out"), "--name", "tiny"]
+    assert main(["--pipeline", str(pipeline), *out, *flags]) == FAILED
+    said = capsys.readouterr().err
+    assert "default_loras: 'stile': no such LoRA; did you mean style? there are style" in said
+
+
+def test_the_scale_of_a_lora_has_a_range(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--lora", "style=a.safetensors:11"]) == MISUSED
+    assert "--lora style: the scale may be from -10 to 10" in capsys.readouterr().err

@@ -12,7 +12,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from handler.api.traits import SCHEDULER_SHORT_NAMES
 from handler.pipelines.schedulers import make_scheduler
 from scripts.repository import REPOSITORY
 from scripts.torchserve.process import TorchServer
@@ -56,9 +55,7 @@ def draw_alone(pipeline: Any, fields: dict[str, Any], **changes: Any) -> Any:
     values = {**DEFAULTS, **fields, **changes}
     original = pipeline.scheduler
     name = values.pop("scheduler", None)
-    pipeline.scheduler = make_scheduler(
-        pipeline, SCHEDULER_SHORT_NAMES[name] if name else type(original).__name__
-    )
+    pipeline.scheduler = make_scheduler(pipeline, name or type(original).__name__)
     generator = torch.Generator().manual_seed(values.pop("seed"))
     assert values.keys() <= inspect.signature(type(pipeline).__call__).parameters.keys()
     try:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import Decoder
 
 from handler.acceleration.speed import Plan, SpeedUp, make_plan
 from handler.config import HandlerConfig
@@ -251,6 +252,53 @@ def test_a_picture_that_cannot_be_drawn_is_said_and_ends_nothing(
     engine.close()
 
 
+def out_of_memory(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_graphs_that_leave_no_room_for_the_rest_are_given_up(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Decoding finds too little memory for as long as there are graphs."""
+    pipeline, graphs = toy(), Graphs()
+    expected = toy()(**toy_kwargs(1)).images
+    speed_up = SpeedUp(pipeline, Plan(capture=True, warm_up=True), 8, record=graphs.record)
+    decode = pipeline.vae.decode
+    pipeline.vae.decode = lambda z: (
+        out_of_memory() if any(p.has_graphs for p in speed_up.prepared) else decode(z)
+    )
+    engine = InFlightEngine(
+        pipeline, max_rows=8, buckets=speed_up.buckets, wrappers=speed_up.wrappers
+    )
+    speed_up.warm_up(engine, [toy_kwargs(0)])
+    assert "up to 8 rows leave too little memory" in caplog.text
+    ticket = engine.submit(toy_kwargs(1))
+    engine.run()
+    engine.close()
+    assert graphs.num_replays > 0
+    assert torch.allclose(ticket.result().images, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("CUDA error: device-side assert triggered"),
+    ],
+)
+def test_what_would_fail_every_picture_ends_the_start(error: Exception) -> None:
+    def fail(z: Any) -> Any:
+        raise error
+
+    pipeline = toy()
+    pipeline.vae.decode = fail
+    speed_up = SpeedUp(pipeline, Plan(warm_up=True), 16)
+    engine = InFlightEngine(pipeline)
+    with pytest.raises(type(error), match=str(error)):
+        speed_up.warm_up(engine, [toy_kwargs(0)])
+    engine.close()
+
+
 def test_only_denoisers_are_padded() -> None:
     """A picture that is decoded alone is not decoded twice."""
     pipeline, rows = toy(), dict[str, list[int]]()
@@ -292,6 +340,14 @@ def test_the_handler_warms_up_every_size(serve: Serve, caplog: pytest.LogCapture
         handler = serve(speed="safe", warm_up_sizes=["64x32", "64x64"])
     assert "warmed up in" in caplog.text
     assert is_channels_last(handler.pipeline.unet)
+
+
+def test_a_start_without_memory_for_one_picture_says_what_would_help(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Decoder, "forward", out_of_memory)
+    with pytest.raises(ConfigError, match=r"dtype: float16; a smaller default size .* max_rows"):
+        serve(speed="safe", warm_up_sizes=["64x32"])
 
 
 def test_the_handler_does_nothing_when_speed_is_off(

@@ -111,7 +111,7 @@ def test_unknown_format() -> None:
 
 
 def test_parameters_line() -> None:
-    full = metadata("a cat", "blurry", "EulerAncestralDiscreteScheduler")
+    full = metadata("a cat", "blurry", "Euler a")
     assert parameters_line(full) == (
         "a cat\nNegative prompt: blurry\n"
         "Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 42, Size: 64x32, Model: sd"

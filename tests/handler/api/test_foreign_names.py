@@ -11,14 +11,22 @@ from handler.api.body import ALONE
 from handler.api.call import Call, read_call
 from handler.api.foreign_names import FOREIGN_NAMES, HOW_PICTURES_ARE_SENT
 from handler.api.request import GenerationRequest
+from handler.api.samplers import SAMPLERS, SCHEDULER_CLASSES
 from handler.api.schema import PICTURE_FIELDS, PICTURE_NAMES, REPLY_FIELDS
-from handler.api.traits import SAMPLER_NAMES, SCHEDULER_SHORT_NAMES, PipelineTraits
+from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.errors import InvalidRequest
 from tests.support.pictures import as_base64, encoded
 
 CONFIG = HandlerConfig(default_output="json")
-ALL_SCHEDULERS = tuple(SCHEDULER_SHORT_NAMES.values())
+ALL_SCHEDULERS = tuple(
+    dict.fromkeys(
+        [
+            *(each.class_names[0] for each in SAMPLERS.values()),
+            *SCHEDULER_CLASSES.values(),
+        ]
+    )
+)
 TRAITS = PipelineTraits(
     ALL_SCHEDULERS, 8, frozenset(f.argument for f in PICTURE_FIELDS.values() if f.argument)
 )
@@ -220,41 +228,77 @@ def test_weights_in_a_prompt_are_text(syntax: str) -> None:
 
 @pytest.mark.parametrize("name", ["scheduler", "sampler_name", "sampler_index", "sampler"])
 @pytest.mark.parametrize("karras", ["DPM++ 2M Karras", "dpm++_2m_karras", "dpm++ 2m-KARRAS"])
-def test_karras_is_refused_by_name(name: str, karras: str) -> None:
-    found = refusal({"prompt": "a", "seed": 1, name: karras})
-    assert found.keys() == {"scheduler"}
-    assert found["scheduler"].startswith(
-        f"{karras!r}: a request cannot choose Karras sigmas; without them it is dpm++; allowed: "
-    )
-
-
-def test_karras_beside_its_flag() -> None:
-    body = {"prompt": "a", "sampler_name": "DPM++ 2M Karras", "use_karras_sigmas": True}
-    assert refusal(body).keys() == {"scheduler", "use_karras_sigmas"}
-    assert refusal({"prompt": "a", "sampler_name": "Euler a", "scheduler": "Karras"}) == {
-        "scheduler": "'Karras': a request cannot choose Karras sigmas; leave it out"
-    }
+def test_karras_by_name(name: str, karras: str) -> None:
+    request = ring(**{name: karras})
+    assert (request.scheduler, request.extra["sigmas"]) == ("DPM++ 2M", "karras")
+    assert request.sampler == "DPM++ 2M karras"
 
 
 @pytest.mark.parametrize(
-    ("name", "class_name"),
+    "fields",
     [
-        *((label, class_name) for class_name, label in SAMPLER_NAMES.items()),
-        ("k_euler_a", "EulerAncestralDiscreteScheduler"),
-        ("K_DPM_2_ANCESTRAL", "KDPM2AncestralDiscreteScheduler"),
-        ("k_dpmpp_2m", "DPMSolverMultistepScheduler"),
+        {"sampler_name": "DPM++ 2M Karras", "use_karras_sigmas": True},
+        {"sampler_name": "DPM++ 2M", "scheduler": "Karras"},
+        {"sampler_name": "dpmpp_2m", "scheduler": "karras"},
+        {"scheduler": "DPM++ 2M", "sigmas": "Karras"},
+        {"scheduler": "DPM++ 2M", "schedule_type": "Karras"},
+        {"scheduler": "DPM++ 2M", "karras": True},
+        {"scheduler": "DPM++ 2M Karras", "sigmas": "karras", "use_beta_sigmas": False},
+        {"sampler": "K_DPMPP_2M_KA"},
     ],
 )
-def test_samplers_that_are_a_class(name: str, class_name: str) -> None:
+def test_karras_in_every_form(fields: dict[str, object]) -> None:
+    assert ring(**fields) == ring(scheduler="DPM++ 2M Karras")
+
+
+def test_sigmas_that_contradict_the_name_or_that_a_sampler_has_not() -> None:
+    assert refusal({"prompt": "a", "scheduler": "LMS Karras", "sigmas": "beta"}) == {
+        "sigmas": "'beta', but the scheduler says Karras: send one"
+    }
+    assert refusal({"prompt": "a", "use_karras_sigmas": True, "use_beta_sigmas": True}).keys() == {
+        "sigmas"
+    }
+    assert refusal({"prompt": "a", "sampler_name": "Euler a", "scheduler": "Karras"}) == {
+        "sigmas": "'Euler a': Euler a has no Karras sigmas in diffusers; its sigmas may be"
+        " sgm_uniform, simple, normal, ddim_uniform"
+    }
+    found = refusal({"prompt": "a", "scheduler": "DPM++ 2M KL Optimal"})
+    assert "DPM++ 2M has no KL-optimal sigmas in diffusers" in found["scheduler"]
+    found = refusal({"prompt": "a", "scheduler": "DPM++ 2S a Karras"})
+    assert "diffusers has no such solver" in found["scheduler"]
+    assert refusal({"prompt": "a", "sigmas": [14.6, 0.0]}).keys() == {"sigmas"}
+
+
+def test_automatic_is_what_counts_where_nothing_is_sent() -> None:
+    assert ring(scheduler="Automatic", schedule_type="automatic") == ring()
+    assert ring(sampler_name="Euler", scheduler="Automatic") == ring(scheduler="Euler")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        *((name, name) for name in SAMPLERS),
+        *((alias, each.name) for each in SAMPLERS.values() for alias in each.aliases),
+        ("k_euler_a", "Euler a"),
+        ("K_DPM_2_ANCESTRAL", "DPM2 a"),
+        ("k_dpmpp_2m", "DPM++ 2M"),
+        ("dpmpp_2m_sde_gpu", "DPM++ 2M SDE"),
+        ("DPM++2M", "DPM++ 2M"),
+        ("DPMSolverMultistep", "DPMSolverMultistepScheduler"),
+        ("eulerdiscretescheduler", "EulerDiscreteScheduler"),
+        ("pndm", "PNDMScheduler"),
+    ],
+)
+def test_samplers_by_their_names(name: str, meant: str) -> None:
     """Among them are all that the metadata of a picture may hold."""
-    assert ring(sampler_name=name).scheduler == ring(scheduler=name).scheduler == class_name
+    assert ring(sampler_name=name).scheduler == ring(scheduler=name).scheduler == meant
 
 
 NEARLY = [
     *("DPM++ 2M", "DPM++ 2S a", "DPM++ 2M SDE", "DPM++ 3M SDE", "DPM++ SDE", "DPM2", "DPM2 a"),
     *("DPM fast", "DPM adaptive", "Euler", "Euler a", "Heun", "LMS", "DDPM", "DDIM", "DDIM CFG++"),
     *("Restart", "UniPC", "PLMS", "LCM", "TCD", "SA", "DEIS", "dpmpp_2m", "heunpp2", "res_2m"),
-    *(f"{label} Karras" for label in SAMPLER_NAMES.values()),
+    *(f"{name} Karras" for name in SAMPLERS),
     *(name for name in dir(diffusers) if name.endswith("Scheduler")),
 ]
 
@@ -265,7 +309,7 @@ def test_a_refused_scheduler_is_never_told_another_solver(name: str) -> None:
         found = outcome(
             {"prompt": "a", "scheduler": name}, PipelineTraits((left,), 8, TRAITS.parameters)
         )
-        assert found == left or "did you mean" not in found["scheduler"]
+        assert isinstance(found, str) or "did you mean" not in found["scheduler"]
 
 
 @pytest.mark.parametrize(
@@ -445,8 +489,8 @@ def test_counts_of_pictures_are_not_pictures(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("lora", {"style": 0.6}),
-        ("loras", ["style"]),
+        ("lora_scale", 0.6),
+        ("lora_path", "style.safetensors"),
         ("cross_attention_kwargs", {"scale": 0.5}),
     ],
 )

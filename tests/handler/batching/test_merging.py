@@ -549,3 +549,12 @@ def test_splitting_an_output_gives_what_each_would_have_got(tree: Any, rows: lis
     starts = [sum(rows[:i]) for i in range(len(rows))]
     expected = [narrowed(whole, start, n) for start, n in zip(starts, rows, strict=True)]
     assert same(split(whole, rows), expected)
+
+
+@pytest.mark.parametrize("step", [torch.tensor(5), torch.tensor([5]), torch.tensor([5.0, 5.0])])
+def test_steps_come_to_the_device_of_the_rows(step: torch.Tensor) -> None:
+    """Schedulers may keep them on the CPU; meta stands for a device that is another one."""
+    calls = [{"sample": torch.empty(2, 3, device="meta"), "timestep": step} for _ in range(2)]
+    merged = merge(calls, [2, 2])
+    assert merged["timestep"].device == torch.device("meta")
+    assert merged["timestep"].shape == (4,)

@@ -18,7 +18,7 @@ import torch
 from handler.engine import BUCKETS, InFlightEngine
 from handler.engine.parking import find_slots
 from handler.engine.ticket import Ticket
-from handler.pipelines.schedulers import compatible_schedulers
+from handler.pipelines.schedulers import compatible_schedulers, seed_noise
 from tests.support.pipelines import FAMILIES, SIDE_PX, build, example_kwargs, image_of
 
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -78,6 +78,7 @@ def solo(pipeline: Any, family: str, request: Request) -> torch.Tensor:
     own = pipeline.scheduler
     if request.scheduler is not None:
         pipeline.scheduler = getattr(diffusers, request.scheduler).from_config(own.config)
+        seed_noise(pipeline.scheduler, request.kwargs(family)["generator"])
     try:
         return image_of(pipeline(**request.kwargs(family)))
     finally:

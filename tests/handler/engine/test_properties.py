@@ -29,7 +29,7 @@ from handler.engine import BUCKETS, InFlightEngine
 from handler.engine.ticket import State, StepEnd, Ticket
 from handler.errors import Cancelled, DeadlineExceeded, TooLarge
 from handler.pipelines.cost import Cost
-from handler.pipelines.schedulers import compatible_schedulers, make_scheduler
+from handler.pipelines.schedulers import compatible_schedulers, make_scheduler, seed_noise
 from tests.support.pipelines import build
 from tests.support.toy_pipeline import Denoise, ToyPipeline, ToyUNet, toy
 
@@ -182,6 +182,7 @@ def solo(family: str, wish: Wish) -> torch.Tensor | type[Exception]:
     view.set_progress_bar_config(disable=True)
     if wish.scheduler is not None:
         view.scheduler = make_scheduler(view, wish.scheduler)
+        seed_noise(view.scheduler, torch.Generator().manual_seed(wish.seed))
     try:
         images: torch.Tensor = view(**kwargs_of(family, wish)).images
         return images

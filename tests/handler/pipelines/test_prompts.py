@@ -98,19 +98,30 @@ def test_a_prompt_within_the_window_has_no_warning(length: int) -> None:
 
 @pytest.mark.parametrize("length", [76, 80, 300])
 def test_a_longer_prompt_says_how_many_tokens_are_dropped(length: int) -> None:
-    (warning,) = prompt_warnings(shared("stable_diffusion"), request("a" * length))
+    (warning,) = prompt_warnings(shared("stable_diffusion_3"), request("a" * length))
     assert warning == (
         f"the last {length - 75} tokens of the prompt were dropped: the text encoder reads 75"
     )
 
 
+@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_xl"])
+def test_what_reads_windows_drops_nothing(family: str) -> None:
+    long = request("a " * 400, negative_prompt="b " * 100)
+    assert prompt_warnings(shared(family), long) == ()
+
+
 def test_the_dropped_tokens_are_those_the_pipeline_does_not_read() -> None:
     """Words behind the window change nothing, the last one within it does."""
-    pipeline = shared("stable_diffusion")
+    pipeline = shared("stable_diffusion_3")
     prompts = ["a " * 74 + end for end in ("b", "b c c c", "b d", "c c c c")]
     dropped = [len(prompt_warnings(pipeline, request(prompt))) for prompt in prompts]
     with torch.no_grad():
-        embedded = [pipeline.encode_prompt(prompt, "cpu", 1, False)[0] for prompt in prompts]
+        embedded = [
+            pipeline.encode_prompt(
+                prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=77
+            )[0][:, :77]
+            for prompt in prompts
+        ]
     assert dropped == [0, 1, 1, 1]
     assert torch.equal(embedded[0], embedded[1])
     assert torch.equal(embedded[0], embedded[2])
@@ -119,7 +130,7 @@ def test_the_dropped_tokens_are_those_the_pipeline_does_not_read() -> None:
 
 def test_both_prompts_are_judged() -> None:
     long = "a" * 80
-    pipeline = shared("stable_diffusion")
+    pipeline = shared("stable_diffusion_3")
     names = [w.split(" of the ")[1].split()[0] for w in _both(pipeline, long, long)]
     assert names == ["prompt", "negative_prompt"]
     assert len(_both(pipeline, "a", long)) == 1
@@ -176,6 +187,16 @@ def test_syntax_that_is_read_as_plain_text_is_named(prompt: str, syntax: str) ->
     assert prompt_warnings(pipeline, request(prompt)) == (f"the prompt {expected}",)
     negative = prompt_warnings(pipeline, request(negative_prompt=prompt))
     assert negative == (f"the negative_prompt {expected}",)
+
+
+def test_syntax_that_counts_has_no_warning() -> None:
+    pipeline = shared("stable_diffusion")
+    prompt = "a (red:1.3) ring [blue] ((bright)) BREAK red++ <hypernet:a:1>"
+    (warning,) = prompt_warnings(pipeline, request(prompt))
+    assert warning.endswith('read as plain text; "prompt_weighting": true reads A1111\'s weights')
+    weighted = request(prompt, extra={"prompt_weighting": True})
+    (warning,) = prompt_warnings(pipeline, weighted)
+    assert warning == "the prompt has word++, <lora:name:1>: it is read as plain text"
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from handler.errors import EngineFault, InvalidRequest
 from handler.service.reading import draw_seed
+from tests.support.pipelines import build
 from tests.support.services import Make, finish, open_request, request, statuses, tick
 
 
@@ -53,3 +55,23 @@ def test_drawn_seeds_differ_and_can_be_typed() -> None:
     seeds = {draw_seed() for _ in range(50)}
     assert len(seeds) > 45
     assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_prompts_are_read_whole_and_weighted_where_that_is_asked_for(make: Make) -> None:
+    service = make(pipeline=build("stable_diffusion"))
+    words = " ".join("abcdefghij"[place % 10] for place in range(90))
+    asked: list[dict[str, object]] = [
+        {"prompt": words},
+        {"prompt": words[:-2]},
+        {"prompt": "a (b:1.5)"},
+        {"prompt": "a (b:1.5)", "prompt_weighting": True},
+        {"prompt": "a b", "prompt_weighting": True},
+        {"prompt": "a b"},
+    ]
+    results = service.draw(service.read([{"body": {"seed": 1, **each}} for each in asked]))
+    pictures = [np.asarray(result.images[0]) for result in results]
+    warned = [len(result.warnings) for result in results]
+    assert warned == [0, 0, 1, 0, 0, 0]
+    assert np.array_equal(pictures[4], pictures[5])
+    for one, other in ((0, 1), (2, 3), (3, 4)):
+        assert not np.array_equal(pictures[one], pictures[other])

@@ -202,6 +202,27 @@ def test_a_fault_while_a_request_is_taken_in_is_its_own(
     assert not service.live_ids
 
 
+@pytest.mark.parametrize(("hold_s", "num_ticks"), [(0.0, 1), (9.0, 10), (90.0, 20)])
+def test_a_reply_may_be_held_for_a_while_but_not_beyond_the_cycle(
+    make: Make, clock: Clock, hold_s: float, num_ticks: int
+) -> None:
+    """Each reading of the clock is a second, and a tick of the service reads it once."""
+
+    def one_more_second() -> float:
+        clock.now_s += 1
+        return clock.now_s
+
+    service = make(service_clock=one_more_second)
+    open_request(service, "long", num_inference_steps=LONG)
+    open_request(service, "wrong", num_inference_steps=-1)
+    begun_s = clock.now_s
+    service.advance(20.0, hold_s=hold_s)
+    # The first reading is the beginning's.
+    assert clock.now_s - begun_s == pytest.approx(1 + num_ticks, abs=1)
+    assert statuses(service.take_replies()) == {"wrong": 400}
+    assert "long" in service.live_ids
+
+
 def test_closing_ends_all_and_gives_the_pipeline_back(clock: Clock) -> None:
     pipeline = faulty()
     service = make_service(clock, pipeline=pipeline)

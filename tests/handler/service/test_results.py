@@ -26,7 +26,7 @@ class Drawing:
 
 @pytest.mark.parametrize("name", ["images", "image"])
 def test_pictures_are_taken_from_either_field(name: str) -> None:
-    request = cast(Any, SimpleNamespace(prompt="", negative_prompt=None))
+    request = cast(Any, SimpleNamespace(prompt="", negative_prompt=None, is_weighted=False))
     found = result_of(cast(Any, Drawing(name)), request, SimpleNamespace(components={}))
     assert found.images == ("a picture",)
 

@@ -1,0 +1,101 @@
+"""The LoRAs that a request names, in the forms that these are sent in, and which there are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+
+from handler.messages import nearest, number_range, show
+
+__all__ = ["MAX_LORAS", "is_lora_name", "lora_problem", "read_loras"]
+
+MAX_LORAS = 16
+"""How many a request may name."""
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+_NUMBER = re.compile(r"[+-]?([0-9]{1,9}(\.[0-9]{0,20})?|\.[0-9]{1,20})")
+_FORMS = 'send {"NAME": SCALE}, ["NAME"], [{"name": "NAME", "scale": SCALE}] or "NAME:SCALE, NAME"'
+_NUM_LISTED = 50
+
+
+def is_lora_name(name: object) -> bool:
+    """Whether a LoRA may have this name: never that of a file anywhere else."""
+    return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def read_loras(value: object, *, low: float, high: float) -> dict[str, float]:
+    """The scale of each LoRA in `value`, 1 where it says none.
+
+    Raises:
+        ValueError: it has none of the forms, or a scale is out of range.
+    """
+    found: dict[str, float] = {}
+    for name, scale in _entries(value):
+        if not is_lora_name(name):
+            raise ValueError(
+                f"{show(name)} is not the name of a LoRA: 1 to 64 of the characters"
+                " A-Z a-z 0-9 . _ -; a LoRA is named, not sent, and no path or URL is opened"
+            )
+        assert isinstance(name, str)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise ValueError(f"the scale of {name} is {show(scale)}, not a number; {_FORMS}")
+        if not low <= scale <= high:
+            allowed = number_range(low, high)
+            raise ValueError(f"the scale of {name} is {show(scale)}; allowed: {allowed}")
+        if name in found:
+            raise ValueError(f"{name} is given twice")
+        found[name] = float(scale)
+    if len(found) > MAX_LORAS:
+        raise ValueError(f"{len(found)} LoRAs are named; allowed are {MAX_LORAS}")
+    return found
+
+
+def lora_problem(names: Collection[str], there_are: Collection[str]) -> str | None:
+    """What to say of those of `names` that there are not; None where there are all."""
+    unknown = sorted(set(names) - set(there_are))
+    if not unknown:
+        return None
+    known = sorted(there_are)
+    match = nearest(unknown[0], known) if known else None
+    hint = f"did you mean {match}? " if match else ""
+    shown = ", ".join(known[:_NUM_LISTED])
+    more = f" and {len(known) - _NUM_LISTED} more" if len(known) > _NUM_LISTED else ""
+    listed = f"there are {shown}{more}" if known else "there are none"
+    return (
+        f"{', '.join(map(show, unknown))}: no such LoRA; {hint}{listed}; a server has those packed"
+        " with --lora FILE and those in its lora_dir"
+    )
+
+
+def _entries(value: object) -> list[tuple[object, object]]:
+    if isinstance(value, str):
+        return [_written(part) for part in value.split(",") if part.strip()]
+    if isinstance(value, Mapping):
+        if set(value) <= {"name", "scale"} and "name" in value and not _is_scale(value["name"]):
+            return [(value["name"], value.get("scale", 1.0))]
+        return [(name, 1.0 if scale is None else scale) for name, scale in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_listed(each) for each in value]
+    raise ValueError(f"{show(value)} names no LoRAs; {_FORMS}")
+
+
+def _listed(value: object) -> tuple[object, object]:
+    if isinstance(value, str):
+        return _written(value)
+    if isinstance(value, Mapping) and "name" in value and set(value) <= {"name", "scale"}:
+        return value["name"], value.get("scale", 1.0)
+    raise ValueError(f"{show(value)} names no LoRA; {_FORMS}")
+
+
+def _written(text: str) -> tuple[object, object]:
+    """A name, or a name and its scale: ``style:0.8``."""
+    name, colon, scale = text.strip().partition(":")
+    if not colon:
+        return name, 1.0
+    if _NUMBER.fullmatch(scale.strip()):
+        return name.strip(), float(scale)
+    return text.strip(), 1.0  # of which the name is wrong, whatever else is
+
+
+def _is_scale(value: object) -> bool:
+    return isinstance(value, (int, float))

@@ -1,0 +1,113 @@
+"""A1111's syntax of prompts: weights, breaks and LoRA tags, as text becomes pieces.
+
+``(word)`` weighs 1.1 times, ``[word]`` 1 / 1.1 times, ``(word:1.3)`` 1.3 times; brackets nest, and
+one that is not closed reaches to the end. A backslash makes a bracket a character. ``BREAK`` begins
+the next window of the text encoder. ``<lora:name:0.8>`` names a LoRA and its scale.
+
+Untrusted text: nothing here recurses, and every pattern is linear.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["MAX_WEIGHT", "Piece", "pieces_of", "take_loras", "weight_problem"]
+
+MAX_WEIGHT = 10.0
+"""How far from nothing a weight may be, to either side."""
+
+_ROUND, _SQUARE = 1.1, 1 / 1.1
+_TOKEN = re.compile(
+    r"(?P<escaped>\\[()\[\]\\])"
+    r"|(?P<weight>:\s{0,8}(?P<number>[+-]?(?:[0-9]{1,9}\.?[0-9]{0,9}|\.[0-9]{1,9}))\s{0,8}\))"
+    r"|(?P<bracket>[()\[\]])"
+    r"|(?P<text>[^\\()\[\]:]+|[\\:])"
+)
+_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_LORA = re.compile(r"<lora:(?P<name>[^<>:]{1,200})(?::(?P<scale>[^<>]{0,200}))?>")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text of one weight, or a break, whose text is None."""
+
+    text: str | None
+    weight: float = 1.0
+
+
+def pieces_of(prompt: str) -> list[Piece]:
+    """The pieces of a prompt in their order; neighbours of one weight are one piece."""
+    texts: list[tuple[str | None, float]] = []
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+
+    def weigh(start: int, factor: float) -> None:
+        for place in range(start, len(texts)):
+            text, weight = texts[place]
+            texts[place] = text, weight * factor
+
+    for token in _TOKEN.finditer(prompt):
+        kind, text = token.lastgroup, token.group()
+        if token["weight"] is not None and opened["("]:
+            weigh(opened["("].pop(), float(token["number"]))
+        elif text in opened:
+            opened[text].append(len(texts))
+        elif text == ")" and opened["("]:
+            weigh(opened["("].pop(), _ROUND)
+        elif text == "]" and opened["["]:
+            weigh(opened["["].pop(), _SQUARE)
+        elif kind == "escaped":
+            texts.append((text[1], 1.0))
+        else:
+            for place, part in enumerate(_BREAK.split(text)):
+                if place:
+                    texts.append((None, 1.0))
+                texts.append((part, 1.0))
+    for start in opened["("]:
+        weigh(start, _ROUND)
+    for start in opened["["]:
+        weigh(start, _SQUARE)
+    return _joined(texts)
+
+
+def _joined(texts: list[tuple[str | None, float]]) -> list[Piece]:
+    pieces: list[Piece] = []
+    for text, weight in texts:
+        if text is None:
+            pieces.append(Piece(None))
+        elif pieces and pieces[-1].text is not None and pieces[-1].weight == weight:
+            pieces[-1] = Piece(pieces[-1].text + text, weight)
+        elif text:
+            pieces.append(Piece(text, weight))
+    return pieces or [Piece("")]
+
+
+def weight_problem(prompt: str) -> str | None:
+    """What is wrong with the weights of a prompt; None where nothing is."""
+    for piece in pieces_of(prompt):
+        if not -MAX_WEIGHT <= piece.weight <= MAX_WEIGHT:
+            return (
+                f"a weight of {piece.weight:.3g} is out of range; allowed:"
+                f" {-MAX_WEIGHT:g} to {MAX_WEIGHT:g}, brackets multiplied"
+            )
+    return None
+
+
+def take_loras(prompt: str) -> tuple[str, dict[str, float]]:
+    """The prompt without its LoRA tags, and the scale of each LoRA that they name.
+
+    Raises:
+        ValueError: a tag has no number for its scale, or one LoRA has two.
+    """
+    loras: dict[str, float] = {}
+    for tag in _LORA.finditer(prompt):
+        name, scale = tag["name"].strip(), tag["scale"]
+        try:
+            number = 1.0 if scale is None else float(scale)
+        except ValueError:
+            number = float("nan")
+        if not abs(number) < float("inf"):
+            raise ValueError(f"the scale of <lora:{name[:40]}:…> is not a number")
+        if loras.setdefault(name, number) != number:
+            raise ValueError(f"<lora:{name[:40]}:…> stands there twice, with two scales")
+    return _LORA.sub("", prompt), loras

@@ -1,0 +1,420 @@
+"""The table of samplers: the names that people use, and the diffusers class and options of each.
+
+A sampler is a solver (AUTOMATIC1111's and k-diffusion's "DPM++ 2M") with a schedule of sigmas
+("Karras"), as ComfyUI's pairs of sampler and scheduler are. The pairs are those of diffusers' own
+documentation (api/schedulers/overview, for A1111 and k-diffusion). Under a class's own name a
+scheduler is what the pipeline's configuration makes of it; under a sampler's name it is that
+sampler, whatever the configuration says.
+
+Plain data: importing it needs neither torch nor diffusers.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from handler.messages import show
+
+__all__ = [
+    "SAMPLERS",
+    "SCHEDULER_CLASSES",
+    "SCHEDULES",
+    "WITH_SIGMAS",
+    "WITH_SPACING",
+    "Sampler",
+    "Schedule",
+    "Solver",
+    "find_sampler",
+    "offered",
+    "sampler_problem",
+    "samplers_of",
+    "schedule_of",
+    "split_schedule",
+]
+
+Options = Mapping[str, object]
+"""Keyword arguments for a scheduler's class."""
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """One row: a solver under the name that A1111 writes into pictures, or else its usual one."""
+
+    name: str
+    class_names: tuple[str, ...]
+    """The classes that are it: the first that goes with the pipeline."""
+    options: Options = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    """Its other names in lower case, words joined by underscores; the first is offered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A schedule of sigmas."""
+
+    name: str
+    """As A1111 writes it into pictures."""
+    flag: str | None = None
+    """The option that switches it on."""
+    options: Options = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+
+    def options_for(self, class_name: str) -> Options | None:
+        """The options that give it to a scheduler of this class; None where nothing does."""
+        options = dict(_evenly(class_name))
+        if self.flag is not None:
+            if class_name not in WITH_SIGMAS:
+                return None
+            options[self.flag] = True
+        if class_name in WITH_SPACING:
+            return {**options, **self.options}
+        # What has no choice of spacing: DPMSolverSinglestepScheduler is spaced as np.linspace does,
+        # and the sigmas of flow matching are those that ComfyUI calls simple.
+        spacing = self.options.get("timestep_spacing")
+        is_same = spacing == "linspace" and (self.flag is not None or class_name == _SINGLESTEP)
+        is_simple = self.name == "Simple" and class_name == "FlowMatchEulerDiscreteScheduler"
+        return options if spacing is None or is_same or is_simple else None
+
+
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """What a name means for a pipeline."""
+
+    name: str
+    """The solver's, or a class's where the pipeline's own configuration counts."""
+    class_name: str
+    options: Options
+    """What differs from the configuration of the pipeline's own scheduler."""
+    sigmas: str | None = None
+    """The key of a schedule in `SCHEDULES`, where one was named."""
+
+
+_MULTISTEP, _SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+# Classes that take use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas.
+WITH_SIGMAS = frozenset(
+    [
+        *(_MULTISTEP, _SINGLESTEP, "DEISMultistepScheduler", "DPMSolverSDEScheduler"),
+        *("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"),
+        *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
+        *("LMSDiscreteScheduler", "SASolverScheduler", "UniPCMultistepScheduler"),
+    ]
+)
+# Classes that follow timestep_spacing; LCM and TCD take it and do not.
+WITH_SPACING = WITH_SIGMAS - {
+    *(_SINGLESTEP, "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
+} | {
+    *("DDIMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "PNDMScheduler"),
+}
+_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def _dpmpp(algorithm: str, order: int, solver_type: str) -> Options:
+    return {"algorithm_type": algorithm, "solver_order": order, "solver_type": solver_type}
+
+
+SAMPLERS: Mapping[str, Solver] = MappingProxyType(
+    {
+        each.name: each
+        for each in (
+            Solver("DDIM", ("DDIMScheduler",), aliases=("ddim",)),
+            Solver("DDPM", ("DDPMScheduler",), aliases=("ddpm",)),
+            Solver(
+                "DEIS",
+                ("DEISMultistepScheduler",),
+                {"algorithm_type": "deis", "solver_type": "logrho"},
+                ("deis",),
+            ),
+            Solver(
+                "DPM++ 2M",
+                (_MULTISTEP,),
+                _dpmpp("dpmsolver++", 2, "midpoint"),
+                ("dpm++", "dpm++_2m"),
+            ),
+            Solver(
+                "DPM++ 2M SDE",
+                (_MULTISTEP,),
+                _dpmpp("sde-dpmsolver++", 2, "midpoint"),
+                ("dpm++_2m_sde",),
+            ),
+            Solver(
+                "DPM++ 2M SDE Heun",
+                (_MULTISTEP,),
+                _dpmpp("sde-dpmsolver++", 2, "heun"),
+                ("dpm++_2m_sde_heun",),
+            ),
+            Solver("DPM++ 3M", (_MULTISTEP,), _dpmpp("dpmsolver++", 3, "midpoint"), ("dpm++_3m",)),
+            Solver(
+                "DPM++ 3M SDE",
+                (_MULTISTEP,),
+                _dpmpp("sde-dpmsolver++", 3, "midpoint"),
+                ("dpm++_3m_sde",),
+            ),
+            Solver("DPM++ 2S", (_SINGLESTEP,), _dpmpp("dpmsolver++", 2, "midpoint"), ("dpm++_2s",)),
+            Solver("DPM++ SDE", ("DPMSolverSDEScheduler",), aliases=("dpm++_sde",)),
+            Solver("DPM2", ("KDPM2DiscreteScheduler",), aliases=("dpm2", "dpm_2", "kdpm_2")),
+            Solver(
+                "DPM2 a",
+                ("KDPM2AncestralDiscreteScheduler",),
+                aliases=("dpm2_a", "dpm_2_a", "kdpm_2_a"),
+            ),
+            Solver(
+                "Euler",
+                ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
+                aliases=("euler",),
+            ),
+            Solver("Euler a", ("EulerAncestralDiscreteScheduler",), aliases=("euler_a",)),
+            Solver(
+                "Heun", ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"), {}, ("heun",)
+            ),
+            Solver("LCM", ("LCMScheduler", "FlowMatchLCMScheduler"), aliases=("lcm",)),
+            Solver("LMS", ("LMSDiscreteScheduler",), aliases=("lms",)),
+            Solver("PLMS", ("PNDMScheduler",), {"skip_prk_steps": True}, ("plms",)),
+            Solver(
+                "SA Solver",
+                ("SASolverScheduler",),
+                {"algorithm_type": "data_prediction"},
+                ("sa", "sa_solver"),
+            ),
+            Solver("TCD", ("TCDScheduler",), aliases=("tcd",)),
+            Solver("UniPC", ("UniPCMultistepScheduler",), aliases=("unipc",)),
+            # ComfyUI's two variants of it.
+            Solver(
+                "uni_pc",
+                ("UniPCMultistepScheduler",),
+                # From no noise at all, B₁(h) = h is infinite.
+                {"solver_type": "bh1", "final_sigmas_type": "sigma_min"},
+                ("uni_pc",),
+            ),
+            Solver(
+                "uni_pc_bh2", ("UniPCMultistepScheduler",), {"solver_type": "bh2"}, ("uni_pc_bh2",)
+            ),
+        )
+    }
+)
+"""Solvers by their names."""
+
+SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
+    {
+        "karras": Schedule("Karras", "use_karras_sigmas", aliases=("ka", "k")),
+        "exponential": Schedule(
+            "Exponential", "use_exponential_sigmas", {"timestep_spacing": "linspace"}
+        ),
+        "beta": Schedule("Beta", "use_beta_sigmas", {"timestep_spacing": "linspace"}),
+        "sgm_uniform": Schedule("SGM Uniform", None, {"timestep_spacing": "trailing"}),
+        "simple": Schedule("Simple", None, {"timestep_spacing": "trailing"}),
+        "normal": Schedule("Normal", None, {"timestep_spacing": "linspace"}, ("uniform",)),
+        "ddim_uniform": Schedule("DDIM", None, {"timestep_spacing": "leading", "steps_offset": 1}),
+    }
+)
+"""Schedules of sigmas by the words that a request chooses them with."""
+
+SCHEDULER_CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "edm_dpm++": "EDMDPMSolverMultistepScheduler",
+        "edm_euler": "EDMEulerScheduler",
+        "flow_euler": "FlowMatchEulerDiscreteScheduler",
+        "flow_heun": "FlowMatchHeunDiscreteScheduler",
+        "pndm": "PNDMScheduler",
+    }
+)
+"""Short names of classes, for schedulers as the pipeline's configuration makes them."""
+
+# Schedules that others have and diffusers has not.
+_ABSENT_SCHEDULES = {
+    "align_your_steps": "Align Your Steps",
+    "kl_optimal": "KL-optimal",
+    "linear_quadratic": "linear-quadratic",
+    "polyexponential": "polyexponential",
+    "turbo": "turbo",
+}
+_ABSENT_SOLVERS = frozenset(
+    [
+        *("dpm++_2s_a", "dpm_fast", "dpm_adaptive", "restart", "ddim_cfg++", "euler_cfg_pp"),
+        *("euler_a_cfg_pp", "heunpp2", "res_multistep", "gradient_estimation", "er_sde"),
+        *("seeds_2", "seeds_3", "ipndm", "ipndm_v", "dpm++_2m_cfg_pp", "dpm++_2s_a_cfg_pp"),
+    ]
+)
+_MIN_MISSPELT_CHARS, _MIN_LIKENESS = 4, 0.8
+
+
+def find_sampler(
+    name: str | None, compatible: Sequence[str], sigmas: str | None = None
+) -> Sampler | None:
+    """What `name` means for a pipeline that may run with the classes `compatible`, its own first.
+
+    `name` may end with a schedule; None is the pipeline's own scheduler, and a name that is nothing
+    but a schedule its own with that. `sigmas` is a key of `SCHEDULES`. None where the pipeline
+    cannot run with it, or not with such sigmas.
+    """
+    solver_name, scheduled = _split(name or "")
+    sigmas = sigmas or scheduled
+    named: str
+    options: Options
+    if not solver_name:
+        if not compatible or (name and scheduled is None):
+            return None
+        named = class_name = compatible[0]
+        options = {}
+    elif solver_name in _SOLVERS:
+        solver = _SOLVERS[solver_name]
+        fitting = [each for each in solver.class_names if each in compatible]
+        if not fitting:
+            return None
+        named, class_name = solver.name, fitting[0]
+        options = {**_evenly(class_name), **solver.options}
+    else:
+        known = _class_of(solver_name, compatible)
+        if known is None:
+            return None
+        named = class_name = known
+        options = {}
+    if sigmas is not None:
+        scheduled_options = SCHEDULES[sigmas].options_for(class_name)
+        if scheduled_options is None:
+            return None
+        options = {**options, **scheduled_options}
+    return Sampler(named, class_name, options, sigmas)
+
+
+def samplers_of(compatible: Sequence[str]) -> dict[str, list[str]]:
+    """The names of the samplers that go with a pipeline, each with its schedules' keys."""
+    return {
+        solver.name: [
+            sigmas for sigmas in SCHEDULES if find_sampler(solver.name, compatible, sigmas)
+        ]
+        for solver in SAMPLERS.values()
+        if find_sampler(solver.name, compatible) is not None
+    }
+
+
+def offered(compatible: Sequence[str]) -> list[str]:
+    """The names to offer for what a pipeline may run with: one a solver, and classes else."""
+    names = []
+    for class_name in compatible:
+        solvers = [each for each in SAMPLERS.values() if class_name in each.class_names]
+        short = [short for short, known in SCHEDULER_CLASSES.items() if known == class_name]
+        names += [each.aliases[0] for each in solvers] + short or [class_name]
+    return list(dict.fromkeys(names))
+
+
+def sampler_problem(name: str, compatible: Sequence[str], sigmas: str | None = None) -> str:
+    """What to say of a name for which `find_sampler` finds nothing.
+
+    It never names another solver than the one that was meant.
+    """
+    choices = offered(compatible)
+    allowed = f"allowed: {', '.join(choices)}"
+    solver_name, scheduled = split_schedule(name) or (_normal(name), "")
+    if solver_name in _ABSENT_SOLVERS:
+        return f"{show(name)}: diffusers has no such solver; {allowed}"
+    alone = find_sampler(solver_name, compatible) if solver_name else None
+    key = sigmas or _split(name)[1]
+    schedule = SCHEDULES[key].name if key is not None else scheduled
+    if schedule and alone is not None:
+        kinds = [k for k in SCHEDULES if find_sampler(solver_name, compatible, k)]
+        can = f"its sigmas may be {', '.join(kinds)}" if kinds else "a request cannot choose them"
+        return f"{show(name)}: {alone.name} has no {schedule} sigmas in diffusers; {can}"
+    is_known = solver_name in _SOLVERS or solver_name in SCHEDULER_CLASSES
+    match = None if is_known else _misspelt(solver_name, choices)
+    hint = f"did you mean {match}? " if match else ""
+    return f"{show(name)} does not go with this pipeline; {hint}{allowed}"
+
+
+def schedule_of(name: str) -> str | None:
+    """The key of the schedule that has this name; None where there is none."""
+    return _SCHEDULE_NAMES.get(_normal(name)) if len(_normal(name)) > 2 else None
+
+
+def split_schedule(name: str) -> tuple[str, str] | None:
+    """The solver and the schedule of sigmas in a name such as ``DPM++ 2M Karras``.
+
+    None where the name has no schedule; the solver is empty where it has nothing else. The schedule
+    is the one that people call so, whether diffusers has it or not.
+    """
+    normal = f"_{_normal(name)}"
+    names = {key: schedule.name for key, schedule in SCHEDULES.items()} | _ABSENT_SCHEDULES
+    named = {alias: SCHEDULES[key].name for alias, key in _SCHEDULE_NAMES.items()} | names
+    whole = normal.removeprefix("_")
+    if whole in _SOLVERS:
+        return None
+    ends = [each for each in named if normal.endswith(f"_{each}")]
+    longest = max(ends, key=len, default=None)
+    if longest is None or (len(longest) <= 2 and longest == whole):
+        return None
+    return normal.removesuffix(f"_{longest}").removeprefix("_"), named[longest]
+
+
+def _split(name: str) -> tuple[str, str | None]:
+    """The normal name of a solver, and the key of the schedule that the name ends with."""
+    normal = _normal(name)
+    if normal in _SOLVERS:
+        return normal, None
+    split = split_schedule(normal)
+    if split is None:
+        return normal, None
+    key = next((key for key, schedule in SCHEDULES.items() if schedule.name == split[1]), None)
+    return (split[0], key) if key is not None else (normal, None)
+
+
+def _normal(name: str) -> str:
+    """A name in lower case with underscores between its words, in A1111's spelling."""
+    words = name[:100].lower().replace("-", " ").replace("_", " ").split()
+    normal = "_".join(words).replace("dpmpp", "dpm++")
+    if normal.startswith("dpm++") and normal[5:6].isalnum():
+        normal = f"dpm++_{normal[5:]}"
+    if normal.startswith("dpm++") and normal.endswith("_gpu"):
+        normal = normal.removesuffix("_gpu")
+    normal = _WHOLE.get(normal, normal)
+    normal = normal.replace("_ancestral", "_a")
+    return normal.removeprefix("k_") if normal.removeprefix("k_").startswith(_K_SOLVERS) else normal
+
+
+_WHOLE = {"karrasdpm": "dpm++_2m_karras"}
+_K_SOLVERS = ("euler", "heun", "lms", "dpm")
+_SCHEDULE_NAMES = {
+    alias: key for key, schedule in SCHEDULES.items() for alias in (key, *schedule.aliases)
+}
+_SOLVERS = {
+    alias: solver
+    for solver in SAMPLERS.values()
+    for alias in ("_".join(solver.name.lower().split()), *solver.aliases)
+}
+
+
+def _evenly(class_name: str) -> dict[str, object]:
+    """The options that switch every schedule off."""
+    return dict.fromkeys(_FLAGS, False) if class_name in WITH_SIGMAS else {}
+
+
+def _class_of(name: str, compatible: Collection[str]) -> str | None:
+    """The class with this name in any case, or short name, or without ``Scheduler`` at its end."""
+    known = {each.lower(): each for each in compatible}
+    known.update({each.lower().removesuffix("scheduler"): each for each in compatible})
+    known.update({s: each for s, each in SCHEDULER_CLASSES.items() if each in compatible})
+    return known.get(name)
+
+
+def _misspelt(name: str, choices: Sequence[str]) -> str | None:
+    """The choice that `name` is with letters of its words mistaken.
+
+    Solvers differ by single signs (2s, 2m, a, sde), so short words must be equal.
+    """
+    for choice in choices:
+        if choice not in _SOLVERS and choice not in SCHEDULER_CLASSES:
+            continue  # a class name, which is alike to those of other solvers
+        pairs = list(zip(name.split("_"), choice.split("_"), strict=False))
+        is_alike = all(
+            sent == word
+            or (
+                min(len(sent), len(word)) >= _MIN_MISSPELT_CHARS
+                and word.isalpha()
+                and difflib.SequenceMatcher(None, sent, word).ratio() >= _MIN_LIKENESS
+            )
+            for sent, word in pairs
+        )
+        if is_alike and name.count("_") == choice.count("_"):
+            return choice
+    return None

@@ -1,0 +1,148 @@
+"""The LoRAs that requests may name: those packed, and files of a folder, read at first use.
+
+A file is read and checked in a thread; the engine is given it between two ticks. Those that were
+not asked for the longest make room for others, but never one that a request in flight draws with.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from handler.api.lora_names import is_lora_name, lora_problem
+from handler.api.request import GenerationRequest
+from handler.engine import InFlightEngine
+from handler.errors import ArchiveError, InvalidRequest, QueueFull
+
+__all__ = ["Layers", "LoraNames", "LoraShelf", "named_by"]
+
+_SUFFIX = ".safetensors"
+
+Layers = Mapping[str, Mapping[str, Any]]
+"""What a LoRA adds to each layer, by component and the layer's path."""
+
+
+class LoraNames(Collection[str]):
+    """The names of the LoRAs that there are now: `packed`, and the files in `folder`."""
+
+    def __init__(self, packed: Collection[str] = (), folder: Path | None = None) -> None:
+        self.packed = frozenset(packed)
+        self.folder = folder
+
+    def path_of(self, name: str) -> Path | None:
+        """The file of a LoRA that is not packed, if there is one."""
+        if self.folder is None or not is_lora_name(name) or name in self.packed:
+            return None
+        path = self.folder / f"{name}{_SUFFIX}"
+        return path if path.is_file() else None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.packed or (isinstance(name, str) and self.path_of(name) is not None)
+
+    def __iter__(self) -> Iterator[str]:
+        found = set(self.packed)
+        if self.folder is not None:
+            found.update(path.stem for path in self.folder.glob(f"*{_SUFFIX}") if path.is_file())
+        return iter(sorted(name for name in found if is_lora_name(name)))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class LoraShelf:
+    """Keeps LoRAs of a folder attached to `engine`, at most `max_loras` of `max_bytes` together.
+
+    `read` opens a file and says what it adds to the pipeline, or raises ArchiveError.
+    """
+
+    def __init__(
+        self,
+        engine: InFlightEngine,
+        names: LoraNames,
+        read: Callable[[Path], Layers],
+        *,
+        max_loras: int,
+        max_bytes: int,
+    ) -> None:
+        self._engine = engine
+        self._names = names
+        self._read = read
+        self._max_loras = max_loras
+        self._max_bytes = max_bytes
+        self._attached: dict[str, int] = {}
+        """The bytes of each; the one asked for last stands last."""
+        self._reading = threading.Lock()
+
+    def missing(self, requests: Iterable[GenerationRequest]) -> list[str]:
+        """The LoRAs that `requests` name and that are to be read first; uses the others."""
+        wanted = named_by(requests) - self._names.packed
+        for name in wanted & self._attached.keys():
+            self._attached[name] = self._attached.pop(name)
+        return sorted(wanted - self._attached.keys())
+
+    def read(self, names: Iterable[str]) -> dict[str, Layers]:
+        """Read LoRAs of the folder, in any thread.
+
+        Raises:
+            InvalidRequest: a file has gone, or is no LoRA that fits the pipeline.
+        """
+        found = {}
+        for name in names:
+            path = self._names.path_of(name)
+            if path is None:
+                raise _refused(lora_problem([name], self._names) or f"{name} has gone")
+            try:
+                with self._reading:
+                    found[name] = self._read(path)
+            except (ArchiveError, OSError) as error:
+                raise _refused(f"{name} cannot be used: {error}") from error
+        return found
+
+    def attach(self, loras: Mapping[str, Layers], *, wanted: Collection[str] = ()) -> None:
+        """Give the engine what was read; `wanted` are not to make room for it.
+
+        Raises:
+            InvalidRequest: one alone is larger than all may be.
+            QueueFull: all that there is room for are in use.
+        """
+        for name, layers in loras.items():
+            if name not in self._attached:
+                size = sum(_size_bytes(each) for of in layers.values() for each in of.values())
+                self._make_room(name, size, {*wanted, *loras})
+                self._engine.attach_lora(name, layers)
+                self._attached[name] = size
+
+    def _make_room(self, name: str, size: int, wanted: Collection[str]) -> None:
+        if size > self._max_bytes:
+            raise _refused(f"{name} has {size} bytes; max_lora_bytes allows {self._max_bytes}")
+        kept = self._engine.loras_in_use | set(wanted)
+        free = [each for each in self._attached if each not in kept]
+        while (
+            len(self._attached) >= self._max_loras
+            or sum(self._attached.values()) + size > self._max_bytes
+        ):
+            if not free:
+                raise QueueFull(
+                    f"{len(self._attached)} LoRAs are in use, and there is no room for {name};"
+                    " try again a little later"
+                )
+            oldest = free.pop(0)
+            del self._attached[oldest]
+            self._engine.detach_lora(oldest)
+
+
+def named_by(requests: Iterable[GenerationRequest]) -> set[str]:
+    """The LoRAs that any of `requests` names."""
+    return {name for request in requests for name in request.loras or ()}
+
+
+def _size_bytes(layer: Any) -> int:
+    bias = 0 if layer.bias is None else layer.bias.nbytes
+    size: int = layer.down.nbytes + layer.up.nbytes + bias
+    return size
+
+
+def _refused(problem: str) -> InvalidRequest:
+    return InvalidRequest(f"loras: {problem}", {"loras": problem})

@@ -1,0 +1,168 @@
+"""LoRAs as files: what they add is what diffusers would load, and every tensor is accounted for."""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from handler.engine import InFlightEngine
+from handler.errors import ArchiveError
+from handler.loading.lora_files import LoraReader
+from tests.support.loras import kohya_lora
+from tests.support.pipelines import build, example_kwargs, image_of
+
+PREFIXES = {
+    "stable_diffusion": {"lora_unet": "unet", "lora_te": "text_encoder"},
+    "stable_diffusion_xl": {
+        "lora_unet": "unet",
+        "lora_te1": "text_encoder",
+        "lora_te2": "text_encoder_2",
+    },
+}
+KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+def kohya(family: str, **options: Any) -> dict[str, torch.Tensor]:
+    pipeline = build(family)
+    modules = {prefix: getattr(pipeline, name) for prefix, name in PREFIXES[family].items()}
+    return kohya_lora(modules, alpha=3.0, **options)
+
+
+def diffusers_own(family: str) -> dict[str, torch.Tensor]:
+    """PEFT's names, of which one layer has another rank."""
+    found = {}
+    for name, module in (("unet", build(family).unet),):
+        for path, layer in module.named_modules():
+            if path.endswith(("to_q", "to_v")):
+                rank = 3 if path.endswith("attn2.to_v") else 2
+                seed = torch.Generator().manual_seed(rank)
+                down = torch.randn(rank, layer.in_features, generator=seed)
+                up = torch.randn(layer.out_features, rank, generator=seed)
+                found[f"{name}.{path}.lora_A.weight"] = down * 0.3
+                found[f"{name}.{path}.lora_B.weight"] = up * 0.3
+    return found
+
+
+FILES = {"kohya": kohya, "diffusers": diffusers_own}
+
+
+@functools.cache
+def solo(family: str, form: str) -> Any:
+    pipeline = build(family)
+    pipeline.load_lora_weights(FILES[form](family), adapter_name="a")
+    pipeline.set_adapters(["a"], [0.7])
+    return image_of(pipeline(**example_kwargs(family, 0)))
+
+
+@pytest.mark.parametrize("family", PREFIXES)
+@pytest.mark.parametrize("form", FILES)
+def test_what_is_read_draws_what_diffusers_draws(family: str, form: str) -> None:
+    """To the bit alone; in company within the bound, while nothing of the modules is changed."""
+    pipeline = build(family)
+    names = [name for name, _ in pipeline.unet.named_modules()]
+    layers = LoraReader(pipeline).read(FILES[form](family), {})
+    plain = image_of(build(family)(**example_kwargs(family, 0)))
+    for exact in (True, False):
+        engine = InFlightEngine(pipeline, exact=exact)
+        engine.attach_lora("a", layers)
+        styled = engine.submit(example_kwargs(family, 0), adapters={"a": 0.7})
+        other = engine.submit(example_kwargs(family, 0))
+        engine.run()
+        engine.close()
+        bound = 0 if exact else 3e-5
+        assert (image_of(styled.result()) - solo(family, form)).abs().max() <= bound
+        assert (image_of(other.result()) - plain).abs().max() <= bound
+        assert (engine.counters.merged_forwards > 0) is not exact
+    assert (plain - solo(family, form)).abs().max() > 1e-3
+    assert [name for name, _ in pipeline.unet.named_modules()] == names
+
+
+def test_a_text_encoder_is_applied_whole_where_diffusers_drops_its_attention() -> None:
+    """Kohya's usual file: attention and MLP. PEFT is handed the one under names that it has not."""
+    pipeline = build("stable_diffusion")
+    ends = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    file = kohya_lora({"lora_te": pipeline.text_encoder}, alpha=1.0, ends=ends)
+    layers = LoraReader(pipeline).read(file, {})["text_encoder"]
+    assert 3 * len(layers) == len(file)
+    path = "encoder.layers.0.self_attn.q_proj"
+    down = file["lora_te_encoder_layers_0_self_attn_q_proj.lora_down.weight"]
+    assert torch.equal(layers[path].down, down)
+    assert (layers[path].alpha, layers[path].divisor) == (1.0, 2)
+
+
+def test_the_scale_stands_in_the_files_metadata() -> None:
+    """As diffusers saves it: there are no alphas among the tensors."""
+    pipeline = build("stable_diffusion")
+    config = {"r": 2, "lora_alpha": 8, "rank_pattern": {"attn2.to_v": 3}, "alpha_pattern": {}}
+    written = {f"unet.{key}": value for key, value in config.items()}
+    metadata = {"lora_adapter_metadata": json.dumps({**written, "unet.use_rslora": True})}
+    layers = LoraReader(pipeline).read(diffusers_own("stable_diffusion"), metadata)["unet"]
+    found = {path.rpartition("_blocks.0.")[2]: layer for path, layer in layers.items()}
+    assert (found["attn1.to_q"].alpha, found["attn1.to_q"].divisor) == (8.0, 2**0.5)
+    assert (found["attn2.to_v"].alpha, found["attn2.to_v"].divisor) == (8.0, 3**0.5)
+    wrong = {"lora_adapter_metadata": json.dumps({**written, "unet.rank_pattern": {}})}
+    with pytest.raises(ArchiveError, match="has the rank 3, and its metadata says 2"):
+        LoraReader(pipeline).read(diffusers_own("stable_diffusion"), wrong)
+
+
+def dora() -> dict[str, torch.Tensor]:
+    return {**kohya("stable_diffusion"), f"{KEY}.dora_scale": torch.ones(8, 1)}
+
+
+def without(end: str) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in kohya("stable_diffusion").items() if k != f"{KEY}.{end}"}
+
+
+def with_other(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    named = {key.replace("__", "."): value for key, value in changes.items()}
+    return {**kohya("stable_diffusion"), **named}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        (dora, f"would not be applied, such as {KEY}.dora_scale"),
+        (lambda: without("lora_up.weight"), KEY),
+        (lambda: without("lora_down.weight"), KEY),
+        (
+            lambda: with_other(lora_unet_other__lora_down__weight=torch.ones(2, 8)),
+            "lora_unet_other",
+        ),
+        (lambda: with_other(stray=torch.ones(3, 3, 3)), "stray"),
+        (
+            lambda: {f"unet.{KEY}.lora_magnitude_vector": torch.ones(8)},
+            "it is a DoRA, which is not applied",
+        ),
+        (lambda: {f"{KEY}.lokr_w1": torch.ones(2, 2)}, "it is a LoKr of LyCORIS"),
+        (dict, "it is"),
+    ],
+)
+def test_what_is_not_applied_is_named(tensors: Any, words: str) -> None:
+    with pytest.raises(ArchiveError) as raised:
+        LoraReader(build("stable_diffusion")).read(tensors(), {})
+    assert words in str(raised.value)
+
+
+def test_a_control_lora_leaves_the_reader_as_it_was() -> None:
+    """Diffusers widens Flux' first layer for one; the reader is asked again afterwards."""
+    pipeline = build("flux")
+    width, inner = pipeline.transformer.x_embedder.weight.shape
+    wide = {
+        "transformer.x_embedder.lora_A.weight": torch.ones(2, 2 * inner),
+        "transformer.x_embedder.lora_B.weight": torch.ones(width, 2),
+    }
+    fitting = {**wide, "transformer.x_embedder.lora_A.weight": torch.ones(2, inner)}
+    reader = LoraReader(pipeline)
+    with pytest.raises(ArchiveError, match="does not fit the pipeline"):
+        reader.read(wide, {})
+    assert list(reader.read(fitting, {})["transformer"]) == ["x_embedder"]
+    assert pipeline.transformer.x_embedder.weight.shape == (width, inner)
+
+
+def test_a_pipeline_without_loras_says_so() -> None:
+    with pytest.raises(ArchiveError, match="takes no LoRAs"):
+        LoraReader(object()).read(kohya("stable_diffusion"), {})
