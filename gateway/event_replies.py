@@ -96,13 +96,15 @@ class _Drawings:
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """Yield every event, and comments where none comes; an error is the last event."""
-        num_left = len(self._tasks)
+        num_left, now_s = len(self._tasks), asyncio.get_running_loop().time
+        comment_at_s = now_s() + _COMMENT_AFTER_S
         while num_left:
             try:
-                async with asyncio.timeout(_COMMENT_AFTER_S):
+                async with asyncio.timeout_at(comment_at_s):
                     new = await self._new.get()
             except TimeoutError:
                 yield _COMMENT
+                comment_at_s = now_s() + _COMMENT_AFTER_S
                 continue
             if isinstance(new, RequestError):
                 yield self._encode_error(new)
@@ -111,6 +113,7 @@ class _Drawings:
                 num_left -= 1
             elif new:
                 yield new
+                comment_at_s = now_s() + _COMMENT_AFTER_S
         if self._end:
             yield self._end
 

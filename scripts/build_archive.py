@@ -133,6 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
         loras=_paths(loras),
         lora_scales=lora_scales,
         controlnets=_paths(_pairs("--controlnet", arguments.controlnet)),
+        embeddings=_paths(_pairs("--embedding", arguments.embedding)),
         smoke_prompt=arguments.smoke_prompt,
         sign_key=arguments.sign,
         is_folder=is_folder,
@@ -308,6 +309,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--set", "KEY=VALUE", "a setting of the handler: section; may be repeated"),
         ("--component", "NAME=PATH", "another folder or .safetensors; none leaves it out"),
         ("--lora", "[NAME=]FILE[:SCALE]", "a LoRA to pack, on at SCALE; NAME=none leaves one out"),
+        ("--embedding", "NAME=FILE", "a textual inversion, a word of prompts; NAME=none: without"),
         ("--controlnet", "NAME=FOLDER", "a ControlNet to choose by name; NAME=none leaves it out"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar=metavar, help=text)

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ _LIMITS = (
     *("max_prompt_chars", "max_num_inference_steps", "max_size_px", "max_pixels", "max_images"),
     *("max_rows", "max_waiting"),
 )
+# Parameters of a pipeline that the service itself gives, or that say nothing of a picture.
+_OURS = ("callback_steps", "return_dict")
 _FORMS = {True: "archive", False: "pipeline"}
 
 
@@ -69,12 +72,14 @@ def inspect(path: Path) -> dict[str, Any]:
             "is_mapped": _is_mapped(view),
             "pickled": pickled(view.model.sizes),
             "samplers": _samplers(view),
+            **_parameters(view),
             **_settings(view),
             **{
                 key: manifest.get(key)
                 for key in (
                     *("source", "licence", "made_with", "tool", "converted_to"),
-                    *("replaced_components", "loras", "controlnets", "settings", "smoke_prompt"),
+                    *("replaced_components", "loras", "controlnets", "embeddings", "settings"),
+                    "smoke_prompt",
                 )
             },
         }
@@ -156,6 +161,23 @@ def _settings(view: ArchiveView) -> dict[str, Any]:
     }
 
 
+def _parameters(view: ArchiveView) -> dict[str, list[str]]:
+    """Return the fields that the pipeline's ``__call__`` has, and its numbers that are none."""
+    from handler.api.schema import PICTURE_FIELDS
+    from handler.loading.pipeline_class import pipeline_class
+    from handler.pipelines.signature import numbers_of
+
+    try:
+        kind = pipeline_class(view.index)
+        names = signature(kind.__call__).parameters.keys()
+    except (ArchiveError, AttributeError, TypeError):  # of another diffusers than the installed
+        return {"fields": [], "other_parameters": []}
+    fields = [name for name, each in PICTURE_FIELDS.items() if each.argument in names]
+    taken = {each.argument for each in PICTURE_FIELDS.values()}
+    others = [name for name in numbers_of(kind) if name not in taken and name not in _OURS]
+    return {"fields": fields, "other_parameters": others}
+
+
 def _samplers(view: ArchiveView) -> dict[str, list[str]]:
     """Return the samplers that go with the pipeline, each with the sigmas it may have."""
     if "scheduler" not in view.index.components:
@@ -205,6 +227,9 @@ def _page(facts: Mapping[str, Any]) -> Iterator[str]:
         if facts[title]:
             shown = [f"{key} {value}" for key, value in facts[title].items() if value is not None]
             yield _line(title, ", ".join(shown))
+    for key, title in (("fields", "fields"), ("other_parameters", "not fields")):
+        if facts[key]:
+            yield _line(title, ", ".join(facts[key]))
     if facts["samplers"]:
         yield _line("samplers", ", ".join(facts["samplers"]))
         flags = ("karras", "exponential", "beta")
@@ -237,6 +262,7 @@ def _provenance(facts: Mapping[str, Any]) -> Iterator[str]:
         ("replaced_components", "replaced"),
         ("loras", "LoRAs"),
         ("controlnets", "ControlNets"),
+        ("embeddings", "embeddings"),
         ("settings", "settings"),
         ("smoke_prompt", "smoke prompt"),
     ):

@@ -184,13 +184,17 @@ def _override_settings(value: object) -> Mapping[str, object]:
     value = _plain(value)
     if not isinstance(value, Mapping):
         raise ValueError(f"must be an object, not {show(value)}")
+    meant: dict[str, object] = {}
     for name, each in value.items():
         # The only one that is in most requests; A1111 counts the last layer as 1.
-        if name == "CLIP_stop_at_last_layers" and each == 1:
+        is_layer = isinstance(each, int) and not isinstance(each, bool) and each >= 1
+        if name == "CLIP_stop_at_last_layers" and is_layer:
+            if each > 1:
+                meant["clip_skip"] = each - 1
             continue
         reason = _OVERRIDES.get(name, "a request cannot change settings")
         raise ValueError(f"{show(name)} with {show(each)}: {reason}; leave it out")
-    return {}
+    return meant
 
 
 def _flag_of(sigmas: str) -> Translation:
@@ -221,9 +225,7 @@ _NO_SIGMAS = (
     "a request cannot list its steps; sigmas names a schedule, such as karras, normal (evenly"
     " spaced) or sgm_uniform (trailing)"
 )
-_LAST_LAYER = "the text encoder is read at its last layer"
 _OVERRIDES = {
-    "CLIP_stop_at_last_layers": _LAST_LAYER,
     "sd_model_checkpoint": "the URL names the model, /predictions/NAME",
 }
 _NO_HIRES = "there is no second pass; send the final width and height"
@@ -252,8 +254,9 @@ def _entries() -> Iterable[ForeignName]:
     yield _converted(
         "override_settings",
         _A1111,
-        (),
-        "accepted as `{}`, without effect; a request cannot change settings",
+        ("clip_skip",),
+        "`CLIP_stop_at_last_layers` is `clip_skip` and one more; a request cannot change other"
+        " settings",
         _override_settings,
     )
     yield from _idle(_A1111, ["refiner_checkpoint"], [""], "this server draws with one pipeline")
@@ -357,7 +360,6 @@ def _entries() -> Iterable[ForeignName]:
     yield from _refused(
         _HF, parameters="is read in JSON; in a form its fields stand beside the prompt"
     )
-    yield from _idle(_DIFFUSERS, ["clip_skip"], [0], _LAST_LAYER)
     yield from _idle(_DIFFUSERS, ["output_type"], ["pil"], "output_format says what the reply is")
     yield from _ignored(_DIFFUSERS, ["return_dict"], "output_format says what the reply is")
     yield from _refused(

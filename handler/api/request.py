@@ -180,6 +180,7 @@ def parse_fields(
     values.update(_resolve_sampler(reader, sent, values, traits))
     _check_loras(reader, sent["loras"], traits)
     _check_weights(reader, values, traits)
+    _check_encoding(reader, sent, values, traits)
     _size_by_picture(reader, values, sent, pictures, config, traits)
     extra = {name: value for name, value in values.items() if name not in _ATTRIBUTES}
     attributes = {name: values[name] for name in _ATTRIBUTES}
@@ -280,7 +281,24 @@ def _refuse_what_the_pipeline_lacks(
             others = [task for task, has in traits.tasks.items() if each.argument in has]
             needed = f"; {', '.join(others)} has it" if others else ""
             what = "this task" if others else "this pipeline"
+            if name == "guidance_scale" and "true_cfg_scale" in parameters:
+                needed = "; its guidance is true_cfg_scale, with a negative_prompt"
             reader.report(name, f"{what} has no such parameter{needed}")
+
+
+def _check_encoding(
+    reader: FieldReader,
+    sent: Mapping[str, Any],
+    values: Mapping[str, Value],
+    traits: PipelineTraits,
+) -> None:
+    """Check what depends on the text encoders, and the guidance that needs another prompt."""
+    skip, layers = sent["clip_skip"], traits.clip_layers
+    if skip is not None and layers is not None and skip >= layers:
+        reader.report("clip_skip", f"{skip} is out of range; allowed: 0 to {layers - 1}")
+    scale = sent["true_cfg_scale"]
+    if scale is not None and scale > 1 and values["negative_prompt"] is None:
+        reader.report("true_cfg_scale", 'needs a negative_prompt; " " is one that says nothing')
 
 
 def _take_loras(reader: FieldReader, sent: dict[str, Any], config: HandlerConfig) -> None:

@@ -120,6 +120,81 @@ def _table(fields: Iterable[_T]) -> Mapping[str, _T]:
     return MappingProxyType({each.name: each for each in fields})
 
 
+def _own_number(
+    name: str,
+    meaning: str,
+    *,
+    kind: Kind = Kind.NUMBER,
+    minimum: float | Setting = 0,
+    maximum: float | Setting | None = 1,
+    label: str | None = None,
+) -> PictureField:
+    """A parameter that some pipelines have beside the usual ones, under its own name."""
+    return PictureField(
+        name=name,
+        kind=kind,
+        minimum=minimum,
+        maximum=maximum,
+        default_note="the pipeline's own",
+        argument=name,
+        label=label,
+        meaning=meaning,
+    )
+
+
+def _own_numbers() -> Iterable[PictureField]:
+    guidance, steps = Setting("max_guidance_scale"), Setting("max_num_inference_steps")
+    yield _own_number(
+        "clip_skip",
+        "layers at the end of CLIP's text encoder that are not read; A1111's Clip skip is one more",
+        kind=Kind.INTEGER,
+        maximum=48,
+    )
+    yield _own_number(
+        "guidance_rescale", "how far guided noise gets the spread of the unguided: 0 is not at all"
+    )
+    yield _own_number(
+        "true_cfg_scale",
+        "classifier-free guidance of models that were distilled, as Flux and Qwen-Image are; needs"
+        " a `negative_prompt`",
+        maximum=guidance,
+    )
+    yield _own_number("pag_scale", "perturbed-attention guidance; 0 is without", maximum=guidance)
+    yield _own_number(
+        "pag_adaptive_scale", "how fast it wears off over the steps", maximum=guidance
+    )
+    yield _own_number("sag_scale", "self-attention guidance; 0 is without")
+    yield _own_number(
+        "skip_layer_guidance_scale", "skip-layer guidance of Stable Diffusion 3", maximum=guidance
+    )
+    yield _own_number("skip_layer_guidance_start", "the part of the steps after which it begins")
+    yield _own_number("skip_layer_guidance_stop", "the part of the steps after which it ends")
+    yield _own_number("cfg_truncation", "the part of the steps after which guidance ends")
+    yield _own_number(
+        "cfg_normalization",
+        "whether guided noise gets the length of the unguided",
+        kind=Kind.BOOLEAN,
+    )
+    for stage in ("prior", "decoder"):
+        yield _own_number(
+            f"{stage}_guidance_scale", f"guidance of the {stage} of two stages", maximum=guidance
+        )
+        yield _own_number(
+            f"{stage}_num_inference_steps",
+            f"steps of the {stage} of two stages",
+            kind=Kind.INTEGER,
+            minimum=1,
+            maximum=steps,
+        )
+    yield _own_number(
+        "max_sequence_length",
+        "tokens of the prompt that T5 and language models read",
+        kind=Kind.INTEGER,
+        minimum=1,
+        maximum=512,
+    )
+
+
 PICTURE_FIELDS: Mapping[str, PictureField] = _table(
     [
         PictureField(
@@ -265,6 +340,7 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             meaning="η of DDIM: 0 is deterministic, 1 adds as much noise as DDPM; other"
             " schedulers ignore it",
         ),
+        *_own_numbers(),
         PictureField(
             name="task",
             kind=Kind.CHOICE,

@@ -33,6 +33,8 @@ class PipelineTraits:
     controls: tuple[str, ...] = ()
     """The names of its ControlNets; empty where it has none, or one without a name."""
 
+    clip_layers: int | None = None
+    """Layers of its CLIP text encoders, of the one with fewest; None: it has none."""
     reads_weights: bool = False
     """Whether words of a prompt can have weights."""
 

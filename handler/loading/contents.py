@@ -10,6 +10,7 @@ from handler.errors import ArchiveError
 __all__ = [
     "CODE_SUFFIXES",
     "CONTROLNET_FOLDER",
+    "EMBEDDING_FOLDER",
     "LORA_FOLDER",
     "MANIFEST_NAME",
     "MODEL_INDEX",
@@ -24,6 +25,8 @@ __all__ = [
 
 MODEL_ZIP = "model.zip"
 LORA_FOLDER = "lora"
+EMBEDDING_FOLDER = "embeddings"
+"""Of textual inversions, within a pipeline."""
 CONTROLNET_FOLDER = "controlnets"
 MANIFEST_NAME = "MAR-INF/PIPELINE.json"
 MODEL_INDEX = "model_index.json"

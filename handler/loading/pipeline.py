@@ -19,6 +19,7 @@ import torch
 from handler.errors import ArchiveError, ConfigError
 from handler.library_logs import quiet_libraries
 from handler.loading.contents import LORA_FOLDER
+from handler.loading.embeddings import load_embeddings
 from handler.loading.lora_files import LoraReader, in_present_names
 from handler.loading.memory import device_memory, memory_problem, weights_bytes
 from handler.loading.model_dir import OpenedPipeline, check_loras, open_pipeline
@@ -116,6 +117,7 @@ def load_opened(
             reader = LoraReader(pipeline) if loras or config.lora_dir else None
             _load_loras(pipeline, loras, reader)
             controlnets = _load_controlnets(opened, dtype)
+            load_embeddings(pipeline, opened)
         except ArchiveError:
             raise
         except Exception as error:

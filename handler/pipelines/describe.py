@@ -23,22 +23,43 @@ def describe(pipeline: Any, pipelines: Mapping[str, Any] | None = None) -> Pipel
     """
     own = task_of(type(pipeline))
     named = {own: pipeline} if pipelines is None else pipelines
-    kinds = {split_name(name)[0]: type(each) for name, each in named.items()}
+    tasks = {split_name(name)[0]: each for name, each in named.items()}
     controls = (split_name(name)[1] for name in named)
     return PipelineTraits(
         schedulers=compatible_schedulers(pipeline),
         size_multiple_px=math.lcm(*(_size_multiple_px(each) for each in named.values())),
-        parameters=_parameters(type(pipeline)),
+        parameters=_parameters(pipeline),
+        clip_layers=_clip_layers(pipeline),
         least_steps=least_steps(pipeline),
         reads_weights=reads_windows(pipeline),
-        tasks={task: _parameters(kind) for task, kind in kinds.items()},
+        tasks={task: _parameters(each) for task, each in tasks.items()},
         required=pictures_of(own),
         controls=tuple(dict.fromkeys(name for name in controls if name is not None)),
     )
 
 
-def _parameters(kind: type) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.__call__).parameters) - {"self"}
+def _parameters(pipeline: Any) -> frozenset[str]:
+    """Return the names of the arguments of the pipeline's ``__call__`` that do something.
+
+    Flux and Qwen-Image ignore `guidance_scale` unless the model was distilled with it.
+    """
+    names = frozenset(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
+    transformer: Any = getattr(pipeline, "transformer", None)
+    config = getattr(transformer, "config", {})
+    is_idle = "true_cfg_scale" in names and config.get("guidance_embeds") is False
+    return names - {"guidance_scale"} if is_idle else names
+
+
+def _clip_layers(pipeline: Any) -> int | None:
+    """Return how many layers the shallowest of CLIP's text encoders has; None: there is none."""
+    encoders = [getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    configs: list[Any] = [getattr(encoder, "config", None) for encoder in encoders]
+    layers = [
+        int(config.num_hidden_layers)
+        for config in configs
+        if str(getattr(config, "model_type", "")).startswith("clip")
+    ]
+    return min(layers, default=None)
 
 
 def _size_multiple_px(pipeline: Any) -> int:

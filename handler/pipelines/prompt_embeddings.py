@@ -115,7 +115,7 @@ class _Texts:
             self.prompts[name] = [] if is_given else _as_list(text)
             self.negatives[name] = _as_list(opposite) if is_guided and not is_given else []
         windows = [
-            self._windows(name, text)
+            self._windows(name, self._converted(name, text))
             for name in self.tokenizers
             for text in (*self.prompts[name], *self.negatives[name])
         ]
@@ -141,12 +141,17 @@ class _Texts:
     def _is_plain(window: list[tuple[int, float]]) -> bool:
         return all(weight == 1.0 for _, weight in window)
 
-    def _windows(self, name: str, text: str) -> list[list[tuple[int, float]]]:
-        """The tokens of a text with their weights, as many in a window as fit."""
-        tokenizer = self.tokenizers[name]
+    def _converted(self, name: str, text: str) -> str:
+        """The text as the pipeline hands it to its tokenizer: words of several vectors spelt out.
+
+        Once only: what is spelt out holds the word again.
+        """
         convert = getattr(self._view, "maybe_convert_prompt", None)
-        if convert is not None:
-            text = convert(text, tokenizer)
+        return text if convert is None else str(convert(text, self.tokenizers[name]))
+
+    def _windows(self, name: str, text: str) -> list[list[tuple[int, float]]]:
+        """The tokens of a converted text with their weights, as many in a window as fit."""
+        tokenizer = self.tokenizers[name]
         size = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
         windows: list[list[tuple[int, float]]] = [[]]
         for piece in pieces_of(text) if self._reading.is_weighted else [Piece(text)]:
@@ -162,7 +167,7 @@ class _Texts:
         return windows
 
     def row(self, name: str, text: str) -> _Row:
-        """The windows of a text in one row, filled up to as many as all texts have."""
+        """The windows of a converted text in one row, filled up to as many as all texts have."""
         tokenizer = self.tokenizers[name]
         length = tokenizer.model_max_length
         windows = self._windows(name, text)
@@ -181,7 +186,9 @@ class _Texts:
     def weights(self, texts: Mapping[str, list[str]]) -> list[torch.Tensor] | None:
         """The weights of `texts`, (B, 77 k) for each tokenizer; None where none weighs anything."""
         rows = [
-            torch.tensor([self.row(name, text).weights for text in texts[name]])
+            torch.tensor(
+                [self.row(name, self._converted(name, text)).weights for text in texts[name]]
+            )
             for name in self.tokenizers
             if texts[name]
         ]

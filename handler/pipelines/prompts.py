@@ -54,7 +54,8 @@ def prompt_warnings(pipeline: Any, request: GenerationRequest) -> tuple[str, ...
             warnings.append(f"the {name} has {', '.join(syntax)}: it is read as plain text{can}")
         if not text or not tokenizers or reads_whole:
             continue
-        dropped, window = min(_dropped_tokens(pipeline, t, text) for t in tokenizers)
+        length = request.extra.get("max_sequence_length")
+        dropped, window = min(_dropped_tokens(pipeline, t, text, length) for t in tokenizers)
         if dropped:
             warnings.append(
                 f"the last {dropped} tokens of the {name} were dropped:"
@@ -63,12 +64,17 @@ def prompt_warnings(pipeline: Any, request: GenerationRequest) -> tuple[str, ...
     return tuple(warnings)
 
 
-def _dropped_tokens(pipeline: Any, tokenizer: Any, text: str) -> tuple[int, int]:
-    """How many tokens of `text` are cut off, and the tokenizer's window without special tokens."""
+def _dropped_tokens(
+    pipeline: Any, tokenizer: Any, text: str, length: Any = None
+) -> tuple[int, int]:
+    """How many tokens of `text` are cut off, and the tokenizer's window without special tokens.
+
+    `length` is the window that the request asks for, where it does.
+    """
     window = tokenizer.model_max_length
     call = inspect.signature(type(pipeline).__call__).parameters
     if "max_sequence_length" in call and "CLIP" not in type(tokenizer).__name__:
-        window = min(window, call["max_sequence_length"].default)
+        window = min(window, length or call["max_sequence_length"].default)
     if window > _NO_LIMIT:
         return 0, window
     ids: Sequence[int] = tokenizer(text, truncation=False, verbose=False).input_ids

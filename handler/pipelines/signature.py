@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["call_defaults", "unknown_arguments"]
+__all__ = ["call_defaults", "numbers_of", "unknown_arguments"]
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -23,6 +23,12 @@ def unknown_arguments(pipeline: Any, kwargs: Mapping[str, Any]) -> list[str]:
     kind: type = type(pipeline)
     defaults, takes_any = _call_parameters(kind)
     return [] if takes_any else sorted(kwargs.keys() - defaults.keys())
+
+
+def numbers_of(kind: type) -> list[str]:
+    """The parameters of ``kind.__call__`` that are numbers, or true or false, by their defaults."""
+    defaults = _call_parameters(kind)[0].items()
+    return sorted(name for name, default in defaults if isinstance(default, (int, float)))
 
 
 @functools.cache

@@ -150,6 +150,7 @@ def check_models(view: ArchiveView) -> Iterator[str]:
     The models are built around tensors that have a shape and no memory: nothing is loaded.
     """
     from scripts.archive.controlnets import check_controlnets
+    from scripts.archive.embeddings import check_embeddings
     from scripts.archive.model_checks import check_pipeline, check_settings
     from scripts.archive.skeleton import build_skeleton
 
@@ -163,6 +164,7 @@ def check_models(view: ArchiveView) -> Iterator[str]:
     yield from check_pipeline(index, view.model.sizes, skeleton, loras)
     if skeleton.pipeline is not None:
         yield from check_controlnets(skeleton.pipeline, view.model, headers)
+        yield from check_embeddings(skeleton.pipeline, headers)
     try:
         config = read_config(view)
     except ConfigError:

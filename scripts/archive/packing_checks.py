@@ -15,6 +15,7 @@ from handler.errors import ArchiveError, ServingError
 from handler.loading.model_index import ModelIndex
 from scripts.archive.checks import check_archive
 from scripts.archive.controlnets import check_controlnets
+from scripts.archive.embeddings import check_embeddings
 from scripts.archive.members import Member
 from scripts.archive.model_checks import check_pipeline, check_settings
 from scripts.archive.model_defaults import find_defaults
@@ -71,6 +72,7 @@ def examine(
     _refuse([*check_pipeline(index, names, skeleton, lora_headers)])
     assert skeleton.pipeline is not None
     _refuse([*check_controlnets(skeleton.pipeline, small, headers)])
+    _refuse([*check_embeddings(skeleton.pipeline, headers)])
     return Examined(skeleton, find_defaults(skeleton.pipeline), lora_headers.keys())
 
 

@@ -13,16 +13,19 @@ from handler.config import HandlerConfig
 from handler.errors import ArchiveError
 from handler.loading.contents import (
     CONTROLNET_FOLDER,
+    EMBEDDING_FOLDER,
     LORA_FOLDER,
     MODEL_ZIP,
     WEIGHTS_SUFFIX,
     controlnet_names,
 )
+from handler.loading.embeddings import embedding_names
 from handler.loading.model_index import ModelIndex
 from scripts.archive.beside import beside
 from scripts.archive.checkpoint import Kind, kind_of, read_checkpoint
 from scripts.archive.controlnets import controlnet_files
 from scripts.archive.copying import Copier
+from scripts.archive.embeddings import embedding_files
 from scripts.archive.fitted_settings import describe_defaults
 from scripts.archive.folder_writer import FolderWriter
 from scripts.archive.leading_members import leading_members
@@ -59,10 +62,10 @@ class ArchivePlan:
     `pipeline` is one in any form that scripts.archive.opening reads, with `revision` and
     `config_from`; where `is_repacked`, an archive whose configuration, LoRAs and options are kept.
     `settings` override keys of the configuration's ``handler:`` section; `dtype` None leaves the
-    weights as they are; a component, LoRA or ControlNet that is None is left out; `smoke_prompt`
-    is what scripts.verify_archive --smoke draws. Where it `is_checked`, what cannot be served is
-    refused, and the model's own defaults are configured; with `is_smoke` a picture is drawn before
-    the archive takes its name.
+    weights as they are; a component, LoRA, ControlNet or embedding that is None is left out;
+    `smoke_prompt` is what scripts.verify_archive --smoke draws. Where it `is_checked`, what cannot
+    be served is refused, and the model's own defaults are configured; with `is_smoke` a picture is
+    drawn before the archive takes its name.
     """
 
     pipeline: Path
@@ -76,6 +79,7 @@ class ArchivePlan:
     lora_scales: Mapping[str, float] = field(default_factory=dict)
     """At which those are on that are not on at 1."""
     controlnets: Mapping[str, Path | None] = field(default_factory=dict)
+    embeddings: Mapping[str, Path | None] = field(default_factory=dict)
     smoke_prompt: str | None = None
     sign_key: Path | None = None
     is_folder: bool = False
@@ -171,9 +175,11 @@ def _contents(plan: ArchivePlan, opened: Opened) -> Iterator[_Contents]:
         plan = replace(plan, settings={"default_loras": scales, **plan.settings})
     packed_loras = [make_member(file) for _, file in sorted(loras.items())]
     controlnets = controlnet_files(
-        plan.controlnets, _kept_controlnets(opened), opened.dtype or "float16"
+        plan.controlnets, _kept_files(opened, CONTROLNET_FOLDER), opened.dtype or "float16"
     )
-    files = [*pipeline.files, *(controlnets[name] for name in sorted(controlnets))]
+    embeddings = embedding_files(plan.embeddings, _kept_files(opened, EMBEDDING_FOLDER))
+    added = controlnets | embeddings
+    files = [*pipeline.files, *(added[name] for name in sorted(added))]
     model = [make_member(file, opened.dtype) for file in files]
     unconverted = () if opened.dtype is None else _unconverted(model)
 
@@ -198,6 +204,7 @@ def _contents(plan: ArchivePlan, opened: Opened) -> Iterator[_Contents]:
                 opened.kept,
                 sorted(loras),
                 controlnet_names(controlnets),
+                list(embedding_names(embeddings)),
                 is_converted=not unconverted,
             ),
             unconverted=unconverted,
@@ -211,10 +218,10 @@ def _kept_config(plan: ArchivePlan, opened: Opened) -> tuple[Path, bytes] | None
     return plan.pipeline / CONFIG_NAME, opened.kept.config
 
 
-def _kept_controlnets(opened: Opened) -> dict[str, PipelineFile]:
-    """Return the files of the ControlNets in the archive that is packed again."""
+def _kept_files(opened: Opened, folder: str) -> dict[str, PipelineFile]:
+    """Return the files in a folder of the archive that is packed again."""
     files = opened.source.files if opened.kept is not None else {}
-    return {name: each for name, each in files.items() if name.startswith(f"{CONTROLNET_FOLDER}/")}
+    return {name: each for name, each in files.items() if name.startswith(f"{folder}/")}
 
 
 def _loras(plan: ArchivePlan, kept: Kept | None) -> dict[str, PipelineFile]:
@@ -290,6 +297,7 @@ def _extras(
     kept: Kept | None,
     loras: Sequence[str],
     controlnets: Sequence[str],
+    embeddings: Sequence[str],
     *,
     is_converted: bool,
 ) -> dict[str, object]:
@@ -305,11 +313,12 @@ def _extras(
         ("replaced_components", _merged(extras.get("replaced_components"), replaced)),
         ("loras", list(loras)),
         ("controlnets", list(controlnets)),
+        ("embeddings", list(embeddings)),
         ("settings", _merged(extras.get("settings"), plan.settings)),
         ("smoke_prompt", plan.smoke_prompt),
     ):
         before = extras.pop(key, None)  # each keeps its place
-        if key in ("loras", "controlnets") or found:
+        if key in ("loras", "controlnets", "embeddings") or found:
             before = found
         if before:
             extras[key] = before

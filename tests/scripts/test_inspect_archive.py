@@ -41,6 +41,7 @@ def test_the_page_of_an_archive(tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert line in page.splitlines()
     assert "height 64, width 32" in page
     assert "max_images 4" in page
+    assert "eta, clip_skip, guidance_rescale" in page
     assert "samplers:     DDIM, DDPM, DEIS, DPM++ 2M, DPM++ 2M SDE," in page
     assert "F16" in page
     assert "F32" not in page

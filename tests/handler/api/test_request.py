@@ -314,3 +314,20 @@ def test_defaults_that_do_not_fit_the_pipeline_stop_start_up() -> None:
         "  scheduler: 'lcm' is not one of ddim",
         "  negative_prompt: this pipeline takes none",
     ]
+
+
+def test_loras_that_a_weighted_prompt_names_are_the_field() -> None:
+    traits = dataclasses.replace(WEIGHTED, loras=frozenset({"ink", "style"}))
+    tagged = parse({"prompt": "a <lora:ink:0.8> ring", **ON}, traits=traits)
+    assert tagged.prompt == "a  ring"
+    assert tagged.loras == {"ink": 0.8}
+    both = parse({"prompt": "a <lora:ink:0.8>", "loras": {"style": 1}, **ON}, traits=traits)
+    assert both.loras == {"ink": 0.8, "style": 1.0}
+    assert parse({"prompt": "a <lora:ink:0.8>"}, traits=traits).loras is None
+    wrong = [
+        ({"prompt": "a <lora:ink:x>"}, "prompt"),
+        ({"prompt": "a <lora:ikn:1>"}, "loras"),
+        ({"prompt": "a <lora:ink:1>", "loras": {"ink": 2}}, "loras"),
+    ]
+    for fields, field in wrong:
+        assert problems({**fields, **ON}, traits=traits).keys() == {field}
