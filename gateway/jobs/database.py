@@ -69,7 +69,8 @@ class JobDatabase(Protocol):
         ...
 
 
-# One dialect for both: SQLite takes the affinity that each of these types implies.
+# One dialect for both: SQLite takes the affinity that each of these types implies. What may be
+# megabytes stands last: SQLite reads a row up to the last column that it needs.
 SCHEMA = (
     """
     CREATE TABLE IF NOT EXISTS gateway_jobs (
@@ -79,7 +80,6 @@ SCHEMA = (
         fingerprint TEXT NOT NULL,
         state TEXT NOT NULL,
         model TEXT NOT NULL,
-        request BYTEA,
         summary TEXT NOT NULL,
         size_bytes BIGINT NOT NULL,
         created_s DOUBLE PRECISION NOT NULL,
@@ -93,13 +93,14 @@ SCHEMA = (
         picture INTEGER NOT NULL DEFAULT 0,
         step INTEGER NOT NULL DEFAULT 0,
         num_steps INTEGER NOT NULL DEFAULT 0,
-        preview BYTEA,
         result TEXT,
         error TEXT,
         webhook_url TEXT,
         webhook_state TEXT,
         webhook_tries INTEGER NOT NULL DEFAULT 0,
-        webhook_due_s DOUBLE PRECISION
+        webhook_due_s DOUBLE PRECISION,
+        preview BYTEA,
+        request BYTEA
     )
     """,
     """
@@ -107,6 +108,8 @@ SCHEMA = (
         ON gateway_jobs (key_name, idempotency_key) WHERE idempotency_key IS NOT NULL
     """,
     "CREATE INDEX IF NOT EXISTS gateway_jobs_order ON gateway_jobs (state, created_s)",
+    "CREATE INDEX IF NOT EXISTS gateway_jobs_finished ON gateway_jobs (finished_s)",
+    "CREATE INDEX IF NOT EXISTS gateway_jobs_sizes ON gateway_jobs (size_bytes)",
     """
     CREATE INDEX IF NOT EXISTS gateway_jobs_webhooks ON gateway_jobs (webhook_due_s)
         WHERE webhook_state = 'pending'

@@ -7,6 +7,7 @@ entry of it that was lost is put there again by `mend`, one that is left over fi
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ _LOCK = 0x6A6F6273
 """What gateways that share the database agree to lock."""
 _POOL_SIZE = 8
 _CONNECT_TIMEOUT_S = 10.0
-_SILENT_S = 60.0
+_CLEAN_S, _SILENT_S = 10.0, 60.0
 
 
 class PostgresDatabase(JobDatabase):
@@ -56,6 +57,7 @@ class PostgresDatabase(JobDatabase):
         self._app = App(connector=PsycopgConnector())
         self._worker_id: int | None = None
         self._entries: dict[str, int] = {}
+        self._cleaned_s = -math.inf
 
     async def open(self) -> bool:
         """Connect, make the tables, and agree on the time."""
@@ -129,16 +131,10 @@ class PostgresDatabase(JobDatabase):
 
     async def mend(self, transaction: Transaction) -> None:
         """Say that this gateway lives, put what is missing into the queue, and clean it."""
-        manager = self._app.job_manager
-        assert self._worker_id is not None
-        with _unavailable():
-            await manager.update_heartbeat(self._worker_id)
-            for entry in await manager.get_stalled_jobs(
-                task_name=_TASK, seconds_since_heartbeat=_SILENT_S
-            ):
-                assert entry.id is not None
-                await self._delete(entry.id)
-            await manager.prune_stalled_workers(_SILENT_S)
+        if time.monotonic() - self._cleaned_s >= _CLEAN_S:
+            self._cleaned_s = time.monotonic()
+            with _unavailable():
+                await self._clean_queue()
         rows = await transaction.execute(
             """
             SELECT id, model FROM gateway_jobs WHERE state = 'queued' AND due_s <= :now_s
@@ -152,6 +148,16 @@ class PostgresDatabase(JobDatabase):
         )
         for row in rows:
             await self.enqueue(transaction, row["id"], row["model"])
+
+    async def _clean_queue(self) -> None:
+        manager = self._app.job_manager
+        assert self._worker_id is not None
+        await manager.update_heartbeat(self._worker_id)
+        stalled = await manager.get_stalled_jobs(task_name=_TASK, seconds_since_heartbeat=_SILENT_S)
+        for entry in stalled:
+            assert entry.id is not None
+            await self._delete(entry.id)
+        await manager.prune_stalled_workers(_SILENT_S)
 
     async def _delete(self, entry_id: int) -> None:
         await self._app.job_manager.finish_job_by_id_async(

@@ -11,6 +11,7 @@ from handler.errors import QueueFull
 __all__ = ["RETRY_AFTER_S", "check_room", "make_room"]
 
 RETRY_AFTER_S = 10
+_DELETED_AT_ONCE = 64
 
 
 async def check_room(transaction: Transaction, settings: JobSettings, key_name: str) -> None:
@@ -50,17 +51,15 @@ async def make_room(
         "SELECT coalesce(sum(size_bytes), 0) AS total FROM gateway_jobs"
     )
     excess = int(rows[0]["total"]) + size_bytes - store_bytes
-    if excess <= 0:
-        return
-    ended = await transaction.execute(
-        "SELECT id, size_bytes FROM gateway_jobs WHERE finished_s IS NOT NULL"
-        " ORDER BY finished_s, id"
-    )
-    for row in ended:
-        if excess <= 0:
-            return
-        if row["id"] != keep:
-            await transaction.execute("DELETE FROM gateway_jobs WHERE id = :id", id=row["id"])
-            excess -= int(row["size_bytes"])
-    if excess > 0:
-        raise StoreFull(f"the store of jobs is full; all together may have {store_bytes} bytes")
+    while excess > 0:
+        ended = await transaction.execute(
+            "SELECT id, size_bytes FROM gateway_jobs WHERE finished_s IS NOT NULL AND id <> :keep"
+            f" ORDER BY finished_s, id LIMIT {_DELETED_AT_ONCE}",
+            keep=keep or "",
+        )
+        if not ended:
+            raise StoreFull(f"the store of jobs is full; all together may have {store_bytes} bytes")
+        for row in ended:
+            if excess > 0:
+                await transaction.execute("DELETE FROM gateway_jobs WHERE id = :id", id=row["id"])
+                excess -= int(row["size_bytes"])

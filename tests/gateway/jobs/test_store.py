@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gateway.errors import RateLimited
+from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.deliveries import Deliveries
 from gateway.jobs.job import Claim, Drawn, Job, NewJob, Progress, State, WebhookState
 from gateway.jobs.settings import JobSettings
@@ -21,6 +22,7 @@ from gateway.picture_store import StoreFull
 from handler.errors import Conflict, PipelineFailed, QueueFull
 from tests.support.clock import Clock
 from tests.support.jobs import OpenStore
+from tests.support.postgres import missing_postgres, running_postgres
 
 MODELS = ["toy"]
 
@@ -388,5 +390,26 @@ def test_the_next_start_takes_up_what_a_killed_gateway_drew(tmp_path: Path, cloc
         assert (await take(again)).id == "a"
         await again.close()
         assert (tmp_path / "jobs.sqlite").stat().st_mode & 0o777 == 0o600
+
+    run(check())
+
+
+@pytest.mark.slow
+@missing_postgres()
+def test_a_database_that_is_away(clock: Clock) -> None:
+    """It is told as what it is, and in time."""
+    postgres = pytest.importorskip("gateway.jobs.postgres")
+
+    async def check() -> None:
+        with running_postgres() as url:
+            store = JobStore(postgres.PostgresDatabase(url, clock), JobSettings())
+            await store.open()
+            await store.add(new("a"))
+        asked = store.get("a"), store.take(MODELS), store.sweep()
+        for answer in await asyncio.gather(*asked, return_exceptions=True):
+            assert isinstance(answer, StoreUnavailable)
+            assert answer.status == 503
+            assert url not in answer.message
+        await store.close()
 
     run(check())
