@@ -63,14 +63,20 @@ def text_to_image(pipeline: DiffusionPipeline, seed: int) -> list[tuple[str, Ima
     return pictures
 
 
-def pictures_in(pipeline: DiffusionPipeline, seed: int) -> list[tuple[str, Image.Image]]:
-    """A picture, what image to image makes of it, and what inpainting makes of its left half."""
-    prompt = "a red heart on a white background"
+def circle_and_mask() -> tuple[Image.Image, Image.Image]:
+    """A picture to begin with, and a mask over its left half."""
     pixels = (render(Sprite("circle", "blue", "white", 7.0, 12.0, 12.0)) + 1) * 127.5
     circle = Image.fromarray(pixels.round().astype(np.uint8))
     circle = circle.resize((SIDE_PX, SIDE_PX), Image.Resampling.NEAREST)
     left_half = Image.new("L", circle.size, 0)
     left_half.paste(255, (0, 0, SIDE_PX // 2, SIDE_PX))
+    return circle, left_half
+
+
+def pictures_in(pipeline: DiffusionPipeline, seed: int) -> list[tuple[str, Image.Image]]:
+    """A picture, what image to image makes of it, and what inpainting makes of its left half."""
+    prompt = "a red heart on a white background"
+    circle, left_half = circle_and_mask()
     parts = {**pipeline.components, "requires_safety_checker": False}
     drawn = []
     for pipeline_class, given in (

@@ -26,6 +26,7 @@ from gateway import (
 )
 from gateway.errors import BadMethod, RouteNotFound, error_response
 from gateway.gateway import Gateway
+from gateway.jobs import routes as jobs
 from gateway.settings import Settings
 from handler.errors import RequestError
 from handler.messages import show
@@ -33,7 +34,17 @@ from handler.messages import show
 __all__ = ["make_app"]
 
 # In this order: `/v1/models/{name}:predict` before `/v1/models/{name}`.
-_ROOMS = (openai_images, openai_edits, passing_on, models, picture_urls, health, openapi, page)
+_ROOMS = (
+    openai_images,
+    openai_edits,
+    jobs,
+    passing_on,
+    models,
+    picture_urls,
+    health,
+    openapi,
+    page,
+)
 _EXPOSED = ("x-request-id", "x-seed", "retry-after", "warning", "location")
 
 

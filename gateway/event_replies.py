@@ -23,6 +23,9 @@ Encode = Callable[[int, str, Mapping[str, Any]], bytes]
 """From a drawing's index and an event of its instance's to what the client gets, or nothing."""
 EncodeError = Callable[[RequestError], bytes]
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+# That a client has left shows when something is written to it, and there may be minutes between
+# two previews. Whoever reads events skips a comment.
+_COMMENT, _COMMENT_AFTER_S = b": drawing\n\n", 2.0
 
 
 async def reply_with_events(
@@ -92,10 +95,17 @@ class _Drawings:
             raise first
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """Yield every event; an error is the last one."""
-        num_left = len(self._tasks)
+        """Yield every event, and comments where none comes; an error is the last event."""
+        num_left, now_s = len(self._tasks), asyncio.get_running_loop().time
+        comment_at_s = now_s() + _COMMENT_AFTER_S
         while num_left:
-            new = await self._new.get()
+            try:
+                async with asyncio.timeout_at(comment_at_s):
+                    new = await self._new.get()
+            except TimeoutError:
+                yield _COMMENT
+                comment_at_s = now_s() + _COMMENT_AFTER_S
+                continue
             if isinstance(new, RequestError):
                 yield self._encode_error(new)
                 break
@@ -103,6 +113,7 @@ class _Drawings:
                 num_left -= 1
             elif new:
                 yield new
+                comment_at_s = now_s() + _COMMENT_AFTER_S
         if self._end:
             yield self._end
 

@@ -16,6 +16,7 @@ from gateway.body import BodyBudget
 from gateway.door import Door
 from gateway.forwarding import Forwarder
 from gateway.instances import FixedSource, RunDirSource, Source, WorkerCheck
+from gateway.jobs.service import Jobs
 from gateway.keys import KeyRing
 from gateway.limits import Limiter
 from gateway.picture_store import PictureStore
@@ -52,6 +53,7 @@ class Gateway:
     fleet: Fleet
     forwarder: Forwarder
     pictures: PictureStore
+    jobs: Jobs
 
     @classmethod
     @asynccontextmanager
@@ -70,14 +72,17 @@ class Gateway:
             settings.max_body_bytes, settings.max_bodies_bytes, settings.body_timeout_s
         )
         door = Door(keys, Limiter(), bodies, keys_required=settings.keys_required)
-        gateway = cls(settings, keys, door, fleet, forwarder, pictures)
         await fleet.start()
-        housekeeping = asyncio.create_task(gateway._keep_house(), name="housekeeping")
         try:
-            yield gateway
+            async with Jobs.running(settings, state_dir, fleet, forwarder) as jobs:
+                gateway = cls(settings, keys, door, fleet, forwarder, pictures, jobs)
+                housekeeping = asyncio.create_task(gateway._keep_house(), name="housekeeping")
+                try:
+                    yield gateway
+                finally:
+                    housekeeping.cancel()
+                    await asyncio.gather(housekeeping, return_exceptions=True)
         finally:
-            housekeeping.cancel()
-            await asyncio.gather(housekeeping, return_exceptions=True)
             await forwarder.close()
             await fleet.close()
             await session.close()

@@ -16,14 +16,15 @@ from starlette.routing import Route
 from gateway.body import Sent, read_sent
 from gateway.door import Call
 from gateway.gateway import Gateway
-from gateway.image_request import read_image_request
+from gateway.image_request import ImageRequest, read_image_request
+from gateway.keys import Key
 from gateway.openai_fields import EDIT_FIELDS, OPENAI_FIELDS
 from gateway.openai_images import reply_with_images
 from handler.api.picture_headers import PictureHeader, read_header
 from handler.config import HandlerConfig
 from handler.errors import InvalidRequest
 
-__all__ = ["instance_mask", "routes"]
+__all__ = ["instance_mask", "is_edit", "read_edit", "routes"]
 
 # What clients of OpenAI's call them, in the order in which they are looked for.
 _IMAGE_NAMES = ("image", "image[]", "image[0]")
@@ -35,25 +36,36 @@ def routes(gateway: Gateway) -> list[Route]:
 
     async def edit(call: Call) -> Response:
         sent = await read_sent(await gateway.door.read_body(call), call.request.headers)
-        sent, image, mask = _take_pictures(sent)
-        config = HandlerConfig()
-        header = _check("image", image, config)
-        pictures = {"image": _base64(image)}
-        if mask is not None:
-            _check("mask", mask, config)
-            pictures["mask_image"] = _base64(await asyncio.to_thread(instance_mask, mask))
-        request = read_image_request(
-            sent,
-            gateway.fleet,
-            gateway.settings,
-            call.key,
-            fields={**OPENAI_FIELDS, **EDIT_FIELDS},
-            pictures=pictures,
-            picture_px=_drawn_size(header, config),
-        )
+        request = await read_edit(gateway, sent, call.key)
         return await reply_with_images(gateway, call, request, "image_edit")
 
     return [gateway.door.route("/v1/images/edits", edit, ["POST"])]
+
+
+async def read_edit(gateway: Gateway, sent: Sent, key: Key | None) -> ImageRequest:
+    """Read what a client sent to have a picture drawn over. Raises: as `read_image_request`."""
+    sent, image, mask = _take_pictures(sent)
+    config = HandlerConfig()
+    header = _check("image", image, config)
+    pictures = {"image": _base64(image)}
+    if mask is not None:
+        _check("mask", mask, config)
+        pictures["mask_image"] = _base64(await asyncio.to_thread(instance_mask, mask))
+    return read_image_request(
+        sent,
+        gateway.fleet,
+        gateway.settings,
+        key,
+        fields={**OPENAI_FIELDS, **EDIT_FIELDS},
+        pictures=pictures,
+        picture_px=_drawn_size(header, config),
+    )
+
+
+def is_edit(sent: Sent) -> bool:
+    """Tell whether a body has a picture to draw over."""
+    names = {*_IMAGE_NAMES, *_MASK_NAMES}
+    return bool(names & (sent.fields.keys() | sent.files.keys()))
 
 
 def _take_pictures(sent: Sent) -> tuple[Sent, bytes, bytes | None]:

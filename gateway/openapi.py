@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from gateway.door import Call
 from gateway.gateway import Gateway
+from gateway.jobs.requests import JOB_FIELDS
 from gateway.openai_fields import EDIT_FIELDS, OPENAI_FIELDS
 from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, Field, Kind, bounds_of, default_of
 from handler.config import HandlerConfig
@@ -22,6 +23,8 @@ __all__ = ["document", "routes"]
 _NOT_IN_BODY = frozenset(
     {"num_images", "output_format", "request_id", "stream", "previews", "cancel"}
 )
+_DRAW = "Draw pictures of a prompt"
+_NOT_IN_JOB = frozenset({"stream", "partial_images"})
 _ERRORS = {
     400: "a field is wrong; `fields` has every problem",
     401: "the key is missing or wrong",
@@ -84,6 +87,8 @@ def document(config: HandlerConfig, models: Iterable[str] = ()) -> dict[str, Any
     picture = {"type": "string", "format": "binary"}
     edit["properties"].update(image=picture, mask=picture)
     edit["required"] = ["prompt", "image"]
+    not_streamed = [each for each in OPENAI_FIELDS.values() if each.name not in _NOT_IN_JOB]
+    job = _body_schema([*not_streamed, *JOB_FIELDS.values(), *ours], config)
     return {
         "openapi": "3.1.0",
         "info": {"title": "diffusers on TorchServe", "version": "1"},
@@ -92,6 +97,8 @@ def document(config: HandlerConfig, models: Iterable[str] = ()) -> dict[str, Any
             "schemas": {
                 "Generation": generation,
                 "Edit": edit,
+                "NewJob": job,
+                "Job": _JOB,
                 "Images": _IMAGES,
                 "Error": _ERROR,
             },
@@ -160,6 +167,21 @@ _IMAGES = {
         "warnings": {"type": "array", "items": {"type": "string"}},
     },
 }
+_JOB = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "state": {"enum": ["queued", "running", "succeeded", "failed", "cancelled"]},
+        "seed": {"type": "integer", "description": "of the first picture"},
+        "picture": {"type": "integer", "description": "which one is being drawn, from 0"},
+        "step": {"type": "integer"},
+        "num_steps": {"type": "integer"},
+        "preview": {"type": ["string", "null"], "description": "a small JPEG in base64"},
+        "result": {"description": "the reply of the images API", "type": ["object", "null"]},
+        "error": {"description": "the error, with its status", "type": ["object", "null"]},
+        "expires_at": {"type": ["integer", "null"]},
+    },
+}
 _ERROR = {
     "type": "object",
     "properties": {
@@ -182,16 +204,23 @@ def _reference(name: str) -> dict[str, str]:
 
 
 def _paths() -> Iterator[tuple[str, dict[str, Any]]]:
-    for path, schema, media_type, summary in (
-        ("/v1/images/generations", "Generation", "application/json", "Draw pictures of a prompt"),
-        ("/v1/images/edits", "Edit", "multipart/form-data", "Draw over a picture"),
+    images = {
+        "application/json": {"schema": _reference("Images")},
+        "text/event-stream": {"schema": {"type": "string"}},
+    }
+    job = {"application/json": {"schema": _reference("Job")}}
+    for path, schema, media_type, summary, replies, status in (
+        ("/v1/images/generations", "Generation", "application/json", _DRAW, images, 200),
+        ("/v1/images/edits", "Edit", "multipart/form-data", "Draw over a picture", images, 200),
+        ("/v1/jobs", "NewJob", "application/json", "Draw without waiting for it", job, 202),
     ):
         body = {"required": True, "content": {media_type: {"schema": _reference(schema)}}}
-        replies = {
-            "application/json": {"schema": _reference("Images")},
-            "text/event-stream": {"schema": {"type": "string"}},
-        }
-        yield path, {"post": _operation(summary, replies, body)}
+        yield path, {"post": _operation(summary, replies, body, status)}
+    of_job = {
+        "get": _with_parameter("id", _operation("How far a job is, and its pictures", job)),
+        "delete": _with_parameter("id", _operation("Cancel a job", job)),
+    }
+    yield "/v1/jobs/{id}", of_job
     described = {"application/json": {"schema": {"type": "object"}}}
     for path, method, summary in (
         ("/v1/models", "get", "The models that are served"),
@@ -214,19 +243,25 @@ def _paths() -> Iterator[tuple[str, dict[str, Any]]]:
         operation = _operation(summary, described)
         if (start := path.find("{")) >= 0:
             name = path[start + 1 : path.index("}")]
-            operation["parameters"] = [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-            ]
+            operation = _with_parameter(name, operation)
         yield path, {method: operation}
 
 
+def _with_parameter(name: str, operation: dict[str, Any]) -> dict[str, Any]:
+    parameter = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+    return {**operation, "parameters": [parameter]}
+
+
 def _operation(
-    summary: str, replies: Mapping[str, Any], body: Mapping[str, Any] | None = None
+    summary: str,
+    replies: Mapping[str, Any],
+    body: Mapping[str, Any] | None = None,
+    status: int = 200,
 ) -> dict[str, Any]:
     error = {"application/json": {"schema": _reference("Error")}}
-    responses: dict[str, Any] = {"200": {"description": "done", "content": dict(replies)}}
-    for status, meaning in _ERRORS.items():
-        responses[str(status)] = {"description": meaning, "content": error}
+    responses: dict[str, Any] = {str(status): {"description": "done", "content": dict(replies)}}
+    for error_status, meaning in _ERRORS.items():
+        responses[str(error_status)] = {"description": meaning, "content": error}
     operation: dict[str, Any] = {"summary": summary, "responses": responses}
     if body is not None:
         operation["requestBody"] = dict(body)
@@ -246,7 +281,7 @@ def _page(content: Mapping[str, Any]) -> Iterator[str]:
             cells = (method.upper(), path, operation["summary"])
             yield _row(cells)
     yield "</table>"
-    for name in ("Generation", "Edit"):
+    for name in ("Generation", "Edit", "NewJob"):
         yield f"<h2>Fields: {name}</h2><table>"
         yield "<tr><th>field</th><th>type</th><th>allowed</th><th>default</th><th>meaning</th></tr>"
         for field, schema in content["components"]["schemas"][name]["properties"].items():

@@ -9,16 +9,18 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
 
 import yaml
 
+from gateway.jobs.settings import JobSettings
+from gateway.setting_tables import SettingProblems, is_table, read_values
+from gateway.setting_tables import setting as _key
 from handler import config_checks as allow
 from handler.config_checks import Check
 from handler.errors import ConfigError
-from handler.messages import nearest, show
+from handler.messages import show
 
 __all__ = ["QUALITIES", "InstanceSettings", "Settings", "is_loopback", "read_settings"]
 
@@ -28,7 +30,6 @@ QUALITIES = ("low", "medium", "high", "xhigh", "max", "standard", "hd")
 _URL = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+(:[0-9]+)?/?")
 _ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\-\[\]:]+")
 _NAME = re.compile(r"[^\s/]{1,200}")
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,6 @@ class InstanceSettings:
     """TorchServe's key_file.json, or a file that holds the inference key alone."""
     model_config: str | None = None
     """The model-config.yaml that it runs with, for limits and defaults. None: the shipped ones."""
-
-
-def _key(default: _T, check: Check, meaning: str) -> _T:
-    metadata = {"check": check, "meaning": meaning}
-    if isinstance(default, dict):
-        return field(default_factory=default.copy, metadata=metadata)  # type: ignore[return-value]
-    return field(default=default, metadata=metadata)
 
 
 def _list_of(what: str, is_allowed: re.Pattern[str], example: str) -> Check:
@@ -204,10 +198,14 @@ class Settings:
         1024**3, allow.integer(1024, 2**50), "bytes of all such pictures; the oldest go first"
     )
 
+    jobs: JobSettings = _key(  # noqa: RUF009  (it is frozen)
+        JobSettings(), is_table(JobSettings), "requests that nobody waits for"
+    )
+
     def __post_init__(self) -> None:
         problems = [*_cross_problems(self)]
         if problems:
-            raise ConfigError(_message(problems))
+            raise SettingProblems(problems)
 
     @property
     def keys_required(self) -> bool:
@@ -223,28 +221,7 @@ class Settings:
         Raises:
             ConfigError: names every unknown key, every bad value and what is allowed.
         """
-        if section is None:
-            section = {}
-        if not isinstance(section, Mapping):
-            raise ConfigError(_message([f"must be keys and values, not {show(section)}"]))
-        checks: dict[str, Check] = {each.name: each.metadata["check"] for each in fields(cls)}
-        problems: list[str] = []
-        values: dict[str, Any] = {}
-        for name, value in section.items():
-            if name not in checks:
-                match = nearest(str(name), checks)
-                hint = f"did you mean {match}?" if match else f"known are {', '.join(checks)}"
-                problems.append(f"{name}: unknown key; {hint}")
-                continue
-            try:
-                values[name] = checks[name].convert(value)
-            except ValueError:
-                problems.append(
-                    f"{name}: {show(value)} is not allowed; must be {checks[name].allowed}"
-                )
-        if problems:
-            raise ConfigError(_message(problems))
-        return cls(**values)
+        return cls(**read_values(cls, section))
 
 
 def read_settings(path: Path, **overrides: object) -> Settings:
@@ -290,7 +267,3 @@ def _cross_problems(settings: Settings) -> Iterator[str]:
         yield "run_dirs, instances: there is no instance to send anything to"
     if settings.max_bodies_bytes < settings.max_body_bytes:
         yield f"max_bodies_bytes: {settings.max_bodies_bytes} is below max_body_bytes"
-
-
-def _message(problems: list[str]) -> str:
-    return "\n  ".join(["the gateway's configuration is wrong:", *problems])

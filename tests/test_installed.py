@@ -73,7 +73,8 @@ def test_the_wheel_holds_what_runs_and_nothing_else(wheel: Path) -> None:
         for path in REPOSITORY.glob(pattern)
         if path.is_file()
     }
-    wanted -= {"diffusers_torchserve/repository/scripts/write_docs.py"}
+    not_packed = ("gpu_check", "gpu_steps", "write_docs")
+    wanted -= {f"diffusers_torchserve/repository/scripts/{name}.py" for name in not_packed}
     wanted |= {f"diffusers_torchserve/__{name}__.py" for name in ("init", "main")}
     about = f"diffusers_torchserve-{__version__}.dist-info"
     files = ("METADATA", "WHEEL", "entry_points.txt", "licenses/LICENSE", "RECORD")

@@ -43,12 +43,22 @@ async function request(path, options = {}) {
   return response;
 }
 
+export function newRequestId() {
+  const words = crypto.getRandomValues(new Uint32Array(4));
+  return `page-${[...words].map((word) => word.toString(36)).join("")}`;
+}
+
+/** Cancel a request, where it still runs. */
+export function cancelRequest(requestId) {
+  request(`/v1/requests/${requestId}`, { method: "DELETE" }).catch(() => {});
+}
+
 /**
  * Post a body and yield the events of the reply.
  * The first is `{type: "accepted"}`: the reply begins when an instance has taken the request.
  */
-export async function* postForEvents(path, body, signal) {
-  const headers = { "Content-Type": "application/json" };
+export async function* postForEvents(path, body, requestId, signal) {
+  const headers = { "Content-Type": "application/json", "X-Request-Id": requestId };
   const response = await request(path, {
     method: "POST", headers, body: JSON.stringify(body), signal,
   });

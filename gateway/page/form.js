@@ -49,6 +49,9 @@ export class Form {
       ...["num_inference_steps", "guidance_scale"].map(take).filter(Boolean)));
     rows.push(make("div", { className: "row narrow-first" }, ...["n", "seed"].map(take).filter(Boolean)));
     group.prepend(...rows.filter(Boolean));
+    // What nobody needs to set comes last.
+    const task = take("task");
+    task?.parentElement.append(task);
   }
 
   #shapes(width, height) {
@@ -67,7 +70,8 @@ export class Form {
     });
     const show = () => {
       for (const [button, wide, high] of buttons) {
-        const isIt = width.value === wide && height.value === high;
+        const isIt = (width.value ?? ownWidth) === (wide ?? ownWidth)
+          && (height.value ?? ownHeight) === (high ?? ownHeight);
         button.setAttribute("aria-pressed", String(isIt));
       }
     };

@@ -25,13 +25,14 @@ export class Gallery {
     byId("clear").addEventListener("click", () => this.#clear());
     const dialog = byId("viewer");
     const act = (id, action) => byId(id).addEventListener("click", () => {
+      this.isLeft = true;
       dialog.close();
       action(this.shown);
     });
     act("viewer-use", actions.use);
     act("viewer-from", actions.from);
     act("viewer-code", actions.code);
-    act("viewer-close", () => {});
+    byId("viewer-close").addEventListener("click", () => dialog.close());
     act("viewer-delete", (picture) => this.#remove(picture.id));
     dialog.addEventListener("keydown", (event) => {
       const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
@@ -41,7 +42,8 @@ export class Gallery {
       if (event.target === dialog) dialog.close(); // beside it
     });
     dialog.addEventListener("close", () => {
-      byId("pictures").querySelector(`[data-id="${this.shown?.id}"] button`)?.focus();
+      // An action has put the focus where it leads.
+      if (!this.isLeft) byId("pictures").querySelector(`[data-id="${this.shown?.id}"] button`)?.focus();
     });
   }
 
@@ -64,6 +66,7 @@ export class Gallery {
   /** Show a picture large, with its parameters. */
   view(picture) {
     this.shown = picture;
+    this.isLeft = false;
     const image = byId("viewer-image");
     showBlob(image, picture.blob);
     image.alt = picture.values.prompt ?? "A picture";
@@ -141,5 +144,5 @@ function settingsOf(picture) {
   delete shown.height;
   for (const name of Object.keys(picture.files ?? {})) shown[name] = "sent";
   return Object.entries(shown).filter(([, value]) => value !== undefined && value !== null).flatMap(
-    ([name, value]) => [make("dt", {}, labelOf(name)), make("dd", {}, String(value))]);
+    ([name, value]) => [make("dt", { "data-name": name }, labelOf(name)), make("dd", {}, String(value))]);
 }

@@ -10,6 +10,7 @@ import { CodeDialog } from "./snippets.js";
 import { Stage } from "./stage.js";
 
 const RETRY_MS = 3000;
+const NARROW = "(max-width: 56rem)"; // as in page.css
 const DRAFT = "draft";
 
 const stage = new Stage();
@@ -87,15 +88,19 @@ async function draw() {
   }
   const values = form.values();
   const files = await form.files();
+  // Each picture is kept as one of its own, with its own seed.
+  const { n: _, ...kept } = values;
   const drawnBy = model;
   setBusy(true);
-  byId("stage").scrollIntoView({ block: "nearest", behavior: "smooth" });
+  // Where the form is above the stage, it makes room for it.
+  const block = matchMedia(NARROW).matches ? "start" : "nearest";
+  byId("stage").scrollIntoView({ block, behavior: "smooth" });
   try {
     const body = { model, ...values, ...(await encodeFiles(files)) };
     await stage.draw(body, async ({ blob, tile }, event, took) => {
       const [width, height] = event.size.split("x").map(Number);
       const picture = await gallery.add({
-        at: Date.now(), blob, values, files, width, height,
+        at: Date.now(), blob, values: kept, files, width, height,
         model: drawnBy, seed: event.seed, seconds: took, warning: event.warning ?? null,
       });
       if (!event.image_index) form.controls.get("seed")?.showDrawn(event.seed);
@@ -136,19 +141,20 @@ async function takePicture(file) {
     drawFrom(file);
     return;
   }
+  const beganWith = "image_sha256" in parameters ? "It began with a picture, which it does not carry. "
+    : "";
   await useParameters(parameters);
   const instead = make("button", { type: "button", className: "small" }, "Draw from it instead");
   instead.addEventListener("click", () => drawFrom(file));
-  byId("notice").replaceChildren(`The settings of ${file.name} are in the form. `, instead);
+  byId("notice").replaceChildren(`The settings of ${file.name} are in the form. ${beganWith}`, instead);
   byId("notice").hidden = false;
 }
 
 async function useParameters(parameters) {
-  const { model: drawnBy, seed, ...values } = parameters;
+  // The task follows from the pictures, and those are not in the file.
+  const { model: drawnBy, seed, task: _, ...values } = parameters;
   const names = [...byId("model").options].map((option) => option.value);
   if (names.includes(drawnBy) && drawnBy !== model) await choose(drawnBy);
-  // With a picture of its own again; the one that it began with is not in the file.
-  if (!("image_sha256" in parameters)) delete values.task;
   await form.fill({ ...values, ...(seed === undefined ? {} : { seed }) });
   saveDraft();
 }

@@ -1,6 +1,6 @@
 // Draws one request: tiles with previews, progress, cancelling.
 
-import { postForEvents } from "./api.js";
+import { cancelRequest, newRequestId, postForEvents } from "./api.js";
 import { base64ToBlob, byId, make, showBlob } from "./dom.js";
 
 const PREVIEWS = 3; // the most that a stream has
@@ -8,13 +8,17 @@ const TYPES = { png: "image/png", jpeg: "image/jpeg", webp: "image/webp" };
 
 export class Stage {
   #stop = null;
+  #empty = byId("empty");
 
   get isBusy() {
     return this.#stop !== null;
   }
 
   cancel() {
-    this.#stop?.abort();
+    if (!this.isBusy) return;
+    // To leave is enough to cancel, but the gateway may notice a little later.
+    cancelRequest(this.requestId);
+    this.#stop.abort();
   }
 
   /**
@@ -25,6 +29,7 @@ export class Stage {
     const count = body.n ?? 1;
     const started = performance.now();
     this.#stop = new AbortController();
+    this.requestId = newRequestId();
     this.#begin(count, body);
     const ticking = setInterval(() => {
       byId("elapsed").textContent = seconds(performance.now() - started);
@@ -32,7 +37,9 @@ export class Stage {
     try {
       const sent = { ...body, stream: true, partial_images: PREVIEWS };
       let finished = 0;
-      for await (const event of postForEvents("/v1/images/generations", sent, this.#stop.signal)) {
+      const events = postForEvents(
+        "/v1/images/generations", sent, this.requestId, this.#stop.signal);
+      for await (const event of events) {
         if (event.type === "accepted") this.#say("Drawing…");
         else if (event.type.endsWith(".partial_image")) this.#showPreview(event, count);
         else if (event.type.endsWith(".completed")) {
@@ -115,6 +122,7 @@ export class Stage {
       tile.remove();
     }
     tiles.dataset.count = tiles.children.length;
+    if (!tiles.children.length) tiles.append(this.#empty);
   }
 
   #say(text) {

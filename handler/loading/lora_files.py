@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from handler.loading.safetensors_map import Header
 
-__all__ = ["LoraLayer", "LoraReader", "read_lora"]
+__all__ = ["LoraLayer", "LoraReader", "in_present_names", "read_lora"]
 
 _NUM_SHOWN = 3
 _KINDS = {
@@ -112,6 +112,15 @@ class LoraReader:
         for each in self._delivered(tensors, configured):
             layers[each.component] = dict(_paired(each))
         return layers
+
+    def read_file(self, path: Path) -> Layers:
+        """The same of the file at `path`; nothing of it stays mapped. Raises: ArchiveError."""
+        size_bytes = path.stat().st_size
+        with path.open("rb") as file:
+            header = read_header(file, size_bytes, path.name)
+        mapped = map_tensors(Extent(path, 0, size_bytes), path.name)
+        # Copied, for the operator may replace the file.
+        return self.read({name: each.clone() for name, each in mapped.items()}, header.metadata)
 
     def _check_keys(
         self, tensors: Mapping[str, torch.Tensor], configured: Mapping[str, Any]
@@ -423,16 +432,23 @@ def read_lora(reader: LoraReader, path: Path, pipeline: Any, device: torch.devic
     Raises:
         ArchiveError: the file is damaged or no LoRA, or not all of it fits.
     """
-    size_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        header = read_header(file, size_bytes, path.name)
-    mapped = map_tensors(Extent(path, 0, size_bytes), path.name)
-    # Copied, for the operator may replace the file.
-    read = reader.read({name: each.clone() for name, each in mapped.items()}, header.metadata)
     return {
         component: {
             name: layer.to(device, pipeline.components[component].dtype)
             for name, layer in layers.items()
         }
-        for component, layers in read.items()
+        for component, layers in reader.read_file(path).items()
     }
+
+
+def in_present_names(layers: Layers) -> dict[str, torch.Tensor]:
+    """The same in the names that diffusers and PEFT use now, with the scale in the weights."""
+    found: dict[str, torch.Tensor] = {}
+    for component, of in layers.items():
+        for name, layer in of.items():
+            scale = layer.alpha / layer.divisor
+            found[f"{component}.{name}.lora_A.weight"] = layer.down
+            found[f"{component}.{name}.lora_B.weight"] = layer.up * scale
+            if layer.bias is not None:
+                found[f"{component}.{name}.lora_B.bias"] = layer.bias * scale
+    return found

@@ -20,10 +20,9 @@ from handler.errors import ArchiveError, ConfigError
 from handler.library_logs import quiet_libraries
 from handler.loading.contents import LORA_FOLDER
 from handler.loading.embeddings import load_embeddings
-from handler.loading.lora_files import LoraReader
+from handler.loading.lora_files import LoraReader, in_present_names
 from handler.loading.memory import device_memory, memory_problem, weights_bytes
 from handler.loading.model_dir import OpenedPipeline, check_loras, open_pipeline
-from handler.loading.safetensors_map import read_header
 from handler.messages import first_lines
 
 if TYPE_CHECKING:
@@ -193,16 +192,7 @@ def _load_loras(pipeline: Any, paths: Sequence[Path], reader: LoraReader | None)
         return
     for path in paths:
         try:
-            with path.open("rb") as file:
-                reader.check(read_header(file, path.stat().st_size, str(path)))
-            # By its path, for diffusers reads the scale out of the file's metadata.
-            pipeline.load_lora_weights(
-                os.fspath(path.parent),
-                weight_name=path.name,
-                adapter_name=path.stem,
-                local_files_only=True,
-                use_safetensors=True,
-            )
+            _load_lora(pipeline, path, reader)
         except (
             *(ArchiveError, AttributeError, ValueError, RuntimeError, KeyError, ImportError),
         ) as error:
@@ -210,3 +200,24 @@ def _load_loras(pipeline: Any, paths: Sequence[Path], reader: LoraReader | None)
                 f"{path}: this LoRA does not fit the pipeline: {first_lines(error)}"
             ) from error
     pipeline.set_adapters([path.stem for path in paths])
+
+
+def _load_lora(pipeline: Any, path: Path, reader: LoraReader) -> None:
+    layers = reader.read_file(path)
+    # By its path, for diffusers reads the scale out of the file's metadata.
+    pipeline.load_lora_weights(
+        os.fspath(path.parent),
+        weight_name=path.name,
+        adapter_name=path.stem,
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    modules = {name: dict(getattr(pipeline, name).named_modules()) for name in layers}
+    if not all(
+        path.stem in getattr(modules[name][layer], "scaling", ())
+        for name, found in layers.items()
+        for layer in found
+    ):
+        # diffusers hands PEFT some of a text encoder's layers under names that it drops.
+        pipeline.delete_adapters(path.stem)
+        pipeline.load_lora_weights(in_present_names(layers), adapter_name=path.stem)

@@ -2,9 +2,9 @@
 
 The image's root has the archive unpacked in ``models/``, its pipeline in ``models/model/``, as a
 worker opens it too: mounted as a volume it is served as it is. Each weights file is a layer, the
-pipeline's other files are one, everything else is the last. That one also has in ``archive/`` what
-the archive is made of besides these files: zip headers and directories (``skeleton``), and the
-order of all pieces (``recipe.json``).
+pipeline's other files are one, the handler is one, everything else is the last. That one also has
+in ``archive/`` what the archive is made of besides these files: zip headers and directories
+(``skeleton``), and the order of all pieces (``recipe.json``).
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ class ArchiveImage:
             for name in self.files
             if name.startswith(f"{MODEL_ROOT}/") and not name.endswith(WEIGHTS_SUFFIX)
         )
+        handler = sorted(name for name in self.files if name.startswith(f"{ROOT}/handler/"))
         groups = [[name] for name in weights[:_MOST_WEIGHTS_LAYERS]]
-        groups += [group for group in (weights[_MOST_WEIGHTS_LAYERS:], small) if group]
+        groups += [group for group in (weights[_MOST_WEIGHTS_LAYERS:], small, handler) if group]
         taken = {name for group in groups for name in group}
         rest = {name: self.files[name] for name in sorted(self.files) if name not in taken}
         last: dict[str, bytes | Extent] = {

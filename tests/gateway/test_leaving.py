@@ -78,6 +78,18 @@ def test_what_nobody_waits_for_is_cancelled(
         assert until(lambda: outcomes(instance, outcome), lambda number: number > cancelled)
 
 
+def test_a_stream_that_was_read_so_far_is_cancelled(
+    gateway: RunningGateway, instance: TorchServer
+) -> None:
+    """As a browser leaves it: with nothing unread, long before the next preview."""
+    with posted(gateway, "/v1/images/generations", {**LONG, "stream": True}) as connection:
+        assert b"200 OK" in connection.recv(65536)
+        assert until(lambda: in_flight(instance), lambda number: number > 0) > 0
+        while b": drawing" not in connection.recv(65536):
+            pass
+    assert until(lambda: in_flight(instance), lambda number: number == 0) == 0
+
+
 def test_a_client_that_shuts_its_side_gets_its_picture(gateway: RunningGateway) -> None:
     """As `nc -N` and others do; TorchServe itself resets them."""
     fields = {"prompt": "a ring", "size": "64x64", "num_inference_steps": 60}

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from PIL import Image
 
@@ -124,8 +125,14 @@ def _draw_alone(name: str, pipeline: Path) -> None:
     picture = Image.new("RGB", (SIDE_PX, SIDE_PX), "white")
     plain |= dict.fromkeys(pictures_of(task_of(type(loaded))), picture)
     plain[controlled_by(type(loaded)) or "control_image"] = picture
+    plain["output_type"] = "np"
     takes = inspect.signature(type(loaded).__call__).parameters
-    loaded(**{key: value for key, value in plain.items() if key in takes})
+    drawn = loaded(**{key: value for key, value in plain.items() if key in takes})
+    pixels = np.asarray(drawn.images)
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        raise ValueError("the picture is not finite")
+    if pixels.min() == pixels.max():
+        raise ValueError("the picture has one colour only")
 
 
 def _try_aside(name: str, make: Callable[[], Any], limit_s: float) -> Row:
@@ -179,14 +186,16 @@ def _classes() -> Iterator[Any]:
 
 def tiny_builders() -> dict[str, Callable[[], Any]]:
     """Makers of tiny pipelines, by class; some raise, saying which part there is no recipe for."""
-    swept = {cls.__name__: partial(_build_swept, cls) for cls in _classes()}
+    names = (name for name in dir(diffusers) if name.endswith("Pipeline"))
+    swept: dict[str, Callable[[], Any]] = {name: partial(_build_swept, name) for name in names}
     families = {type(shared(family)).__name__: partial(build, family) for family in FAMILIES}
     return {**swept, **families, "PixArtSigmaPipeline": pixart_of_a_known_size}
 
 
-def _build_swept(cls: Any) -> Any:
+def _build_swept(name: str) -> Any:
+    cls = getattr(diffusers, name)
     with stand_ins(cls):
-        return build_swept(cls, RECIPES.get(cls.__name__, Recipe()))
+        return build_swept(cls, RECIPES.get(name, Recipe()))
 
 
 def judge_all(
@@ -263,6 +272,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=float, default=120.0, metavar="SECONDS", help="of a class")
     parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
     options = parser.parse_args(argv)
+    if options.write and options.only:
+        parser.error("--write is for all classes, not with --only")
     warnings.simplefilter("ignore")
     quiet_for_good()
     torch.set_num_threads(1)  # several threads do not survive a fork

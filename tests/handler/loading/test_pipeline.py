@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import zipfile
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +17,13 @@ from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
 
 from handler.config import HandlerConfig
+from handler.engine import InFlightEngine
 from handler.errors import ConfigError
+from handler.loading.lora_files import LoraReader
 from handler.loading.pipeline import choose_device, choose_dtype, load_pipeline
 from scripts.zip_weights import zip_pipeline
 from tests.support.archives import save_pipeline
+from tests.support.loras import kohya_lora
 from tests.support.model_dirs import packed, refusal, tensors
 from tests.support.pipelines import build, example_kwargs, shared, with_safety_checker
 
@@ -150,6 +154,32 @@ def test_packed_loras_are_active(tmp_path: Path) -> None:
     styled = pipeline(**example_kwargs("stable_diffusion", 0)).images
     plain = shared("stable_diffusion")(**example_kwargs("stable_diffusion", 0)).images
     assert np.abs(styled - plain).max() > 1e-3
+
+
+def test_a_packed_lora_of_kohya_is_applied_whole(tmp_path: Path) -> None:
+    """Attention and MLP of the text encoder: diffusers by itself drops the attention."""
+    model_dir = packed(tmp_path)
+    (model_dir / "lora").mkdir()
+    ends = ("to_q", "q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+    plain = build("stable_diffusion")
+    modules = {"lora_unet": plain.unet, "lora_te": plain.text_encoder}
+    file = kohya_lora(modules, alpha=3.0, ends=ends)
+    save_file(file, model_dir / "lora" / "style.safetensors")
+    pipeline = load_pipeline(model_dir, HandlerConfig(), None).pipeline
+    adapted = [
+        name
+        for component in (pipeline.unet, pipeline.text_encoder)
+        for name, module in component.named_modules()
+        if "style" in getattr(module, "scaling", ())
+    ]
+    assert len(adapted) == len(file) // 3
+    with closing(InFlightEngine(plain)) as engine:
+        engine.attach_lora("style", LoraReader(plain).read(file, {}))
+        ticket = engine.submit(example_kwargs("stable_diffusion", 0), adapters={"style": 1.0})
+        engine.run()
+        expected = ticket.result().images
+    styled = pipeline(**example_kwargs("stable_diffusion", 0)).images
+    assert np.abs(styled - expected).max() < 3e-5
 
 
 def test_a_damaged_lora_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Requests that nobody waits for: kept in a database, drawn when there is room."""
