@@ -109,10 +109,10 @@ def test_exif_carries_the_parameters(url: str, output_format: str) -> None:
     assert b"Seed: 11" in comment.replace(b"\0", b"")
 
 
-def test_a_prompt_beyond_the_window_is_served_and_says_so(url: str) -> None:
-    answer = post_json(url, {"prompt": "a red heart " * 60})
+def test_what_of_a_prompt_is_read_as_text_is_in_a_header(url: str) -> None:
+    answer = post_json(url, {"prompt": "a (red:1.3) heart"})
     assert answer.status == 200, answer.body
-    assert re.search(r"\d+ tokens?", answer.headers["warning"])
+    assert "(word:1.3)" in answer.headers["warning"]
 
 
 def test_metrics_count_requests_and_pictures(server: TorchServer, url: str) -> None:
