@@ -34,6 +34,8 @@ _MAX_SENT = 2
 _CANCEL_TIMEOUT_S = 30.0
 # The frontend's own words for a request whose worker has died with it.
 _WORKER_DIED = ("Worker died", "Worker has died")
+# 507 where the worker that came after it could not load the model.
+_DEATHS = (500, 507)
 _TRY_LATER_S = 1.0
 _KEPT_HEADERS = ("x-seed", "warning", "server-timing", "retry-after")
 OnEvent = Callable[[str, dict[str, Any]], None]
@@ -226,7 +228,7 @@ async def _read(response: aiohttp.ClientResponse) -> Reply:
     """Read a reply to its end. Raises: Refused, where the instance is to be judged by it."""
     body = await response.read()
     headers = {name: response.headers[name] for name in _KEPT_HEADERS if name in response.headers}
-    if response.status in (500, 503):
+    if response.status in (*_DEATHS, 503):
         refused = Refused.from_reply(response.status, body, headers.get("retry-after"))
         _judge(refused)
     return Reply(response.status, response.content_type, body, headers)
@@ -235,7 +237,7 @@ async def _read(response: aiohttp.ClientResponse) -> Reply:
 def _judge(error: RequestError) -> None:
     """Raise _Died or _NotTaken, where an error says something of the instance alone."""
     is_torchserves = error.code.endswith("Exception")
-    if error.status == 500 and is_torchserves and error.message.startswith(_WORKER_DIED):
+    if error.status in _DEATHS and is_torchserves and error.message.startswith(_WORKER_DIED):
         raise _Died("its worker died")
     assert isinstance(error, Refused)
     if error.status == 503 and error.code == "interrupted":

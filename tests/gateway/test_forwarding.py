@@ -103,7 +103,7 @@ async def wait_for(event: asyncio.Event) -> None:
     await event.wait()
 
 
-@pytest.mark.parametrize("death", [DIED, "hang up"])
+@pytest.mark.parametrize("death", [DIED, (507, WORKER_DIED, {}), "hang up"])
 def test_a_death_is_sent_once_more_elsewhere(tmp_path: Path, death: object) -> None:
     async def check() -> None:
         async with fleet(tmp_path, 2) as (gateway, fakes):
