@@ -34,7 +34,7 @@ _MAX_SENT = 2
 _CANCEL_TIMEOUT_S = 30.0
 # The frontend's own words for a request whose worker has died with it.
 _WORKER_DIED = ("Worker died", "Worker has died")
-# 507 where the frontend has seen by then that SIGKILL ended it, which it takes for a lack of memory.
+# 507 where the frontend saw that SIGKILL ended it, which it takes for a lack of memory.
 _DEATHS = (500, 507)
 _TRY_LATER_S = 1.0
 _KEPT_HEADERS = ("x-seed", "warning", "server-timing", "retry-after")
