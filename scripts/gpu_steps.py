@@ -107,6 +107,7 @@ def _server(arguments: argparse.Namespace) -> int:
 def _ask_as_readme(url: str, folder: Path, results: Path) -> dict[str, int]:
     """Run the README's requests; return the bytes of what each wrote. Raises: ServerError."""
     script = readme_script((REPOSITORY / "README.md").read_text(), url)
+    (folder / "demo").symlink_to(REPOSITORY / "demo")  # It sends pictures from there.
     run = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
         cwd=folder,
