@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from handler import errors
 from handler.api.accept import MEDIA_TYPES
 from handler.api.foreign_names import FOREIGN_NAMES
 from handler.api.samplers import SAMPLERS, SCHEDULER_CLASSES, SCHEDULES
@@ -153,8 +154,11 @@ def _foreign_names() -> Iterable[list[str]]:
 
 def _errors() -> Iterable[list[str]]:
     yield ["status", "`code`", "meaning"]
+    # Those of the worker: the gateway has errors of its own.
     kinds = [
-        each for kind in RequestError.__subclasses__() for each in (kind, *kind.__subclasses__())
+        each
+        for each in vars(errors).values()
+        if isinstance(each, type) and issubclass(each, RequestError) and each is not RequestError
     ]
     for kind in sorted(kinds, key=lambda kind: kind.status):
         meaning = (kind.__doc__ or "").partition("\n")[0].rstrip(".")
