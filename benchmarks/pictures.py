@@ -33,7 +33,6 @@ PIPELINE = Path("demo/pipeline")
 NUM_CLIENTS = 16
 NUM_REQUESTS = 32
 SIZES = {"small": 0, "200 kB": 200_000, "2 MB": 2_000_000}
-_MAX_BODY_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,6 @@ def measure_pictures(rounds: int, speed: str) -> tuple[list[Figure], dict[str, o
         "max_rows": 2 * NUM_CLIENTS,
         "speed": speed,
         "min_size_px": 64,
-        "max_body_bytes": _MAX_BODY_BYTES,
     }
     costs: dict[str, list[Cost]] = {name: [] for name in SIZES}
     memory: dict[str, list[int]] = {}
@@ -73,7 +71,7 @@ def measure_pictures(rounds: int, speed: str) -> tuple[list[Figure], dict[str, o
             archive=ours("pictures", PIPELINE, folder, settings).archive,
             state_dir=folder / "state",
             ports=Ports.free(),
-            properties={"max_request_size": str(_MAX_BODY_BYTES), "job_queue_size": "1000"},
+            properties={"job_queue_size": "1000"},
         )
         with ThreadPoolExecutor(NUM_CLIENTS) as clients, TorchServer(options).running() as server:
             for num_bytes in SIZES.values():
