@@ -35,8 +35,9 @@ NO_FETCHING = (
 )
 _URL = re.compile(r"\s*(?!data:)[a-z][a-z0-9+.-]{1,20}:", re.IGNORECASE)
 _DATA_URI = re.compile(r"data:([^,;]{0,100})((?:;[^,;]{0,100}){0,8}),", re.IGNORECASE)
-# How a file begins that is base64 or a data: URI.
-_TEXT = re.compile(rb"\s*[\x21-\x7e][\x20-\x7e\r\n\t]{30}")
+# How bytes begin that are base64, a data: URI or a URL; forms deliver these as bytes too.
+_TEXT = re.compile(rb"[\x20-\x7e\r\n\t]+")
+_NUM_LOOKED_AT = 64
 # Line breaks, and the letters of the alphabet that is safe in URLs.
 _BASE64_VARIANTS = {"\r": "", "\n": "", "\t": "", "-": "+", "_": "/"}
 # What the three formats' magic numbers are in base64.
@@ -162,7 +163,8 @@ def _content(value: object, max_bytes: int) -> bytes:
         value = value["b64"]
     if isinstance(value, (bytes, bytearray, memoryview)):
         content = bytes(value)
-        if len(content) > 2 * max_bytes or identify(content) or not _TEXT.match(content):
+        is_text = _TEXT.fullmatch(content[:_NUM_LOOKED_AT])
+        if len(content) > 2 * max_bytes or identify(content) or not is_text:
             return content
         value = content.decode("ascii", "replace")
     if not isinstance(value, str):

@@ -71,6 +71,7 @@ def test_ways_to_send_one(content: bytes) -> None:
         "s3://bucket/a.png",
         "blob:https://example.org/1",
         b"https://example.org/a-rather-long-name-of-a-picture.png",
+        b"http://x/y.png",
     ],
 )
 def test_urls_are_refused(url: object) -> None:
