@@ -432,13 +432,11 @@ def read_lora(reader: LoraReader, path: Path, pipeline: Any, device: torch.devic
     Raises:
         ArchiveError: the file is damaged or no LoRA, or not all of it fits.
     """
-    return {
-        component: {
-            name: layer.to(device, pipeline.components[component].dtype)
-            for name, layer in layers.items()
-        }
-        for component, layers in reader.read_file(path).items()
-    }
+    found = {}
+    for component, layers in reader.read_file(path).items():
+        dtype = pipeline.components[component].dtype  # a search through all its weights
+        found[component] = {name: layer.to(device, dtype) for name, layer in layers.items()}
+    return found
 
 
 def in_present_names(layers: Layers) -> dict[str, torch.Tensor]:
