@@ -58,7 +58,10 @@ class LoadedPipeline:
 
 
 def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
-    """Return the configured device, else the GPU that TorchServe gave, else the CPU."""
+    """Return the configured device, else the GPU that TorchServe gave, else the CPU.
+
+    A GPU is always one by its number.
+    """
     if configured is None:
         has_gpu = torch.cuda.is_available() and gpu_id is not None and gpu_id >= 0
         return torch.device(f"cuda:{gpu_id}" if has_gpu else "cpu")
@@ -73,8 +76,8 @@ def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
             f"device is {configured!r}, but torch finds only cuda:0 "
             f"to cuda:{torch.cuda.device_count() - 1} here"
         )
-    if configured == "cuda" and gpu_id is not None and gpu_id >= 0:
-        return torch.device("cuda", gpu_id)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", gpu_id if gpu_id is not None and gpu_id >= 0 else 0)
     return device
 
 

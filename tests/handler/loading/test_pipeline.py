@@ -227,6 +227,8 @@ def test_device_without_cuda(configured: str | None, gpu_id: int | None, expecte
         (None, 1, "cuda:1"),
         (None, None, "cpu"),
         ("cuda", 1, "cuda:1"),
+        ("cuda", None, "cuda:0"),
+        ("cuda", -1, "cuda:0"),
         ("cuda:0", 1, "cuda:0"),
         ("cpu", 1, "cpu"),
     ],
