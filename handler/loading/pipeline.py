@@ -76,7 +76,7 @@ def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
             f"device is {configured!r}, but torch finds only cuda:0 "
             f"to cuda:{torch.cuda.device_count() - 1} here"
         )
-    if device.type == "cuda" and device.index is None:
+    if configured == "cuda":
         return torch.device("cuda", gpu_id if gpu_id is not None and gpu_id >= 0 else 0)
     return device
 
