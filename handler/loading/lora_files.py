@@ -357,22 +357,22 @@ def _misfit(layer: Any, found: re.Match[str], tensor: torch.Tensor) -> list[str]
     """What is wrong with the shape of a weight for its layer."""
     import torch
 
-    wanted: tuple[int, ...] | None = None
-    kernel: tuple[int, ...] = tuple(getattr(layer, "kernel_size", ()))
-    is_down, rank = found["side"] == "A", tensor.shape[0 if found["side"] == "A" else -1]
-    if found["part"] == "bias":
-        wanted = (getattr(layer, "out_features", getattr(layer, "out_channels", 0)),)
-    elif isinstance(layer, torch.nn.Embedding):
-        wanted = (rank, layer.num_embeddings) if is_down else (layer.embedding_dim, rank)
-    elif isinstance(layer, torch.nn.Linear):
-        wanted = (rank, layer.in_features) if is_down else (layer.out_features, rank)
-    elif kernel:
-        rank = tensor.shape[0] if is_down else tensor.shape[1]
-        ends = kernel if is_down else (1,) * len(kernel)
-        sides = (rank, layer.in_channels) if is_down else (layer.out_channels, rank)
-        wanted = (*sides, *ends)
-    if wanted is None:
+    is_down = found["side"] == "A"
+    sides: tuple[int, int]
+    kernel: tuple[int, ...] = ()
+    # Those that `handler.pipelines.adapted_layers` can add to.
+    if isinstance(layer, torch.nn.Linear):
+        sides = layer.in_features, layer.out_features
+    elif isinstance(layer, torch.nn.Embedding) and layer.max_norm is None:
+        sides = layer.num_embeddings, layer.embedding_dim
+    elif isinstance(layer, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
+        sides = layer.in_channels, layer.out_channels
+        kernel = layer.kernel_size if is_down else (1,) * len(layer.kernel_size)
+    else:
         return [f"{found['layer']} is a {type(layer).__name__}, which takes no LoRA"]
+    rank = tensor.shape[0 if is_down else 1] if tensor.ndim > 1 else 1
+    wanted: tuple[int, ...] = (rank, sides[0]) if is_down else (sides[1], rank)
+    wanted = (sides[1],) if found["part"] == "bias" else (*wanted, *kernel)
     if tuple(tensor.shape) != wanted:
         return [f"{found[0]} has the shape {tuple(tensor.shape)}, its layer wants {wanted}"]
     return []

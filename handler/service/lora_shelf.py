@@ -104,14 +104,17 @@ class LoraShelf:
         """Give the engine what was read; `wanted` are not to make room for it.
 
         Raises:
-            InvalidRequest: one alone is larger than all may be.
+            InvalidRequest: one alone is larger than all may be, or the engine does not take it.
             QueueFull: all that there is room for are in use.
         """
         for name, layers in loras.items():
             if name not in self._attached:
                 size = sum(_size_bytes(each) for of in layers.values() for each in of.values())
                 self._make_room(name, size, {*wanted, *loras})
-                self._engine.attach_lora(name, layers)
+                try:
+                    self._engine.attach_lora(name, layers)
+                except ValueError as error:
+                    raise _refused(f"{name} cannot be used: {error}") from error
                 self._attached[name] = size
 
     def _make_room(self, name: str, size: int, wanted: Collection[str]) -> None:

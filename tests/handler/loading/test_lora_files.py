@@ -150,6 +150,34 @@ def test_what_is_not_applied_is_named(tensors: Any, words: str) -> None:
     assert words in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        torch.nn.AvgPool2d(2),
+        torch.nn.ConvTranspose2d(4, 4, 1),
+        torch.nn.Embedding(4, 4, max_norm=1.0),
+        torch.nn.LayerNorm(4),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_layer_that_takes_no_lora_is_named(layer: torch.nn.Module) -> None:
+    pipeline = build("stable_diffusion")
+    pipeline.unet.odd = layer
+    ends = (1, 1) if isinstance(layer, torch.nn.ConvTranspose2d) else ()
+    down, up = torch.ones(2, 4, *ends), torch.ones(4, 2, *ends)
+    file = {"unet.odd.lora_A.weight": down, "unet.odd.lora_B.weight": up}
+    with pytest.raises(ArchiveError, match=f"odd is a {type(layer).__name__}, which takes no LoRA"):
+        LoraReader(pipeline).read(file, {})
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (2, 7), (2, 8, 1, 1)])
+def test_a_weight_of_another_shape_is_named(shape: tuple[int, ...]) -> None:
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+    file = {**diffusers_own("stable_diffusion"), name: torch.ones(shape)}
+    with pytest.raises(ArchiveError, match="it does not fit the pipeline"):
+        LoraReader(build("stable_diffusion")).read(file, {})
+
+
 def test_a_control_lora_leaves_the_reader_as_it_was() -> None:
     """Diffusers widens Flux' first layer for one; the reader is asked again afterwards."""
     pipeline = build("flux")

@@ -158,6 +158,16 @@ def test_a_file_that_does_not_fit_is_refused_by_its_keys(folder: Path) -> None:
     assert "torn cannot be used" in error_of(replies["torn"])["fields"]["loras"]
 
 
+def test_what_the_engine_does_not_take_is_the_requests_own_error(folder: Path) -> None:
+    with serving(folder) as service:
+        service._engine.attach_lora("ink", {})  # by that name there is one already
+        ask(service, "r", loras=["ink"])
+        ask(service, "other", loras=["wool"])
+        replies = finish(service)
+    assert (replies["r"].status, replies["other"].status) == (400, 200)
+    assert "ink cannot be used: there is" in error_of(replies["r"])["fields"]["loras"]
+
+
 def test_the_longest_unused_goes_and_never_one_in_use(folder: Path) -> None:
     with serving(folder, max_loras=2) as service:
         engine = service._engine
