@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,6 +111,52 @@ def test_the_scale_stands_in_the_files_metadata() -> None:
     wrong = {"lora_adapter_metadata": json.dumps({**written, "unet.rank_pattern": {}})}
     with pytest.raises(ArchiveError, match="has the rank 3, and its metadata says 2"):
         LoraReader(pipeline).read(diffusers_own("stable_diffusion"), wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rank_pattern": {"(": 2}},
+        {"lora_alpha": "much"},
+        {"alpha_pattern": [1]},
+        {"r": None, "x": 1},
+    ],
+    ids=repr,
+)
+def test_metadata_that_cannot_be_read_is_the_files_error(wrong: dict[str, Any]) -> None:
+    config = {"r": 2, "lora_alpha": 8, "rank_pattern": {"attn2.to_v": 3}, **wrong}
+    if "x" in wrong:
+        del config["r"]
+    text = json.dumps({f"unet.{key}": value for key, value in config.items()})
+    with pytest.raises(ArchiveError, match="its lora_adapter_metadata cannot be read"):
+        LoraReader(build("stable_diffusion")).read(
+            diffusers_own("stable_diffusion"), {"lora_adapter_metadata": text}
+        )
+
+
+def test_reading_ranks_that_differ_takes_about_as_long_as_equal_ones() -> None:
+    """The name of every layer may be the pattern of every other: compile each of them once."""
+    num_layers = 700
+    pipeline = build("stable_diffusion")
+    pipeline.unet.many = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(num_layers))
+    reader = LoraReader(pipeline)
+
+    def seconds(num_ranks: int) -> float:
+        file = {}
+        for i in range(num_layers):
+            rank = i % num_ranks + 1
+            file[f"unet.many.{i}.lora_A.weight"] = torch.ones(rank, 2)
+            file[f"unet.many.{i}.lora_B.weight"] = torch.ones(2, rank)
+        started_s = time.thread_time()
+        layers = reader.read(file, {})["unet"]
+        seconds = time.thread_time() - started_s
+        assert [layer.divisor for layer in layers.values()] == [
+            i % num_ranks + 1 for i in range(num_layers)
+        ]
+        return seconds
+
+    equal_s = seconds(1)
+    assert seconds(4) < 20 * equal_s
 
 
 def dora() -> dict[str, torch.Tensor]:
