@@ -204,11 +204,6 @@ class InFlightEngine:
         return ticket
 
     @property
-    def loras(self) -> Mapping[str, int]:
-        """The LoRAs that `attach_lora` added, and the bytes of each."""
-        return self._adapters.loaded
-
-    @property
     def loras_in_use(self) -> frozenset[str]:
         """The LoRAs that requests in flight, or waiting to be, have named."""
         tickets = [*self._waiting, *self._runs.parked]

@@ -124,14 +124,6 @@ class AdapterSets:
             raise ValueError(f"{beside} do not go together with {sorted(names - set(beside))}")
         return chosen
 
-    @property
-    def loaded(self) -> Mapping[str, int]:
-        """The LoRAs that `attach` added, and the bytes of each."""
-        return {
-            name: sum(each.size_bytes for layers in found.values() for each in layers.values())
-            for name, found in self._loaded.items()
-        }
-
     def attach(self, name: str, layers: Mapping[str, Mapping[str, LoraWeights]]) -> None:
         """Let requests name a LoRA that adds to these layers, by component and path.
 

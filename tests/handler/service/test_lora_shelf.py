@@ -168,13 +168,23 @@ def test_what_the_engine_does_not_take_is_the_requests_own_error(folder: Path) -
     assert "ink cannot be used: there is" in error_of(replies["r"])["fields"]["loras"]
 
 
-def test_the_longest_unused_goes_and_never_one_in_use(folder: Path) -> None:
+def test_the_longest_unused_goes_and_never_one_in_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    read_file = LoraReader.read_file
+
+    def noted(reader: LoraReader, path: Path) -> Any:
+        read.append(path.stem)
+        return read_file(reader, path)
+
+    monkeypatch.setattr(LoraReader, "read_file", noted)
     with serving(folder, max_loras=2) as service:
         engine = service._engine
-        for name in ("ink", "style", "ink", "wool"):
+        for name in ("ink", "style", "ink", "wool", "ink", "wool"):
             ask(service, name, loras=[name])
             finish(service)
-        assert set(engine.loras) == {"ink", "wool"}
+        assert read == ["ink", "style", "wool"], "style made room for wool"
         ask(service, "long", loras=["ink", "wool"], steps=900)
         tick(service, 2)
         while not engine.num_running:
