@@ -169,14 +169,11 @@ class AdapterSets:
         in place of its own would be wrong.
         """
         sets = [each.adapters for each in rows]
-        if any(scales_adapters(each.kwargs) for each in rows):
-            self._switch(rows[0], is_scaled=True)
-            yield False
-        elif all(each is None for each in sets):
-            self.activate(None, None)
-            yield False
-        elif any(self.key_of(each, apart=False) is not None for each in sets):
-            self._switch(rows[0], is_scaled=False)
+        is_scaled = any(scales_adapters(each.kwargs) for each in rows)
+        is_plain = all(each is None for each in sets)
+        if is_scaled or is_plain or any(self.key_of(each, apart=False) for each in sets):
+            weights = None if sets[0] is None else sets[0].weights
+            self.activate(rows[0].pipeline, weights, scaled=is_scaled)
             yield False
         else:
             plan = self._plan(rows, padded, None if module is None else id(module))
@@ -213,11 +210,6 @@ class AdapterSets:
     def restore(self) -> None:
         """Give every layer back the adapters and weights that it had at first."""
         self.activate(None, None)
-
-    def _switch(self, first: AdapterRows, *, is_scaled: bool) -> None:
-        adapters = first.adapters
-        weights = None if adapters is None else adapters.weights
-        self.activate(first.pipeline, weights, scaled=is_scaled)
 
     def marks_of(self, adapters: AdapterSet | None, module: Any) -> frozenset[Hashable]:
         """The layers of `module` that the set adds to; the same object for the same set."""
