@@ -198,7 +198,7 @@ def test_a_damaged_lora_is_refused(tmp_path: Path) -> None:
             manifest.write_text(json.dumps({"members": {name: {key: listed}}}))
             assert words in refusal(model_dir)
     manifest.write_text(json.dumps({"members": {name: {"crc32": 0}}}))
-    assert "PIPELINE.json is damaged" in refusal(model_dir)
+    assert f"PIPELINE.json is damaged: {name}: the manifest lists none" in refusal(model_dir)
     manifest.write_text("{}")
     assert "PIPELINE.json is damaged" in refusal(model_dir)
 
