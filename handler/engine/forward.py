@@ -88,10 +88,9 @@ class BatchedForward:
 
     `buckets` are the row counts that forwards are padded to, ascending; none: no padding.
     `prepare` is called with the calls of every forward before it, and `adapters` applies theirs to
-    it; the errors of both are those of the calls.
-    `prepare` is called with the calls of every forward before it; its errors are theirs. With
-    `proves_ahead`, whether a module keeps rows apart is seen once for each kind of group, on
-    arguments that are made to differ; else whenever a group's arguments differ as none did before.
+    it; the errors of both are those of the calls. With `proves_ahead`, whether a module keeps rows
+    apart is seen once for each kind of group, on arguments that are made to differ; else whenever a
+    group's arguments differ as none did before.
     """
 
     clock: Callable[[], float]
