@@ -102,7 +102,7 @@ class InFlightEngine:
         self._adapters = AdapterSets(list(named.values()))
         adapters = RowAdapters(self._adapters)
         self._forward = BatchedForward(
-            clock, max_rows, capped, self._prepare, adapters, proves_ahead
+            clock, max_rows, adapters, capped, self._prepare, proves_ahead
         )
         shared_states = {task: SharedState(pipeline) for task, pipeline in named.items()}
         self._random = GlobalRandom(named.values())
@@ -207,7 +207,7 @@ class InFlightEngine:
     def loras_in_use(self) -> frozenset[str]:
         """The LoRAs that requests in flight, or waiting to be, have named."""
         tickets = [*self._waiting, *self._runs.parked]
-        return frozenset(name for ticket in tickets for name in ticket.adapters or ())
+        return frozenset[str]().union(*(ticket.lora_names for ticket in tickets))
 
     def attach_lora(self, name: str, layers: Mapping[str, Mapping[str, LoraWeights]]) -> None:
         """Let requests name a LoRA that adds to these layers, by component and the layer's path.
