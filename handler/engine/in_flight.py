@@ -98,7 +98,7 @@ class InFlightEngine:
         # Up to the rows that may be in flight: a larger bucket would not fit either.
         capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
         if proves_ahead is None:
-            proves_ahead = any(is_asynchronous(pipeline) for pipeline in named.values())
+            proves_ahead = is_asynchronous(named.values())
         self._adapters = AdapterSets(list(named.values()))
         adapters = RowAdapters(self._adapters)
         self._forward = BatchedForward(

@@ -25,6 +25,7 @@ from handler.pipelines.adapted_layers import (
     patched,
     peft_layers,
 )
+from handler.pipelines.placement import modules_of
 
 __all__ = ["AdapterRows", "AdapterSet", "AdapterSets", "scales_adapters"]
 
@@ -224,7 +225,8 @@ class AdapterSets:
 
     def _remember(self) -> None:
         """Look at PEFT's layers, as they are before any of them is switched."""
-        for component in _components(self._pipelines):
+        components = [each for p in self._pipelines for each in modules_of(p).values()]
+        for component in dict.fromkeys(components):
             if layers := peft_layers(component):
                 self._peft[id(component)] = [self._layer(layer) for layer in layers]
         layers = [each for found in self._peft.values() for each in found]
@@ -233,10 +235,8 @@ class AdapterSets:
 
     def _models(self, component: str) -> list[torch.nn.Module]:
         """The modules that the pipelines have under this name."""
-        parts = {
-            id(p.components.get(component)): p.components.get(component) for p in self._pipelines
-        }
-        return [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        found = (modules_of(pipeline) for pipeline in self._pipelines)
+        return list(dict.fromkeys(each[component] for each in found if component in each))
 
     def _layer(self, module: Any) -> AdaptedLayer:
         if id(module) not in self._layers:
@@ -328,11 +328,6 @@ def _names_in(pipeline: Any) -> set[str]:
     """The adapters that PEFT has put into the modules of `pipeline`."""
     listed: dict[str, list[str]] = getattr(pipeline, "get_list_adapters", dict)()
     return {name for names in listed.values() for name in names}
-
-
-def _components(pipelines: Sequence[Any]) -> list[torch.nn.Module]:
-    parts = {id(c): c for pipeline in pipelines for c in pipeline.components.values()}
-    return [part for part in parts.values() if isinstance(part, torch.nn.Module)]
 
 
 def _switch(pipeline: Any, adapters: Mapping[str, float]) -> None:
