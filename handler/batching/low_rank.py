@@ -54,6 +54,11 @@ class LowRank:
     embedding_scale: Any = None
     is_embedding: bool = False
 
+    @property
+    def size_bytes(self) -> int:
+        """What its weights occupy."""
+        return self.down.nbytes + self.up.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
     def factor(self, scale: float) -> float:
         """What its output is multiplied by at this `scale`, rounded as PEFT does."""
         return scale * self.alpha / self.divisor

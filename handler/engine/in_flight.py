@@ -37,7 +37,7 @@ from handler.engine.ticket import State, StepEnd, Ticket
 from handler.engine.wrappers import UNANSWERED, ForwardWrapper, Wrappers
 from handler.errors import Cancelled, DeadlineExceeded
 from handler.pipelines.adapted_layers import LoraWeights
-from handler.pipelines.adapters import AdapterSets
+from handler.pipelines.adapters import AdapterSets, PreparedLora
 from handler.pipelines.cost import Cost
 from handler.pipelines.placement import is_asynchronous
 from handler.pipelines.prompt_embeddings import PromptReading
@@ -209,15 +209,25 @@ class InFlightEngine:
         tickets = [*self._waiting, *self._runs.parked]
         return frozenset[str]().union(*(ticket.lora_names for ticket in tickets))
 
-    def attach_lora(self, name: str, layers: Mapping[str, Mapping[str, LoraWeights]]) -> None:
-        """Let requests name a LoRA that adds to these layers, by component and the layer's path.
+    def prepare_lora(self, layers: Mapping[str, Mapping[str, LoraWeights]]) -> PreparedLora:
+        """A LoRA that adds to these layers, by component and the layer's path, to be attached.
+
+        All that takes its time; in any thread, also during `step`.
+
+        Raises:
+            ValueError: a layer is not there, or takes no LoRA.
+        """
+        return self._adapters.prepare(layers)
+
+    def attach_lora(self, name: str, lora: PreparedLora) -> None:
+        """Let requests name a LoRA.
 
         No module is changed, and no request that does not name it sees anything of it.
 
         Raises:
-            ValueError: the name is taken, or a layer is not there.
+            ValueError: the name is taken.
         """
-        self._adapters.attach(name, layers)
+        self._adapters.attach(name, lora)
 
     def detach_lora(self, name: str) -> None:
         """Forget a LoRA that was attached; requests that have named it keep it."""

@@ -27,7 +27,7 @@ from handler.pipelines.adapted_layers import (
 )
 from handler.pipelines.placement import modules_of
 
-__all__ = ["AdapterRows", "AdapterSet", "AdapterSets", "scales_adapters"]
+__all__ = ["AdapterRows", "AdapterSet", "AdapterSets", "PreparedLora", "scales_adapters"]
 
 # Reads as no set at all: whatever is asked for next has to be applied.
 _UNKNOWN: tuple[Any, Mapping[str, float]] = (None, {"": 0.0})
@@ -62,6 +62,22 @@ class AdapterSet:
         return None if self.weights is None else tuple(sorted(self.weights.items()))
 
 
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class PreparedLora:
+    """A LoRA that was read, where the layers are that it adds to."""
+
+    components: Mapping[int, Mapping[AdaptedLayer, LowRank]]
+    """What it adds to each layer, by the identity of the component that it is in."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What its weights occupy."""
+        return sum(each.size_bytes for of in self.components.values() for each in of.values())
+
+
+_NOTHING = PreparedLora({})
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterRows:
     """Some rows of a forward: how many, whose pipeline's, under which set."""
@@ -83,7 +99,7 @@ class AdapterSets:
         self._before: list[_Layer] | None = None
         self._peft: dict[int, list[AdaptedLayer]] = {}
         """PEFT's layers by the identity of their component; known as soon as `_before` is."""
-        self._loaded: dict[str, Mapping[int, Mapping[AdaptedLayer, LowRank]]] = {}
+        self._loaded: dict[str, PreparedLora] = {}
         self._known: set[str] = set()
         self._layers: dict[int, AdaptedLayer] = {}
         self._sets: dict[Hashable, AdapterSet] = {}
@@ -125,20 +141,14 @@ class AdapterSets:
             raise ValueError(f"{beside} do not go together with {sorted(names - set(beside))}")
         return chosen
 
-    def attach(self, name: str, layers: Mapping[str, Mapping[str, LoraWeights]]) -> None:
-        """Let requests name a LoRA that adds to these layers, by component and path.
+    def prepare(self, layers: Mapping[str, Mapping[str, LoraWeights]]) -> PreparedLora:
+        """Find these layers, by component and path, and put the weights where they are.
 
-        Nothing of the modules is changed. The weights are copied to where the layers are, if they
-        are not there.
+        Nothing of the modules is changed. In any thread, also while forwards run.
 
         Raises:
-            ValueError: the name is taken, or a layer is not there.
+            ValueError: a layer is not there, or takes no LoRA.
         """
-        known = set[str]().union(*map(_names_in, self._pipelines))
-        if name in known | self._loaded.keys():
-            raise ValueError(f"there is an adapter {name!r} already")
-        if known and self._before is None:
-            self._remember()
         found: dict[int, dict[AdaptedLayer, LowRank]] = {}
         for component, paths in layers.items():
             for model in self._models(component):
@@ -148,7 +158,20 @@ class AdapterSets:
                         raise ValueError(f"{component} has no layer {path}")
                     layer = self._layer(modules[path])
                     found.setdefault(id(model), {})[layer] = low_rank_at(layer, weights)
-        self._loaded[name] = found
+        return PreparedLora(found)
+
+    def attach(self, name: str, lora: PreparedLora) -> None:
+        """Let requests name a LoRA.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        known = set[str]().union(*map(_names_in, self._pipelines))
+        if name in known | self._loaded.keys():
+            raise ValueError(f"there is an adapter {name!r} already")
+        if known and self._before is None:
+            self._remember()
+        self._loaded[name] = lora
 
     def detach(self, name: str) -> None:
         """Forget a LoRA that `attach` added; requests that have named it keep it."""
@@ -239,9 +262,9 @@ class AdapterSets:
         return list(dict.fromkeys(each[component] for each in found if component in each))
 
     def _layer(self, module: Any) -> AdaptedLayer:
-        if id(module) not in self._layers:
-            self._layers[id(module)] = AdaptedLayer(module)
-        return self._layers[id(module)]
+        """The one layer of `module`, whichever thread asks first."""
+        found = self._layers.get(id(module))
+        return found or self._layers.setdefault(id(module), AdaptedLayer(module))
 
     def _forget(self) -> None:
         """Resolve sets anew: which LoRAs there are has changed."""
@@ -282,7 +305,7 @@ class AdapterSets:
                         is_mixable &= adapter is not None
                         if adapter is not None:
                             add(component, layer, (adapter, adapter.factor(scale)))
-            for component, adapted in self._loaded.get(name, {}).items():
+            for component, adapted in self._loaded.get(name, _NOTHING).components.items():
                 for layer, adapter in adapted.items():
                     add(component, layer, (adapter, adapter.factor(scale)))
         return AdapterSet(weights, components, is_mixable)

@@ -72,7 +72,7 @@ def test_what_is_read_draws_what_diffusers_draws(family: str, form: str) -> None
     plain = image_of(build(family)(**example_kwargs(family, 0)))
     for exact in (True, False):
         engine = InFlightEngine(pipeline, exact=exact)
-        engine.attach_lora("a", layers)
+        engine.attach_lora("a", engine.prepare_lora(layers))
         styled = engine.submit(example_kwargs(family, 0), adapters={"a": 0.7})
         other = engine.submit(example_kwargs(family, 0))
         engine.run()
