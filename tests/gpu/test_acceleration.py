@@ -72,7 +72,8 @@ def test_graphs_of_every_bucket_draw_what_the_plain_forward_draws(
 ) -> None:
     dtype = half_on(device)
     pipeline = pipeline_of(name, device, dtype)
-    guided = {"guidance_scale": 7.5, "num_inference_steps": 5}
+    # Of more guidance the demo makes white pictures in so few steps: all the same.
+    guided = {"guidance_scale": 2.5, "num_inference_steps": 5}
     requests = [kwargs_of(name, i, **guided) for i in range(4)]
     expected = draw_alone(pipeline, [kwargs_of(name, i, **guided) for i in range(4)])
     speed_up = SpeedUp(
