@@ -119,6 +119,19 @@ def test_a_kept_result_survives_the_next_replay(device: torch.device) -> None:
         assert difference(ours, torch.as_tensor(theirs.result().images)) < BOUNDS[dtype]
 
 
+def test_decoders_are_in_channels_last_where_that_is_faster(device: torch.device) -> None:
+    pipeline = pipeline_of("stable_diffusion", device, half_on(device))
+    SpeedUp(pipeline, Plan(channels_last=True), MAX_ROWS)
+
+    def is_channels_last(module: torch.nn.Module) -> bool:
+        convolutions = [part for part in module.modules() if isinstance(part, torch.nn.Conv2d)]
+        wide = [c.weight for c in convolutions if c.kernel_size != (1, 1)]
+        return all(weight.is_contiguous(memory_format=torch.channels_last) for weight in wide)
+
+    assert is_channels_last(pipeline.unet)
+    assert is_channels_last(pipeline.vae) == (device.type == "cpu")
+
+
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_code_draws_what_the_plain_forward_draws(name: str, device: torch.device) -> None:
