@@ -64,15 +64,15 @@ class SqliteDatabase(JobDatabase):
         """A transaction; all of them are alone."""
         async with self._one_at_a_time:
             try:
-                await self._run(self._execute, "BEGIN IMMEDIATE", {})
                 try:
+                    # Whoever is cancelled waits for the statement: it may have begun one.
+                    await self._run(self._execute, "BEGIN IMMEDIATE", {})
                     yield _Transaction(self)
+                    await self._run(self._execute, "COMMIT", {})
                 except BaseException:
                     await self._run(self._rollback)
                     raise
-                await self._run(self._execute, "COMMIT", {})
             except sqlite3.OperationalError as error:
-                await self._run(self._rollback)
                 raise StoreUnavailable(
                     f"the jobs cannot be read or kept now: {error}", retry_after_s=5
                 ) from error
