@@ -190,6 +190,49 @@ def test_no_more_are_drawn_at_a_time_than_may_be(tmp_path: Path) -> None:
     run(check())
 
 
+def test_a_job_that_is_claimed_here_again_takes_no_place_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease was not renewed in time: it is drawn twice until the first drawing learns so."""
+
+    async def check() -> None:
+        may_renew, may_end = asyncio.Event(), asyncio.Event()
+
+        async def answer(received: Received) -> bytes:
+            await may_end.wait()
+            return drawn(received)
+
+        async with (
+            running_instance(answer=answer) as fake,
+            running(tmp_path, fake, concurrency=2, lease_s=0.5) as gateway,
+        ):
+            renew = gateway.jobs.store.renew
+
+            async def renew_late(*arguments: Any) -> bool:
+                await may_renew.wait()
+                return await renew(*arguments)
+
+            monkeypatch.setattr(gateway.jobs.store, "renew", renew_late)
+            twice = await post(gateway)
+            while len(fake.received) < 2:
+                await asyncio.sleep(0.02)
+            may_renew.set()
+            while not fake.cancelled:
+                await asyncio.sleep(0.02)
+            assert gateway.jobs.runner.progress(twice) is not None
+            may_end.set()
+            assert (await until(gateway, twice, has_ended)).state is State.SUCCEEDED
+            # Both places are there.
+            may_end.clear()
+            for _ in range(2):
+                await post(gateway)
+            while fake.open_requests < 2:
+                await asyncio.sleep(0.02)
+            may_end.set()
+
+    run(check())
+
+
 def test_the_fingerprint_is_that_of_what_was_sent() -> None:
     fields = {"prompt": "a ring", "seed": 1}
     one = fingerprint(Sent(fields, files={"image": (b"a", b"b")}))
