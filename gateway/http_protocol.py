@@ -7,6 +7,7 @@ is still there reads over it (RFC 9110, 15.2), and the kernel of who has left re
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from typing import Any
@@ -23,6 +24,8 @@ _DISCARD_S = 5.0
 
 class HttpProtocol(HttpToolsProtocol):
     """One connection."""
+
+    _discarding: asyncio.TimerHandle | None = None
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Keep the connection for a reply that its client may still be waiting for."""
@@ -58,10 +61,18 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Read no endless rest of a body that was refused."""
-        if self.cycle is not None and self.cycle.more_body and not self.transport.is_closing():
-            self.cycle.keep_alive = False
-            self.loop.call_later(_DISCARD_S, self.transport.close)
+        # It may be the reply before that of `cycle`, which was sent without waiting for it.
+        is_refused = self.cycle.response_complete and self.cycle.more_body
+        if is_refused and not self.transport.is_closing():
+            self._discarding = self.loop.call_later(_DISCARD_S, self.transport.close)
         super().on_response_complete()
+
+    def on_message_complete(self) -> None:
+        """Keep the connection: all of a body that was refused has come."""
+        if self._discarding is not None:
+            self._discarding.cancel()
+            self._discarding = None
+        super().on_message_complete()
 
     def _look(self, waited_s: float) -> None:
         if self.transport.is_closing() or self.cycle.response_complete:
