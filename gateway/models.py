@@ -58,9 +58,9 @@ def routes(gateway: Gateway) -> list[Route]:
 
     route = gateway.door.route
     return [
-        route("/v1/models", listed),
-        route("/v1/models/{name}", one),
-        route("/v2/models/{name}", metadata),
+        route("/v1/models", listed, takes_place=False),
+        route("/v1/models/{name}", one, takes_place=False),
+        route("/v2/models/{name}", metadata, takes_place=False),
         route("/v2/models/{name}/ready", is_ready, keyless=True),
     ]
 

@@ -48,7 +48,7 @@ def routes(gateway: Gateway) -> list[Route]:
 
     return [
         gateway.door.route("/v1/images/generations", generate, ["POST"]),
-        gateway.door.route("/v1/requests/{id}", cancel, ["DELETE"]),
+        gateway.door.route("/v1/requests/{id}", cancel, ["DELETE"], takes_place=False),
     ]
 
 

@@ -103,8 +103,8 @@ def routes(gateway: Gateway) -> list[Route]:
     route = gateway.door.route
     return [
         route("/v1/jobs", create, ["POST"]),
-        route("/v1/jobs/{id}", show),
-        route("/v1/jobs/{id}", cancel, ["DELETE"]),
+        route("/v1/jobs/{id}", show, takes_place=False),
+        route("/v1/jobs/{id}", cancel, ["DELETE"], takes_place=False),
         # Its name is unguessable: whoever knows the URL may fetch it.
         route("/v1/jobs/{id}/pictures/{name}", picture, keyless=True),
     ]

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-import uvicorn
-from uvicorn.server import ServerState
-
-from gateway.http_protocol import HttpProtocol
+from tests.support.gateway_apps import listening
 
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connect = Callable[[], Coroutine[Any, Any, Connection]]
@@ -51,33 +47,23 @@ class App:
 
 def run(check: Callable[[App, Connect], Coroutine[Any, Any, None]]) -> None:
     async def run_check() -> None:
-        app = App()
-        async with listening(app) as connect:
-            await asyncio.wait_for(check(app, connect), 600)
+        app, opened = App(), list[asyncio.StreamWriter]()
+        async with listening(app) as port:
+
+            async def connect() -> Connection:
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                opened.append(writer)
+                return reader, writer
+
+            try:
+                await asyncio.wait_for(check(app, connect), 600)
+            finally:
+                for writer in opened:
+                    writer.close()
+                    await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
     with asyncio.Runner(loop_factory=JumpingLoop) as runner:
         runner.run(run_check())
-
-
-@asynccontextmanager
-async def listening(app: App) -> AsyncIterator[Connect]:
-    config, state = uvicorn.Config(app, http=HttpProtocol, lifespan="off"), ServerState()
-    config.load()
-    loop, opened = asyncio.get_running_loop(), list[asyncio.StreamWriter]()
-    server = await loop.create_server(lambda: HttpProtocol(config, state, {}), "127.0.0.1", 0)
-
-    async def connect() -> Connection:
-        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
-        opened.append(writer)
-        return reader, writer
-
-    try:
-        yield connect
-    finally:
-        for writer in opened:
-            writer.close()
-            await asyncio.gather(writer.wait_closed(), return_exceptions=True)
-        server.close()
 
 
 async def jump(seconds: float) -> None:

@@ -1,0 +1,59 @@
+"""A gateway inside the test's process, in front of instances that do what the test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import uvicorn
+from uvicorn.server import ServerState
+
+from gateway.app import make_app
+from gateway.http_protocol import HttpProtocol
+from gateway.settings import Settings
+from tests.support.fake_instance import FakeInstance
+
+__all__ = ["gateway_client", "listening"]
+
+
+@asynccontextmanager
+async def gateway_client(
+    folder: Path, fakes: Sequence[FakeInstance], **settings: object
+) -> AsyncIterator[aiohttp.ClientSession]:
+    """A client of a gateway that has seen its instances; `settings` are those of gateway.yaml."""
+    checked = Settings.from_mapping(
+        {
+            "run_dirs": [],
+            "keys_file": str(folder / "keys"),
+            "poll_s": 0.05,
+            "instances": [fake.settings for fake in fakes],
+            **settings,
+        }
+    )
+    app = make_app(checked, folder)
+    async with (
+        app.router.lifespan_context(app),
+        listening(app) as port,
+        aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client,
+    ):
+        yield client
+
+
+@asynccontextmanager
+async def listening(app: object) -> AsyncIterator[int]:
+    """The port where an application listens inside the block, over the gateway's HTTP."""
+    config, state = uvicorn.Config(app, http=HttpProtocol, lifespan="off"), ServerState()  # type: ignore[arg-type]
+    config.load()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: HttpProtocol(config, state, {}), "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for connection in list(state.connections):
+            connection.transport.abort()  # type: ignore[union-attr]
+        if state.tasks:
+            await asyncio.wait(state.tasks, timeout=10)
