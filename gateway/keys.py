@@ -47,6 +47,11 @@ class Key:
     max_steps: int | None = None
     models: tuple[str, ...] | None = None
 
+    @property
+    def limits_pictures(self) -> bool:
+        """Whether a picture must be measured before it is drawn."""
+        return self.max_pixels is not None or self.max_steps is not None
+
 
 def _texts() -> Check:
     def convert(value: object) -> object:
