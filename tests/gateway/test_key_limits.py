@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from gateway.keys import add_key
 from tests.support.fake_instance import running_instance
@@ -33,13 +36,22 @@ TENSORS = [tensor("prompt", "BYTES", "a"), tensor("num_inference_steps", "INT32"
 MULTIPART = part("prompt", "a") + part("steps", "150") + "--x--\r\n"
 
 
-def post(folder: Path, path: str, content_type: str, body: bytes) -> tuple[int, Any, int]:
+def encoded_picture(width_px: int, height_px: int) -> str:
+    """A PNG in base64."""
+    written = io.BytesIO()
+    Image.new("L", (width_px, height_px)).save(written, "PNG")
+    return base64.b64encode(written.getvalue()).decode()
+
+
+def post(
+    folder: Path, path: str, content_type: str, body: bytes, config: Path | None = None
+) -> tuple[int, Any, int]:
     """Status and body of the reply to a key with limits, and how many requests were passed on."""
     secret = add_key(folder / "keys", "limited", LIMITS)
     headers = {"Authorization": f"Bearer {secret}", "Content-Type": content_type}
 
     async def talk() -> tuple[int, Any, int]:
-        async with running_instance() as fake, gateway_client(folder, [fake]) as client:
+        async with running_instance() as fake, gateway_client(folder, [fake], config) as client:
             reply = await client.post(path, data=body, headers=headers)
             content = await reply.read()
             is_json = reply.content_type == JSON
@@ -88,3 +100,43 @@ def test_what_cannot_be_measured_is_not_passed_on(tmp_path: Path, path: str, bod
 def test_what_is_within_the_limits_is_drawn(tmp_path: Path, path: str) -> None:
     body = b'{"prompt": "a", "steps": 100, "height": 512, "width": 512}'
     assert post(tmp_path, path, JSON, body)[::2] == (200, 1)
+
+
+GENERATIONS, EDITS = "/v1/images/generations", "/v1/images/edits"
+LARGE = {"width": 2048, "height": 1024}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (GENERATIONS, {"target_size": LARGE}),
+        (GENERATIONS, LARGE),
+        (GENERATIONS, {"image": encoded_picture(2048, 1024)}),
+        (GENERATIONS, {"init_images": [encoded_picture(2048, 1024)]}),
+        (GENERATIONS, {"control_image": encoded_picture(2048, 1024)}),
+        (GENERATIONS, {"width": 2048, "image": encoded_picture(64, 64)}),
+        (EDITS, {"image": encoded_picture(2048, 1024)}),
+        (PREDICTIONS, {"size": "2048x1024"}),
+        (PREDICTIONS, {"target_size": LARGE}),
+        (PREDICTIONS, {"image": encoded_picture(2048, 1024)}),
+    ],
+)
+def test_sizes(tmp_path: Path, path: str, fields: dict[str, object]) -> None:
+    body = json.dumps({"prompt": "a", **fields}).encode()
+    (tmp_path / "model.yaml").write_text("handler: {max_pixels: 4194304}")
+    status, reply, num_passed_on = post(tmp_path, path, JSON, body, config=tmp_path / "model.yaml")
+    assert (status, num_passed_on) == (403, 0), reply
+    assert reply["error"]["fields"].keys() == {"size"}
+
+
+@pytest.mark.parametrize("path", [GENERATIONS, EDITS])
+def test_a_picture_counts_as_it_is_drawn(tmp_path: Path, path: str) -> None:
+    """The model's own limits say how large that is, and whether the picture may be sent."""
+    body = json.dumps({"prompt": "a", "image": encoded_picture(2048, 1024)}).encode()
+    config = tmp_path / "model.yaml"
+    config.write_text("handler: {max_pixels: 1048576}")
+    assert post(tmp_path, path, JSON, body, config=config)[::2] == (200, 1)
+    config.write_text("handler: {max_picture_pixels: 1048576}")
+    (tmp_path / "keys").unlink()
+    status, reply, _ = post(tmp_path, EDITS, JSON, body, config=config)
+    assert (status, reply["error"]["param"]) == (400, "image")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -21,15 +22,26 @@ __all__ = ["gateway_client", "listening"]
 
 @asynccontextmanager
 async def gateway_client(
-    folder: Path, fakes: Sequence[FakeInstance], **settings: object
+    folder: Path,
+    fakes: Sequence[FakeInstance],
+    model_config: Path | None = None,
+    **settings: object,
 ) -> AsyncIterator[aiohttp.ClientSession]:
-    """A client of a gateway that has seen its instances; `settings` are those of gateway.yaml."""
+    """A client of a gateway that has seen its instances.
+
+    Args:
+        folder: for its state.
+        fakes: its instances.
+        model_config: what they run with; None: what is shipped.
+        settings: those of gateway.yaml.
+    """
+    path = None if model_config is None else str(model_config)
     checked = Settings.from_mapping(
         {
             "run_dirs": [],
             "keys_file": str(folder / "keys"),
             "poll_s": 0.05,
-            "instances": [fake.settings for fake in fakes],
+            "instances": [replace(fake.settings, model_config=path) for fake in fakes],
             **settings,
         }
     )
