@@ -186,7 +186,10 @@ class Forwarder:
         except Refused as error:
             _judge(error)
             raise
-        except asyncio.CancelledError:
+        except (_Died, _NotTaken):
+            raise
+        except BaseException:
+            # Whoever waited for it has left, or failed over an event of it.
             self._cancel(lease, upstream_id)
             raise
 
