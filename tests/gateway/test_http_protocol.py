@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
+
+import pytest
 
 from tests.support.gateway_apps import listening
 
@@ -126,5 +130,100 @@ def test_a_body_that_comes_after_the_reply_before_it_is_waited_for() -> None:
         await jump(10)
         writer.write(b"half")
         assert await read_reply(reader) == (200, b"halfhalf")
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000 + b"\r\n\r\n",
+        b"GET /" + b"x" * 66_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 12_000 + b"\r\n",
+    ],
+)
+def test_a_head_that_is_too_large(sent: bytes) -> None:
+    async def check(app: App, connect: Connect) -> None:
+        reader, writer = await connect()
+        writer.write(sent)
+        status, body = await read_reply(reader)
+        assert (status, json.loads(body)["error"]["code"]) == (431, "headers_too_large")
+        assert await reader.read() == b""
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET / HTTP/1.1\r\nX: ",
+        b"GET /",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n0\r\nX: ",
+        b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\na\r\n1;",
+    ],
+)
+@pytest.mark.parametrize("piece", [b"x" * 16_384, b"x\r\nX: y" * 2_000])
+def test_a_head_or_a_trailer_without_an_end(begin: bytes, piece: bytes) -> None:
+    async def check(app: App, connect: Connect) -> None:
+        reader, writer = await connect()
+        writer.write(begin)
+        num_sent = 0
+        with suppress(ConnectionError):
+            while num_sent < 200 and not reader.at_eof():
+                writer.write(piece)
+                await writer.drain()
+                await asyncio.sleep(0.001)
+                num_sent += 1
+        assert num_sent < 200
+
+    run(check)
+
+
+def test_many_small_requests_and_pieces_are_no_large_head() -> None:
+    async def check(app: App, connect: Connect) -> None:
+        reader, writer = await connect()
+        padding = b"x" * 10_000
+        request = b"GET / HTTP/1.1\r\nX: " + padding + b"\r\nContent-Length: 0\r\n\r\n"
+        writer.write(request * 20)
+        for _ in range(20):
+            assert await read_reply(reader) == (200, b"")
+        writer.write(b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        for _ in range(100):
+            writer.write((b"1;" + b"x" * 100 + b"\r\na\r\n") * 100)
+            await asyncio.sleep(0)
+        writer.write(b"0\r\nX: " + padding + b"\r\n\r\n")
+        status, body = await read_reply(reader)
+        assert (status, len(body)) == (200, 100 * 100)
+
+    run(check)
+
+
+@pytest.mark.parametrize(
+    ("sent", "reply"), [(b"", b""), (b"\r\n", b""), (b"GET / HTTP/1.1\r\nX: y", b"HTTP/1.1 408 ")]
+)
+def test_a_head_that_does_not_come(sent: bytes, reply: bytes) -> None:
+    async def check(app: App, connect: Connect) -> None:
+        reader, writer = await connect()
+        writer.write(sent)
+        await asyncio.sleep(0.05)
+        await jump(31)
+        assert (await reader.read())[:13] == reply
+
+    run(check)
+
+
+def test_a_head_that_comes_slowly_while_another_request_is_drawn() -> None:
+    async def check(app: App, connect: Connect) -> None:
+        reader, writer = await connect()
+        writer.write(head("/wait") + b"GET / HTTP/1.1\r\nX: ")
+        await until(lambda: app.num_waiting == 1)
+        await jump(40)
+        app.may_reply.set()
+        assert await read_reply(reader) == (200, b"")
+        writer.write(b"y\r\n\r\n")
+        assert await read_reply(reader) == (200, b"")
+        await jump(60)  # an idle connection is kept for longer than a head is waited for
+        writer.write(b"GET / HTTP/1.1\r\n\r\n")
+        assert await read_reply(reader) == (200, b"")
 
     run(check)

@@ -57,7 +57,13 @@ async def gateway_client(
 @asynccontextmanager
 async def listening(app: object) -> AsyncIterator[int]:
     """The port where an application listens inside the block, over the gateway's HTTP."""
-    config, state = uvicorn.Config(app, http=HttpProtocol, lifespan="off"), ServerState()  # type: ignore[arg-type]
+    config = uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http=HttpProtocol,
+        lifespan="off",
+        timeout_keep_alive=75,
+    )
+    state = ServerState()
     config.load()
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: HttpProtocol(config, state, {}), "127.0.0.1", 0)
