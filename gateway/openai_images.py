@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -119,7 +120,7 @@ async def _reply_with_events(
 
 
 def _order(request: ImageRequest, index: int, key_name: str) -> Order:
-    content = request.content(index)
+    content = partial(request.content, index)
     return Order(request.model.name, content, request.work, key_name)
 
 

@@ -55,7 +55,7 @@ async def _pass_on(gateway: Gateway, call: Call, path: str) -> Response:
     body = await read_native_body(sent, content_type, model.config.handler)
     order = Order(
         model.name,
-        body.content,
+        lambda: body.content,
         _measure(body, model, call.key),
         call.key_name,
         content_type=body.content_type,

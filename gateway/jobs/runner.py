@@ -240,7 +240,10 @@ class JobRunner:
 
         # Its own place in line: what its key waits for itself does not keep it out.
         order = Order(
-            request.model.name, request.content(index), request.work, f"{claim.key_name} jobs"
+            request.model.name,
+            partial(request.content, index),
+            request.work,
+            f"{claim.key_name} jobs",
         )
         await self._forwarder.stream(order, on_event)
         return drawn[-1]

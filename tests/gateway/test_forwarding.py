@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ async def fleet(
 
 
 def order(prompt: str = "a ring", work: float = 1.0, key: str = "") -> Order:
-    return Order(MODEL, json.dumps({"prompt": prompt, "seed": 7}).encode(), work, key)
+    content = json.dumps({"prompt": prompt, "seed": 7}).encode()
+    return Order(MODEL, lambda: content, work, key)
 
 
 async def eventually(is_so: Callable[[], bool]) -> None:
@@ -246,6 +248,28 @@ def test_first_come_first_served(tmp_path: Path) -> None:
                 await asyncio.sleep(0)
             await asyncio.gather(*sending)
             assert [each.fields["prompt"] for each in fake.received] == list("012345")
+
+    run(check())
+
+
+def test_what_waits_has_no_body_yet(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with fleet(tmp_path, 1, max_in_flight=1) as (gateway, (fake,)):
+            free, written = asyncio.Event(), list[int]()
+            fake.answer = lambda _: wait_for(free)
+
+            def write(number: int) -> bytes:
+                written.append(number)
+                return b"{}"
+
+            orders = [Order(MODEL, partial(write, number), 1.0) for number in range(5)]
+            sending = [asyncio.create_task(gateway.forwarder.send(each)) for each in orders]
+            await eventually(lambda: gateway.fleet.num_waiting == 4)
+            await eventually(lambda: len(fake.received) == 1)
+            assert written == [0]
+            free.set()
+            await asyncio.gather(*sending)
+            assert written == [0, 1, 2, 3, 4]
 
     run(check())
 
