@@ -16,6 +16,7 @@ import uvicorn
 
 from gateway.app import make_app
 from gateway.http_protocol import HttpProtocol
+from gateway.jobs.service import check_jobs
 from gateway.keys import read_keys
 from gateway.settings import Settings, read_settings
 from handler.errors import ConfigError
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         _check_keys(settings)
         arguments.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        asyncio.run(check_jobs(settings.jobs, arguments.state_dir))
         listener = _listen(settings)
     except (ConfigError, OSError) as error:
         print(f"gateway: error: {error}", file=sys.stderr)

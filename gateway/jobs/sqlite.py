@@ -48,7 +48,12 @@ class SqliteDatabase(JobDatabase):
 
     async def open(self) -> bool:
         """Open or make the file; its folder must be there."""
-        return await self._run(self._open)
+        try:
+            return await self._run(self._open)
+        except (OSError, sqlite3.Error) as error:
+            # An OSError names the file.
+            text = str(error) if isinstance(error, OSError) else f"{error}: {self._path}"
+            raise StoreUnavailable(f"the jobs cannot be read or kept: {text}") from error
 
     async def close(self) -> None:
         """Close the file."""
