@@ -17,7 +17,7 @@ import uvicorn
 from gateway.app import make_app
 from gateway.http_protocol import HttpProtocol
 from gateway.jobs.service import check_jobs
-from gateway.keys import read_keys
+from gateway.keys import HOW_TO_MAKE, read_keys
 from gateway.settings import Settings, read_settings
 from handler.errors import ConfigError
 
@@ -79,7 +79,7 @@ def _check_keys(settings: Settings) -> None:
     if settings.keys_required and not keys:
         raise ConfigError(
             f"{settings.address} asks for keys, and {settings.keys_file} has none:"
-            " make key NAME=… makes one"
+            f" {HOW_TO_MAKE} makes one"
         )
 
 

@@ -25,8 +25,14 @@ from handler.config_checks import Check
 from handler.errors import ConfigError
 from handler.messages import nearest, show
 
-__all__ = ["Key", "KeyRing", "add_key", "main", "read_keys"]
+__all__ = ["HOW_TO_MAKE", "Key", "KeyRing", "add_key", "main", "read_keys"]
 
+HOW_TO_MAKE = (
+    "make key NAME=…"
+    if (Path(__file__).parents[1] / "Makefile").is_file()
+    else "diffusers-torchserve key --name …"
+)
+"""The command that makes a key: in a clone, or where this is installed."""
 _PREFIX = "dts-"
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
@@ -109,7 +115,7 @@ def _read_key(name: object, entry: object, problems: list[str]) -> Key | None:
         problems.append(f"{show(name)}: is not a name; allowed are A-Z a-z 0-9 . _ @ -")
         return None
     if not isinstance(entry, Mapping) or "hash" not in entry:
-        problems.append(f"{name}: must have a hash, which `make key` writes")
+        problems.append(f"{name}: must have a hash, which `{HOW_TO_MAKE}` writes")
         return None
     values: dict[str, object] = {}
     for field, value in entry.items():
