@@ -20,10 +20,12 @@ from pathlib import Path
 
 import yaml
 
+from gateway.file_stamps import file_stamp
+from gateway.setting_tables import SettingProblems, read_checked
 from handler import config_checks as allow
 from handler.config_checks import Check
 from handler.errors import ConfigError
-from handler.messages import nearest, show
+from handler.messages import show
 
 __all__ = ["HOW_TO_MAKE", "Key", "KeyRing", "add_key", "main", "read_keys"]
 
@@ -117,20 +119,11 @@ def _read_key(name: object, entry: object, problems: list[str]) -> Key | None:
     if not isinstance(entry, Mapping) or "hash" not in entry:
         problems.append(f"{name}: must have a hash, which `{HOW_TO_MAKE}` writes")
         return None
-    values: dict[str, object] = {}
-    for field, value in entry.items():
-        if field not in _CHECKS:
-            match = nearest(str(field), _CHECKS)
-            hint = f"did you mean {match}?" if match else f"known are {', '.join(_CHECKS)}"
-            problems.append(f"{name}: {field}: unknown; {hint}")
-            continue
-        try:
-            values[str(field)] = _CHECKS[field].convert(value)
-        except ValueError:
-            problems.append(
-                f"{name}: {field}: {show(value)} is not allowed; must be {_CHECKS[field].allowed}"
-            )
-    return None if "hash" not in values else Key(name, **values)  # type: ignore[arg-type]
+    try:
+        return Key(name, **read_checked(_CHECKS, entry))
+    except SettingProblems as wrong:
+        problems += [f"{name}: {problem}" for problem in wrong.problems]
+        return None
 
 
 class KeyRing:
@@ -144,11 +137,7 @@ class KeyRing:
 
     def refresh(self) -> None:
         """Read the file if it has changed. Raises: ConfigError, and the keys stay as they were."""
-        try:
-            stat = self._path.stat()
-            seen: object = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        except OSError:
-            seen = None
+        seen = file_stamp(self._path)
         if seen != self._seen:
             self._seen = seen
             self._keys = read_keys(self._path)
@@ -161,9 +150,6 @@ class KeyRing:
             if hmac.compare_digest(key.hash, digest):
                 found = key
         return found
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 def add_key(path: Path, name: str, limits: Mapping[str, object]) -> str:

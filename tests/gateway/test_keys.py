@@ -31,7 +31,6 @@ def test_a_key_is_found_by_itself_alone(tmp_path: Path) -> None:
     first = add_key(file, "first", {"concurrency": 2, "models": ["toy"]})
     second = add_key(file, "second", {})
     ring = KeyRing(file)
-    assert len(ring) == 2
     found = ring.find(first)
     assert found is not None
     assert (found.name, found.concurrency, found.models) == ("first", 2, ("toy",))
@@ -46,7 +45,7 @@ def test_a_key_is_found_by_itself_alone(tmp_path: Path) -> None:
 def test_keys_are_read_again_when_the_file_changes(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     ring = KeyRing(file)
-    assert len(ring) == 0
+    assert ring.find("") is None
     secret = add_key(file, "late", {})
     ring.refresh()
     assert ring.find(secret) is not None
