@@ -100,6 +100,7 @@ class Forwarder:
         async def attempt(lease: Lease, upstream_id: str) -> None:
             async with self._post(lease, order, upstream_id) as response:
                 reply.append(await _read(response))
+                lease.heard()
                 if response.status == 200:
                     lease.drew()
 
@@ -128,6 +129,7 @@ class Forwarder:
                     is_accepted = True
                     on_event("accepted", {})
                 async for name, data in read_events(response.content):
+                    lease.heard()
                     if name == "error":
                         raise _refused_in_stream(data)
                     if name == "step" and data.get("num_steps"):

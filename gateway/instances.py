@@ -165,6 +165,13 @@ class WorkerCheck:
         except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError):
             return False
 
+    async def hears(self, address: Address) -> bool:
+        """Wait until the worker answers; False where it cannot be asked, or has died over it."""
+        try:
+            return await self._asks_worker(address)
+        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
+
     async def close(self) -> None:
         """Close all connections."""
         for session in self._sessions.values():
