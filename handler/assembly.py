@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,20 +80,32 @@ def assemble(
         checker=SafetyChecker.take_from(engine.pipelines.values()),
         shelf=_shelf(engine, loaded, config, loras),
     )
-    if warm_up:
-        calls = [
-            pipeline_arguments(each, traits.tasks[each.engine_task], decode_pictures(each, config))
-            for each in requests
-        ]
-        names = [pipeline_name(each.engine_task, each.extra.get("control")) for each in requests]
-        try:
-            speed_up.warm_up(engine, calls, names)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            problem = drawing_problem(device_memory(loaded.device), loaded.dtype)
-            raise ConfigError(problem) from error
+    if warm_up and plan.warm_up:
+        _warm_up(speed_up, engine, requests, config, traits, loaded)
     return service
+
+
+def _warm_up(
+    speed_up: SpeedUp,
+    engine: InFlightEngine,
+    requests: Sequence[GenerationRequest],
+    config: HandlerConfig,
+    traits: PipelineTraits,
+    loaded: LoadedPipeline,
+) -> None:
+    """Draw `requests`. Raises: ConfigError, where the memory is too small for one of them."""
+    calls = [
+        pipeline_arguments(each, traits.tasks[each.engine_task], decode_pictures(each, config))
+        for each in requests
+    ]
+    names = [pipeline_name(each.engine_task, each.extra.get("control")) for each in requests]
+    try:
+        speed_up.warm_up(engine, calls, names)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = drawing_problem(device_memory(loaded.device), loaded.dtype)
+        raise ConfigError(problem) from error
 
 
 def _lora_folder(config: HandlerConfig) -> Path | None:

@@ -10,8 +10,9 @@ from handler.api.decoding import Pictures, decode_all, forget_contents
 from handler.api.request import GenerationRequest
 from handler.config import HandlerConfig
 from handler.errors import DeadlineExceeded, EngineFault, RequestError
+from handler.pipelines.adapters import PreparedLora
 from handler.service.live_requests import LiveRequest
-from handler.service.lora_shelf import Layers, LoraShelf
+from handler.service.lora_shelf import LoraShelf
 from handler.service.side_work import SideWork
 
 __all__ = ["Decoded", "Decoding"]
@@ -26,7 +27,7 @@ class Decoded:
 
     requests: tuple[GenerationRequest, ...]
     pictures: list[Pictures]
-    loras: Mapping[str, Layers]
+    loras: Mapping[str, PreparedLora]
 
 
 class Decoding:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from handler.api.decoding import decode_pictures
 from handler.api.traits import PipelineTraits
 from handler.assembly import assemble, short_request
 from handler.config import HandlerConfig
@@ -73,6 +74,21 @@ def test_warming_up_draws_every_size_unless_told_not_to(
         num_ticks = {s.name: s.value for s in service.samples()}["diffusers_ticks_total"]
     assert (num_ticks > 0) == warm_up
     assert ("warmed up" in caplog.text) == warm_up
+
+
+@pytest.mark.parametrize("sizes", [None, ["32x32"]])
+def test_no_picture_is_decoded_for_a_warm_up_that_is_not_drawn(
+    sizes: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[object] = []
+
+    def decode(request: Any, config: Any) -> Any:
+        decoded.append(request)
+        return decode_pictures(request, config)
+
+    monkeypatch.setattr("handler.assembly.decode_pictures", decode)
+    with assembled(warm_up_sizes=sizes):
+        assert bool(decoded) == bool(sizes)
 
 
 def traits(**changes: Any) -> PipelineTraits:
