@@ -51,8 +51,11 @@ def read_loras(value: object, *, low: float, high: float) -> dict[str, float]:
 
 
 def lora_problem(names: Collection[str], there_are: Collection[str]) -> str | None:
-    """What to say of those of `names` that there are not; None where there are all."""
-    unknown = sorted(set(names) - set(there_are))
+    """What to say of those of `names` that there are not; None where there are all.
+
+    `there_are` is listed only where one is missing: it may be a folder.
+    """
+    unknown = sorted(name for name in set(names) if name not in there_are)
     if not unknown:
         return None
     known = sorted(there_are)
