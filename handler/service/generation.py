@@ -375,6 +375,7 @@ class GenerationService:
             live = self._live.get(request_id)
             if live is not None and live not in self._encoders:
                 self._live.remove(live)
+                self._decoding.work.discard(live)
                 self._answer(live, _error_reply(device_lost(), request_id), DeviceLost.code)
 
     def _checked(self, result: Result) -> Result:

@@ -19,6 +19,7 @@ from diffusers import (
 from PIL import Image
 
 from handler.api.decoding import Pictures, decode_all
+from handler.api.replies import Reply, success_reply
 from handler.api.traits import PipelineTraits
 from handler.engine import InFlightEngine
 from handler.pipelines.describe import describe
@@ -56,12 +57,16 @@ class Gate:
 
     def __init__(self) -> None:
         self.is_open = threading.Event()
+        self.has_ended = threading.Event()
         self.threads: set[str] = set()
 
     def __call__(self, *args: Any) -> list[Pictures]:
         self.threads.add(threading.current_thread().name)
         assert self.is_open.wait(60)
-        return decode_all(*args)
+        try:
+            return decode_all(*args)
+        finally:
+            self.has_ended.set()
 
 
 @pytest.fixture
@@ -76,7 +81,12 @@ def start(clock: Clock, gate: Gate) -> Iterator[Start]:
     """Start services of three tasks; without `gated` pictures are decoded at once."""
     services = []
 
-    def make(*, gated: bool = False, **settings: Any) -> GenerationService:
+    def make(
+        *,
+        gated: bool = False,
+        encode: Callable[..., Reply] = success_reply,
+        **settings: Any,
+    ) -> GenerationService:
         parts = build("stable_diffusion").components
         pipelines = {
             task: kind(**parts, requires_safety_checker=False) for task, kind in CLASSES.items()
@@ -101,6 +111,7 @@ def start(clock: Clock, gate: Gate) -> Iterator[Start]:
                 traits,
                 model_name="tiny",
                 draw_seed=lambda: 5,
+                encode=encode,
                 decode=gate if gated else decode_all,
                 clock=clock,
             )
@@ -325,3 +336,32 @@ def test_what_the_decoder_does_not_expect_ends_one_request(start: Start) -> None
     open_request(broken, "a", **SENT)
     assert statuses(finish(broken)) == {"a": 500}
     broken.close()
+
+
+def test_a_lost_device_ends_what_is_decoded_too(
+    start: Start, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What becomes of it afterwards is nobody's, while the pictures that are drawn are encoded."""
+    is_encoded = threading.Event()
+
+    def encode(*args: Any, **kwargs: Any) -> Reply:
+        assert is_encoded.wait(60)
+        return success_reply(*args, **kwargs)
+
+    def fail(engine: InFlightEngine) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    service = start(gated=True, encode=encode)
+    open_request(service, "drawn", num_inference_steps=1)
+    while service.load.num_running or service.load.num_waiting:
+        tick(service)
+    open_request(service, "decoded", **{**SENT, "image": BROKEN})
+    open_request(service, "next", num_inference_steps=LONG)
+    monkeypatch.setattr(InFlightEngine, "step", fail)
+    tick(service)
+    assert statuses(service.take_replies()) == {"decoded": 503, "next": 503}
+    gate.is_open.set()
+    gate.has_ended.wait(60)
+    tick(service, 3)
+    is_encoded.set()
+    assert statuses(finish(service)) == {"drawn": 200}
