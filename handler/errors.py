@@ -180,6 +180,6 @@ class DeadlineExceeded(RequestError):
 
 
 class OutOfMemory(RequestError):
-    """The picture does not fit into the device's memory, even alone."""
+    """The request does not fit into the memory, even alone."""
 
     status, phrase, code = 507, "Insufficient Storage", "out_of_memory"

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from handler.api.decoding import Pictures, decode_all, forget_contents
 from handler.api.request import GenerationRequest
 from handler.config import HandlerConfig
-from handler.errors import DeadlineExceeded, EngineFault, RequestError
+from handler.errors import DeadlineExceeded, RequestError
 from handler.service.live_requests import LiveRequest
 from handler.service.lora_shelf import Layers, LoraShelf
+from handler.service.results import fault_of
 from handler.service.side_work import SideWork
 
 __all__ = ["Decoded", "Decoding"]
@@ -72,8 +73,4 @@ def _outcome(future: Future[Decoded]) -> Decoded | RequestError:
     error = future.exception()
     if error is None:
         return future.result()
-    if isinstance(error, RequestError):
-        return error
-    fault = EngineFault("the request could not be read; the server's log says why")
-    fault.__cause__ = error
-    return fault
+    return fault_of(error, "the request could not be read; the server's log says why")

@@ -48,6 +48,7 @@ from handler.service.results import (
     as_request_error,
     checked_result,
     device_lost,
+    fault_of,
     pipeline_fault,
     result_of,
 )
@@ -145,13 +146,11 @@ class GenerationService:
                 )
             else:
                 self._accept(request_id, sent)
-        except RequestError as error:
-            self._refuse(request_id, error)
         except Exception as error:
             # An exception here would be TorchServe's answer to every live request.
-            fault = EngineFault("the request could not be taken in; the server's log says why")
-            fault.__cause__ = error
-            self._refuse(request_id, fault)
+            told = fault_of(error, "the request could not be taken in; the server's log says why")
+            self._note(told)
+            self._refuse(request_id, told)
 
     def advance(self, budget_s: float | None = None, *, hold_s: float = 0.0) -> None:
         """Tick until a request can be answered or `budget_s` is used; None: until all can be.
@@ -308,16 +307,12 @@ class GenerationService:
     def _on_ended(self, live: LiveRequest, ticket: Ticket) -> None:
         if ticket.state is State.FAILED:
             assert ticket.error is not None
-            told = as_request_error(ticket.error, ticket.num_steps_done)
-            if isinstance(told, DeviceLost):
-                self._lose_device(ticket.error)
-            else:
-                self._fail(live, told)
+            self._end(live, as_request_error(ticket.error, ticket.num_steps_done))
         elif all(t.state is State.DONE for t in live.tickets):
             try:
                 results = self._results(live.tickets, live.sent.requests)
             except Exception as error:  # pictures and tokenizers are the pipeline's own
-                self._fail(live, pipeline_fault(error))
+                self._end(live, pipeline_fault(error))
                 return
             for result in results:
                 self._meter.images_drawn(result)
@@ -333,29 +328,32 @@ class GenerationService:
         coming = [*(live for live, _ in ended), *self._decoding.work.requests]
         wanted = named_by(request for live in coming for request in live.sent.requests)
         for live, decoded in ended:
+            if self._live.get(live.request_id) is not live:
+                continue  # the device was lost with one before it
+            if isinstance(decoded, RequestError):
+                self._end(live, decoded)
+                continue
             try:
-                if isinstance(decoded, RequestError):
-                    raise decoded
                 live.sent = replace(live.sent, requests=decoded.requests)
                 if self._shelf is not None:
                     self._shelf.attach(decoded.loras, wanted=wanted)
                 self._submit(live, decoded.pictures, is_limited=len(self._live) > 1)
-            except RequestError as error:
-                self._fail(live, error)
+            except Exception as error:
+                problem = "the request could not be queued; the server's log says why"
+                self._end(live, fault_of(error, problem))
 
     def _collect_encoded(self) -> None:
-        for live, encoded in self._encoders.take_finished():
+        finished = self._encoders.take_finished()
+        # Pictures first: where an error is the device's, all that are left end with it.
+        for live, encoded in sorted(finished, key=lambda each: each[1].exception() is not None):
             error = encoded.exception()
             if error is None:
                 self._release(live)
                 reply = encoded.result()
                 self._answer(live, reply, "flagged" if FLAGGED in reply.headers else "ok")
-            elif isinstance(error, RequestError):
-                self._fail(live, error)
             else:
-                fault = EngineFault("the picture could not be encoded; the server's log says why")
-                fault.__cause__ = error
-                self._fail(live, fault)
+                problem = "the picture could not be encoded; the server's log says why"
+                self._end(live, fault_of(error, problem))
 
     def _success_reply(self, live: LiveRequest, results: Sequence[Result]) -> Reply:
         """Run in a thread of the pool."""
@@ -381,6 +379,17 @@ class GenerationService:
     def _checked(self, result: Result) -> Result:
         refuses = self.config.safety_checker == "refuse"
         return checked_result(result, self._checker, refuses=refuses)
+
+    def _end(self, live: LiveRequest, error: RequestError) -> None:
+        """End a request by what went wrong with it, and everybody's where that was the device."""
+        self._note(error)
+        if self._live.get(live.request_id) is live:
+            self._fail(live, error)
+
+    def _note(self, error: RequestError) -> None:
+        """Where `error` says that the device is lost, tell all that wait for it."""
+        if isinstance(error, DeviceLost) and not self.is_device_lost:
+            self._lose_device(error.__cause__ or error)
 
     def _fail(self, live: LiveRequest, error: RequestError) -> None:
         self._release(live, error)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 from handler.assembly import assemble
 from handler.config import HandlerConfig
+from handler.engine import InFlightEngine
 from handler.loading.lora_files import LoraReader
 from handler.loading.pipeline import LoadedPipeline
 from handler.service.generation import GenerationService
@@ -198,3 +199,29 @@ def test_those_that_are_on_unnamed_are_told(folder: Path) -> None:
     assert replies["none"]["parameters"]["loras"] == {}
     png = base64.b64decode(replies["default"]["images"][0])
     assert b"Lora: ink: 0.5" in png or b"ink: 0.5" in png
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), 507),
+        (ValueError("a shape that the layer has not"), 500),
+        (RuntimeError("CUDA error: device-side assert triggered"), 503),
+    ],
+)
+def test_a_lora_that_the_engine_cannot_take_ends_its_request(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
+) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    with serving(folder) as service:
+        ask(service, "beside", steps=30)
+        tick(service, 2)
+        monkeypatch.setattr(InFlightEngine, "attach_lora", fail)
+        for request_id in ("first", "second"):
+            ask(service, request_id, loras=["ink"])
+        replies = finish(service)
+        assert {replies[each].status for each in ("first", "second")} == {status}
+        assert replies["beside"].status == (503 if status == 503 else 200)
+        assert service.is_device_lost is (status == 503)

@@ -18,6 +18,7 @@ from diffusers import (
 )
 from PIL import Image
 
+from handler.api.call import Call
 from handler.api.decoding import Pictures, decode_all
 from handler.api.replies import Reply, success_reply
 from handler.api.traits import PipelineTraits
@@ -318,11 +319,14 @@ def test_one_id_is_taken_while_its_picture_is_decoded(start: Start, gate: Gate) 
     assert statuses(finish(service)) == {"a": 200}
 
 
-def test_what_the_decoder_does_not_expect_ends_one_request(start: Start) -> None:
+@pytest.mark.parametrize(("error", "status"), [(KeyError("a"), 500), (MemoryError(), 507)])
+def test_what_the_decoder_does_not_expect_ends_one_request(
+    start: Start, error: Exception, status: int
+) -> None:
     service = start()
 
     def fail(*args: Any) -> list[Pictures]:
-        raise MemoryError
+        raise error
 
     pipeline = build("stable_diffusion")
     broken = GenerationService(
@@ -334,7 +338,7 @@ def test_what_the_decoder_does_not_expect_ends_one_request(start: Start) -> None
         decode=fail,
     )
     open_request(broken, "a", **SENT)
-    assert statuses(finish(broken)) == {"a": 500}
+    assert statuses(finish(broken)) == {"a": status}
     broken.close()
 
 
@@ -365,3 +369,35 @@ def test_a_lost_device_ends_what_is_decoded_too(
     tick(service, 3)
     is_encoded.set()
     assert statuses(finish(service)) == {"drawn": 200}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MemoryError(), 507),
+        (RuntimeError("CUDA error: device-side assert triggered"), 503),
+        (OSError("no disk"), 500),
+    ],
+)
+def test_what_fails_in_a_thread_is_told_as_what_it_is(
+    start: Start, error: Exception, status: int
+) -> None:
+    """A safety checker in the threads that encode computes on the device, too."""
+
+    def encode(call: Call, *args: Any, **kwargs: Any) -> Reply:
+        if call.request_id == "bad":
+            raise error
+        return success_reply(call, *args, **kwargs)
+
+    service = start(encode=encode)
+    open_request(service, "bad", num_inference_steps=1, request_id="bad")
+    open_request(service, "good", num_inference_steps=1)
+    open_request(service, "long", num_inference_steps=40)
+    expected = {"bad": status, "good": 200, "long": 503 if status == 503 else 200}
+    while "bad" in service.live_ids or "good" in service.live_ids:
+        tick(service)
+        for request_id, reply in service.take_replies().items():
+            assert reply.status == expected.pop(request_id)
+    for request_id, reply in finish(service).items():
+        assert reply.status == expected.pop(request_id)
+    assert not expected
