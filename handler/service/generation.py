@@ -325,6 +325,8 @@ class GenerationService:
 
     def _collect_decoded(self) -> None:
         ended = self._decoding.take_ended()
+        if not ended:
+            return
         coming = [*(live for live, _ in ended), *self._decoding.work.requests]
         wanted = named_by(request for live in coming for request in live.sent.requests)
         for live, decoded in ended:
