@@ -365,8 +365,9 @@ def _normal(name: str) -> str:
     normal = "_".join(words).replace("dpmpp", "dpm++")
     if normal.startswith("dpm++") and normal[5:6].isalnum():
         normal = f"dpm++_{normal[5:]}"
-    if normal.startswith("dpm++") and normal.endswith("_gpu"):
-        normal = normal.removesuffix("_gpu")
+    if normal.startswith("dpm++"):
+        # ComfyUI's name for where the noise is drawn, also before a schedule.
+        normal = "_".join(word for word in normal.split("_") if word != "gpu")
     normal = _WHOLE.get(normal, normal)
     normal = normal.replace("_ancestral", "_a")
     return normal.removeprefix("k_") if normal.removeprefix("k_").startswith(_K_SOLVERS) else normal

@@ -283,6 +283,8 @@ def test_automatic_is_what_counts_where_nothing_is_sent() -> None:
         ("K_DPM_2_ANCESTRAL", "DPM2 a"),
         ("k_dpmpp_2m", "DPM++ 2M"),
         ("dpmpp_2m_sde_gpu", "DPM++ 2M SDE"),
+        ("dpmpp_2m_sde_gpu karras", "DPM++ 2M SDE"),
+        ("dpmpp_3m_sde_gpu_exponential", "DPM++ 3M SDE"),
         ("DPM++2M", "DPM++ 2M"),
         ("DPMSolverMultistep", "DPMSolverMultistepScheduler"),
         ("eulerdiscretescheduler", "EulerDiscreteScheduler"),
