@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
+from handler.config import MAX_LORAS
 from handler.messages import nearest, number_range, show
 
-__all__ = ["MAX_LORAS", "is_lora_name", "lora_problem", "read_loras"]
-
-MAX_LORAS = 16
-"""How many a request may name."""
+__all__ = ["is_lora_name", "lora_problem", "read_loras"]
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,9}(\.[0-9]{0,20})?|\.[0-9]{1,20})")

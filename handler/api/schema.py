@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from handler.api.samplers import SCHEDULES
 from handler.api.tasks import IMAGE_TO_IMAGE, INPAINTING, TASKS, TEXT_TO_IMAGE
-from handler.config import OUTPUT_FORMATS, HandlerConfig
+from handler.config import MAX_LORA_SCALE, OUTPUT_FORMATS, HandlerConfig
 
 __all__ = [
     "MAX_SEED",
@@ -289,8 +289,8 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             name="loras",
             aliases=("lora",),
             kind=Kind.LORAS,
-            minimum=-10,
-            maximum=10,
+            minimum=-MAX_LORA_SCALE,
+            maximum=MAX_LORA_SCALE,
             default=Setting("default_loras"),
             default_note="those packed",
             argument=None,
