@@ -14,6 +14,8 @@ _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,9}(\.[0-9]{0,20})?|\.[0-9]{1,20})")
 _FORMS = 'send {"NAME": SCALE}, ["NAME"], [{"name": "NAME", "scale": SCALE}] or "NAME:SCALE, NAME"'
 _NUM_LISTED = 50
+# As text: each with its longest name, its scale and white space.
+_MAX_TEXT_CHARS = MAX_LORAS * 128
 
 
 def is_lora_name(name: object) -> bool:
@@ -25,10 +27,13 @@ def read_loras(value: object, *, low: float, high: float) -> dict[str, float]:
     """The scale of each LoRA in `value`, 1 where it says none.
 
     Raises:
-        ValueError: it has none of the forms, or a scale is out of range.
+        ValueError: it has none of the forms, names too many, or a scale is out of range.
     """
     found: dict[str, float] = {}
-    for name, scale in _entries(value):
+    entries = _entries(value)
+    if len(entries) > MAX_LORAS:
+        raise _too_many(len(entries))
+    for name, scale in entries:
         if not is_lora_name(name):
             raise ValueError(
                 f"{show(name)} is not the name of a LoRA: 1 to 64 of the characters"
@@ -43,8 +48,6 @@ def read_loras(value: object, *, low: float, high: float) -> dict[str, float]:
         if name in found:
             raise ValueError(f"{name} is given twice")
         found[name] = float(scale)
-    if len(found) > MAX_LORAS:
-        raise ValueError(f"{len(found)} LoRAs are named; allowed are {MAX_LORAS}")
     return found
 
 
@@ -69,15 +72,29 @@ def lora_problem(names: Collection[str], there_are: Collection[str]) -> str | No
 
 
 def _entries(value: object) -> list[tuple[object, object]]:
+    """What is named, with its scale; nothing is done for each name where there are too many."""
     if isinstance(value, str):
+        if len(value) > _MAX_TEXT_CHARS:
+            raise ValueError(
+                f"is {len(value)} characters long; allowed are {_MAX_TEXT_CHARS}, which name up to"
+                f" {MAX_LORAS} LoRAs"
+            )
         return [_written(part) for part in value.split(",") if part.strip()]
     if isinstance(value, Mapping):
         if set(value) <= {"name", "scale"} and "name" in value and not _is_scale(value["name"]):
             return [(value["name"], value.get("scale", 1.0))]
+        if len(value) > MAX_LORAS:
+            raise _too_many(len(value))
         return [(name, 1.0 if scale is None else scale) for name, scale in value.items()]
     if isinstance(value, (list, tuple)):
+        if len(value) > MAX_LORAS:
+            raise _too_many(len(value))
         return [_listed(each) for each in value]
     raise ValueError(f"{show(value)} names no LoRAs; {_FORMS}")
+
+
+def _too_many(number: int) -> ValueError:
+    return ValueError(f"{number} LoRAs are named; allowed are {MAX_LORAS}")
 
 
 def _listed(value: object) -> tuple[object, object]:
