@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from handler.config import MAX_LORAS
 from handler.messages import nearest, number_range, show
 
-__all__ = ["is_lora_name", "lora_problem", "read_loras"]
+__all__ = ["is_lora_name", "lora_problem", "read_loras", "scale_in"]
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,9}(\.[0-9]{0,20})?|\.[0-9]{1,20})")
@@ -21,6 +21,11 @@ _MAX_TEXT_CHARS = MAX_LORAS * 128
 def is_lora_name(name: object) -> bool:
     """Whether a LoRA may have this name: never that of a file anywhere else."""
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
+
+
+def scale_in(text: str) -> float | None:
+    """The scale that `text` is, as plain digits; None where it is none."""
+    return float(text) if _NUMBER.fullmatch(text.strip()) else None
 
 
 def read_loras(value: object, *, low: float, high: float) -> dict[str, float]:
@@ -110,8 +115,9 @@ def _written(text: str) -> tuple[object, object]:
     name, colon, scale = text.strip().partition(":")
     if not colon:
         return name, 1.0
-    if _NUMBER.fullmatch(scale.strip()):
-        return name.strip(), float(scale)
+    number = scale_in(scale)
+    if number is not None:
+        return name.strip(), number
     return text.strip(), 1.0  # of which the name is wrong, whatever else is
 
 

@@ -12,6 +12,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from handler.api.lora_names import scale_in
+from handler.messages import show
+
 __all__ = ["MAX_WEIGHT", "Piece", "pieces_of", "take_loras", "weight_problem"]
 
 MAX_WEIGHT = 10.0
@@ -101,13 +104,10 @@ def take_loras(prompt: str) -> tuple[str, dict[str, float]]:
     """
     loras: dict[str, float] = {}
     for tag in _LORA.finditer(prompt):
-        name, scale = tag["name"].strip(), tag["scale"]
-        try:
-            number = 1.0 if scale is None else float(scale)
-        except ValueError:
-            number = float("nan")
-        if not abs(number) < float("inf"):
-            raise ValueError(f"the scale of <lora:{name[:40]}:…> is not a number")
-        if loras.setdefault(name, number) != number:
+        name, written = tag["name"].strip(), tag["scale"]
+        scale = 1.0 if written is None else scale_in(written)
+        if scale is None:
+            raise ValueError(f"the scale of <lora:{name[:40]}:…> is {show(written)}, not a number")
+        if loras.setdefault(name, scale) != scale:
             raise ValueError(f"<lora:{name[:40]}:…> stands there twice, with two scales")
-    return _LORA.sub("", prompt), loras
+    return _LORA.sub("", prompt).strip(), loras

@@ -13,7 +13,7 @@ from typing import Any
 
 from handler.api.fields import FieldReader
 from handler.api.images import SentPicture
-from handler.api.lora_names import lora_problem
+from handler.api.lora_names import lora_problem, read_loras
 from handler.api.picture_sizes import choose_size
 from handler.api.prompt_syntax import take_loras, weight_problem
 from handler.api.samplers import (
@@ -32,6 +32,7 @@ from handler.api.schema import (
     Kind,
     PictureField,
     Value,
+    bounds_of,
     default_of,
 )
 from handler.api.task_choice import check_together, choose_control, choose_task
@@ -305,19 +306,27 @@ def _take_loras(reader: FieldReader, sent: dict[str, Any], config: HandlerConfig
     """Move the LoRAs that a weighted prompt names to the field for them; mutates `sent`."""
     prompt, weighting = sent["prompt"], sent["prompt_weighting"]
     is_weighted = config.prompt_weighting if weighting is None else weighting
-    if not is_weighted or prompt is None or "loras" not in PICTURE_FIELDS:
+    if not is_weighted or prompt is None:
         return
+    low, high = bounds_of(PICTURE_FIELDS["loras"], config)
     try:
-        text, named = take_loras(prompt)
+        text, tagged = take_loras(prompt)
+        named = read_loras(tagged, low=low, high=high)
     except ValueError as error:
         reader.report("prompt", str(error))
         return
-    if named:
-        sent["prompt"] = text.strip()
-        for name, scale in (sent["loras"] or {}).items():
-            if named.setdefault(name, scale) != scale:
-                reader.report("loras", f"{show(name)} has another scale in the prompt")
-        sent["loras"] = named
+    if not named:
+        return
+    if not text:
+        reader.report("prompt", "is empty but for its LoRA tags")
+    sent["prompt"] = text
+    for name, scale in (sent["loras"] or {}).items():
+        if named.setdefault(name, scale) != scale:
+            reader.report("loras", f"{show(name)} has another scale in the prompt")
+    try:
+        sent["loras"] = read_loras(named, low=low, high=high)
+    except ValueError as error:
+        reader.report("loras", f"with those in the prompt, {error}")
 
 
 def _check_weights(reader: FieldReader, values: dict[str, Value], traits: PipelineTraits) -> None:

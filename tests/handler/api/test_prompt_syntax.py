@@ -73,8 +73,8 @@ def test_weights_within_the_range_are_none() -> None:
     [
         ("a <lora:ink:0.8> b", "a  b", {"ink": 0.8}),
         ("<lora:ink>", "", {"ink": 1.0}),
-        ("<lora:a:1><lora:b:-0.5> x", " x", {"a": 1.0, "b": -0.5}),
-        ("<lora:a:1> <lora:a:1.0>", " ", {"a": 1.0}),
+        ("<lora:a:1><lora:b:-0.5> x", "x", {"a": 1.0, "b": -0.5}),
+        ("<lora:a:1> <lora:a:1.0>", "", {"a": 1.0}),
         ("a <b> c", "a <b> c", {}),
     ],
 )
@@ -82,7 +82,18 @@ def test_loras_are_taken_out(prompt: str, text: str, loras: dict[str, float]) ->
     assert take_loras(prompt) == (text, loras)
 
 
-@pytest.mark.parametrize("prompt", ["<lora:a:x>", "<lora:a:1> <lora:a:2>", "<lora:a:nan>"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<lora:a:x>",
+        "<lora:a:1> <lora:a:2>",
+        "<lora:a:nan>",
+        "<lora:a:1_0>",
+        "<lora:a:>",
+        "<lora:a:1:1>",
+        "<lora:a:１>",
+    ],
+)
 def test_a_lora_without_one_scale_is_a_problem(prompt: str) -> None:
     with pytest.raises(ValueError, match="<lora:a:"):
         take_loras(prompt)
