@@ -336,6 +336,7 @@ def _check_weights(reader: FieldReader, values: dict[str, Value], traits: Pipeli
         return
     if not traits.reads_weights:
         reader.report("prompt_weighting", "this pipeline's text encoder reads no weights")
+        return
     for name in ("prompt", "negative_prompt"):
         text = values.get(name)
         problem = weight_problem(text) if isinstance(text, str) else None
