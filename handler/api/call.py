@@ -8,12 +8,13 @@ Here are the fields that steer the reply: output format, id, deadline, stream, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from handler.api.accept import EVENT_STREAM, MEDIA_TYPES, negotiate
 from handler.api.body import ALONE, HOW_TO_SEND, Payload, media_type, open_body
+from handler.api.decoding import to_decode
 from handler.api.fields import ID_RULE, FieldReader, is_id
 from handler.api.images import SentPicture
 from handler.api.kserve import Envelope, Message, open_message
@@ -112,7 +113,7 @@ def read_call(
             requests.append(request)
             paths.append(instance.path)
             _check_image_count(request, options, message.envelope, problems)
-    _check_all_pictures(pictures.values(), message.envelope, config, problems)
+    _check_all_pictures(requests, message.envelope, config, problems)
     if problems:
         raise _invalid(problems, payload, headers)
     return Call(
@@ -210,18 +211,27 @@ def _check_image_count(
 
 
 def _check_all_pictures(
-    pictures: Collection[SentPicture],
+    requests: Sequence[GenerationRequest],
     envelope: Envelope,
     config: HandlerConfig,
     problems: dict[str, str],
 ) -> None:
-    """Bound what one body makes the server decode: a small file may have many pixels."""
-    pixels = sum(each.width_px * each.height_px for each in pictures)
+    """Bound what one body makes the server decode: a small file may have many pixels.
+
+    A picture that is drawn from in several sizes is decoded for each.
+    """
+    found = {
+        each.key: each.picture
+        for request in requests
+        for each in to_decode(request, config).values()
+    }
+    pixels = sum(each.width_px * each.height_px for each in found.values())
     allowed = len(SENT_PICTURES) * config.max_picture_pixels
     if pixels > allowed:
         name = "inputs" if envelope is Envelope.KSERVE_V2 else "instances"
         problems[name] = (
-            f"have {len(pictures)} pictures of {pixels} pixels together; allowed are {allowed}"
+            f"have {len(found)} pictures of {pixels} pixels together, a picture counted once for"
+            f" each size that it is brought to; allowed are {allowed}"
         )
 
 
