@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from handler.api.request import GenerationRequest
 from handler.config import HandlerConfig
 from handler.errors import DeadlineExceeded, RequestError
 from handler.service.live_requests import LiveRequest
-from handler.service.lora_shelf import Layers, LoraShelf
+from handler.service.lora_shelf import LoraShelf, ReadLora
 from handler.service.results import fault_of
 from handler.service.side_work import SideWork
 
@@ -27,7 +27,7 @@ class Decoded:
 
     requests: tuple[GenerationRequest, ...]
     pictures: list[Pictures]
-    loras: Mapping[str, Layers]
+    loras: Mapping[str, ReadLora]
 
 
 class Decoding:
@@ -46,9 +46,8 @@ class Decoding:
         self._decode = decode
         self.work = SideWork[Decoded]("decode", config.encode_threads)
 
-    def start(self, live: LiveRequest) -> None:
-        """Begin to decode the pictures of `live`, and to read the LoRAs that are not there yet."""
-        missing = [] if self._shelf is None else self._shelf.missing(live.sent.requests)
+    def start(self, live: LiveRequest, missing: Sequence[str] = ()) -> None:
+        """Begin to decode the pictures of `live`, and to read the `missing` LoRAs."""
         self.work.start(live, self._decoded, missing)
 
     def take_ended(self) -> list[tuple[LiveRequest, Decoded | RequestError]]:
@@ -62,7 +61,7 @@ class Decoding:
                 ended.append((live, late))
         return ended
 
-    def _decoded(self, live: LiveRequest, missing: list[str]) -> Decoded:
+    def _decoded(self, live: LiveRequest, missing: Sequence[str]) -> Decoded:
         """Run in a thread."""
         loras = {} if self._shelf is None else self._shelf.read(missing)
         pictures = self._decode(live.sent.requests, self._config, live.sent.paths)

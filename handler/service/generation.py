@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -212,7 +212,8 @@ class GenerationService:
         """
         pictures = decode_all(requests, self.config, [""] * len(requests))
         if self._shelf is not None:
-            self._shelf.attach(self._shelf.read(self._shelf.missing(requests)))
+            read = self._shelf.read(self._shelf.missing(requests))
+            self._shelf.attach(read, wanted=self._wanted_loras())
         tickets = self._queue.submit(requests, pictures)
         while not all(ticket.ended for ticket in tickets):
             if self.is_device_lost:
@@ -244,11 +245,11 @@ class GenerationService:
         if sent.stream:
             stream = EventStream(self._previewer, sent.preview_every, self._clock)
         live = LiveRequest(request_id, sent, self._clock(), stream)
-        is_lacking = self._shelf is not None and bool(self._shelf.missing(sent.requests))
-        if is_lacking or any(request.pictures for request in sent.requests):
+        missing = [] if self._shelf is None else self._shelf.missing(sent.requests)
+        if missing or any(request.pictures for request in sent.requests):
             if self._live:
                 self._queue.check_room()
-            self._decoding.start(live)
+            self._decoding.start(live, missing)
         else:
             self._submit(live, [{} for _ in sent.requests], is_limited=bool(self._live))
         self._live.add(live)
@@ -327,8 +328,7 @@ class GenerationService:
         ended = self._decoding.take_ended()
         if not ended:
             return
-        coming = [*(live for live, _ in ended), *self._decoding.work.requests]
-        wanted = named_by(request for live in coming for request in live.sent.requests)
+        wanted = self._wanted_loras(live for live, _ in ended)
         for live, decoded in ended:
             if self._live.get(live.request_id) is not live:
                 continue  # the device was lost with one before it
@@ -343,6 +343,11 @@ class GenerationService:
             except Exception as error:
                 problem = "the request could not be queued; the server's log says why"
                 self._end(live, fault_of(error, problem))
+
+    def _wanted_loras(self, others: Iterable[LiveRequest] = ()) -> set[str]:
+        """The LoRAs that `others` name, and those whose files or pictures are still read."""
+        coming = [*others, *self._decoding.work.requests]
+        return named_by(request for live in coming for request in live.sent.requests)
 
     def _collect_encoded(self) -> None:
         finished = self._encoders.take_finished()

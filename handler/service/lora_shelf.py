@@ -8,20 +8,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from handler.api.lora_names import is_lora_name, lora_problem
 from handler.api.request import GenerationRequest
 from handler.engine import InFlightEngine
 from handler.errors import ArchiveError, InvalidRequest, QueueFull
 
-__all__ = ["Layers", "LoraNames", "LoraShelf", "named_by"]
+__all__ = ["Layers", "LoraNames", "LoraShelf", "ReadLora", "named_by"]
 
 _SUFFIX = ".safetensors"
 
 Layers = Mapping[str, Mapping[str, Any]]
 """What a LoRA adds to each layer, by component and the layer's path."""
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class ReadLora:
+    """A LoRA that was read, kept while a request waits to have it attached."""
+
+    layers: Layers
 
 
 class LoraNames(Collection[str]):
@@ -74,6 +83,8 @@ class LoraShelf:
         self._attached: dict[str, int] = {}
         """The bytes of each; the one asked for last stands last."""
         self._reading = threading.Lock()
+        # Requests that come at once want the same files, which are read once for all of them.
+        self._read_before: WeakValueDictionary[str, ReadLora] = WeakValueDictionary()
 
     def missing(self, requests: Iterable[GenerationRequest]) -> list[str]:
         """The LoRAs that `requests` name and that are to be read first; uses the others."""
@@ -82,36 +93,43 @@ class LoraShelf:
             self._attached[name] = self._attached.pop(name)
         return sorted(wanted - self._attached.keys())
 
-    def read(self, names: Iterable[str]) -> dict[str, Layers]:
-        """Read LoRAs of the folder, in any thread.
+    def read(self, names: Iterable[str]) -> dict[str, ReadLora]:
+        """Read LoRAs of the folder, in any thread, but for those that are attached meanwhile.
 
         Raises:
             InvalidRequest: a file has gone, or is no LoRA that fits the pipeline.
         """
         found = {}
         for name in names:
-            path = self._names.path_of(name)
-            if path is None:
-                raise _refused(lora_problem([name], self._names) or f"{name} has gone")
-            try:
-                with self._reading:
-                    found[name] = self._read(path)
-            except (ArchiveError, OSError) as error:
-                raise _refused(f"{name} cannot be used: {error}") from error
+            with self._reading:
+                known = self._read_before.get(name)
+                if known is None and name not in self._attached:
+                    known = self._read_before[name] = self._read_file(name)
+            if known is not None:
+                found[name] = known
         return found
 
-    def attach(self, loras: Mapping[str, Layers], *, wanted: Collection[str] = ()) -> None:
+    def _read_file(self, name: str) -> ReadLora:
+        path = self._names.path_of(name)
+        if path is None:
+            raise _refused(lora_problem([name], self._names) or f"{name} has gone")
+        try:
+            return ReadLora(self._read(path))
+        except (ArchiveError, OSError) as error:
+            raise _refused(f"{name} cannot be used: {error}") from error
+
+    def attach(self, loras: Mapping[str, ReadLora], *, wanted: Collection[str] = ()) -> None:
         """Give the engine what was read; `wanted` are not to make room for it.
 
         Raises:
             InvalidRequest: one alone is larger than all may be.
             QueueFull: all that there is room for are in use.
         """
-        for name, layers in loras.items():
+        for name, read in loras.items():
             if name not in self._attached:
-                size = sum(_size_bytes(each) for of in layers.values() for each in of.values())
+                size = sum(_size_bytes(each) for of in read.layers.values() for each in of.values())
                 self._make_room(name, size, {*wanted, *loras})
-                self._engine.attach_lora(name, layers)
+                self._engine.attach_lora(name, read.layers)
                 self._attached[name] = size
 
     def _make_room(self, name: str, size: int, wanted: Collection[str]) -> None:

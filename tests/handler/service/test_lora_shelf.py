@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from handler.assembly import assemble
 from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
-from handler.loading.lora_files import LoraReader
+from handler.loading.lora_files import LoraReader, read_lora
 from handler.loading.pipeline import LoadedPipeline
 from handler.service.generation import GenerationService
 from tests.support.loras import kohya_lora
@@ -157,6 +157,30 @@ def test_a_file_that_does_not_fit_is_refused_by_its_keys(folder: Path) -> None:
     assert {reply.status for reply in replies.values()} == {400}
     assert "lora_unet_other_down" in error_of(replies["bad"])["fields"]["loras"]
     assert "torn cannot be used" in error_of(replies["torn"])["fields"]["loras"]
+
+
+def test_a_file_that_several_want_at_once_is_read_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def counting(reader: LoraReader, path: Path, *args: Any) -> Any:
+        read.append(path.stem)
+        return read_lora(reader, path, *args)
+
+    monkeypatch.setattr("handler.assembly.read_lora", counting)
+    with serving(folder, max_loras=2) as service:
+        for number in range(6):
+            ask(service, f"r{number}", loras=["ink", "style"])
+        replies = finish(service)
+        assert sorted(read) == ["ink", "style"]
+        # Nothing is kept of what is not attached: another makes room for itself, and it is read.
+        ask(service, "other", loras=["wool"])
+        replies |= finish(service)
+        ask(service, "again", loras=["ink", "style"])
+        replies |= finish(service)
+    assert {reply.status for reply in replies.values()} == {200}
+    assert sorted(read[2:]) == ["ink", "wool"]
 
 
 def test_the_longest_unused_goes_and_never_one_in_use(folder: Path) -> None:
