@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from handler.api.body import HOW_TO_SEND
 from handler.api.call import Call, CancelCall, Envelope, read_call
-from handler.api.schema import PICTURE_NAMES, REPLY_FIELDS
+from handler.api.schema import PICTURE_NAMES, REPLY_FIELDS, default_of
 from handler.api.traits import PipelineTraits
 from handler.config import OUTPUT_FORMATS, HandlerConfig
 from handler.errors import InvalidRequest, RequestError
@@ -271,8 +271,21 @@ def test_streams() -> None:
     assert call(body(previews=0)).preview_every == 0
 
 
+def test_what_is_left_out_has_the_default_of_the_table() -> None:
+    config = HandlerConfig(deadline_s=30.0, jpeg_quality=7)
+    found = call(body(), config=config)
+    for name, read in (
+        ("deadline_s", found.deadline_s),
+        ("jpeg_quality", found.jpeg_quality),
+        ("previews", found.preview_every),
+        ("stream", found.stream),
+    ):
+        assert read == default_of(REPLY_FIELDS[name], config), name
+
+
 def test_jpeg_quality() -> None:
-    assert call(body()).jpeg_quality is None
+    assert call(body()).jpeg_quality == CONFIG.jpeg_quality
+    assert call(body(), config=HandlerConfig(jpeg_quality=5)).jpeg_quality == 5
     assert call(body(jpeg_quality=1)).jpeg_quality == 1
     with pytest.raises(InvalidRequest) as caught:
         call(body(jpeg_quality=0))
