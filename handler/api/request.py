@@ -19,7 +19,6 @@ from handler.api.prompt_syntax import take_loras, weight_problem
 from handler.api.samplers import (
     SCHEDULES,
     find_sampler,
-    offered,
     sampler_problem,
     split_schedule,
 )
@@ -120,8 +119,7 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
         if size_px % multiple:
             problems.append(f"{name}: {_not_a_multiple(size_px, multiple)}")
     if config.scheduler is not None and not find_sampler(config.scheduler, traits.schedulers):
-        choices = ", ".join(offered(traits.schedulers))
-        problems.append(f"scheduler: {show(config.scheduler)} is not one of {choices}")
+        problems.append(f"scheduler: {sampler_problem(config.scheduler, traits.schedulers)}")
     least = traits.least_steps_with(config.scheduler)
     if config.num_inference_steps < least:
         problems.append(

@@ -311,9 +311,23 @@ def test_defaults_that_do_not_fit_the_pipeline_stop_start_up() -> None:
     assert str(caught.value).splitlines()[1:] == [
         "  height: 520 is not a multiple of 16; nearest are 512 and 528",
         "  width: 776 is not a multiple of 16; nearest are 768 and 784",
-        "  scheduler: 'lcm' is not one of ddim",
+        "  scheduler: 'lcm' does not go with this pipeline; allowed: ddim",
         "  negative_prompt: this pipeline takes none",
     ]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "problem"),
+    [
+        ("eulr_a", "'eulr_a' does not go with this pipeline; did you mean euler_a? allowed: "),
+        ("Euler a Karras", "'Euler a Karras': Euler a has no Karras sigmas in diffusers; its sig"),
+    ],
+)
+def test_a_configured_sampler_is_told_what_a_requests_is(scheduler: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_against_pipeline(HandlerConfig(scheduler=scheduler), TRAITS)
+    assert f"  scheduler: {problem}" in str(caught.value)
+    assert problem in problems({"prompt": "a", "scheduler": scheduler})["scheduler"]
 
 
 def test_loras_that_a_weighted_prompt_names_are_the_field() -> None:
