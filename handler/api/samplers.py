@@ -22,8 +22,6 @@ __all__ = [
     "SAMPLERS",
     "SCHEDULER_CLASSES",
     "SCHEDULES",
-    "WITH_SIGMAS",
-    "WITH_SPACING",
     "Sampler",
     "Schedule",
     "Solver",
@@ -66,10 +64,10 @@ class Schedule:
         """The options that give it to a scheduler of this class; None where nothing does."""
         options = dict(_evenly(class_name))
         if self.flag is not None:
-            if class_name not in WITH_SIGMAS:
+            if class_name not in _WITH_SIGMAS:
                 return None
             options[self.flag] = True
-        if class_name in WITH_SPACING:
+        if class_name in _WITH_SPACING:
             return {**options, **self.options}
         # What has no choice of spacing: DPMSolverSinglestepScheduler is spaced as np.linspace does,
         # and the sigmas of flow matching are those that ComfyUI calls simple.
@@ -94,7 +92,7 @@ class Sampler:
 
 _MULTISTEP, _SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
 # Classes that take use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas.
-WITH_SIGMAS = frozenset(
+_WITH_SIGMAS = frozenset(
     [
         *(_MULTISTEP, _SINGLESTEP, "DEISMultistepScheduler", "DPMSolverSDEScheduler"),
         *("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"),
@@ -103,7 +101,7 @@ WITH_SIGMAS = frozenset(
     ]
 )
 # Classes that follow timestep_spacing; LCM and TCD take it and do not.
-WITH_SPACING = WITH_SIGMAS - {
+_WITH_SPACING = _WITH_SIGMAS - {
     *(_SINGLESTEP, "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
 } | {
     *("DDIMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "PNDMScheduler"),
@@ -387,7 +385,7 @@ _SOLVERS = {
 
 def _evenly(class_name: str) -> dict[str, object]:
     """The options that switch every schedule off."""
-    return dict.fromkeys(_FLAGS, False) if class_name in WITH_SIGMAS else {}
+    return dict.fromkeys(_FLAGS, False) if class_name in _WITH_SIGMAS else {}
 
 
 def _class_of(name: str, compatible: Collection[str]) -> str | None:

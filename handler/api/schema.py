@@ -26,7 +26,6 @@ __all__ = [
     "PICTURE_NAMES",
     "REPLY_FIELDS",
     "SENT_PICTURES",
-    "SENT_PICTURE_NAMES",
     "Field",
     "Kind",
     "PictureField",
@@ -446,8 +445,6 @@ PICTURE_NAMES = frozenset(name for each in PICTURE_FIELDS.values() for name in e
 """Every name that a field of a picture may be sent under."""
 SENT_PICTURES = tuple(n for n, each in PICTURE_FIELDS.items() if each.kind is Kind.PICTURE)
 """The fields that are pictures themselves."""
-SENT_PICTURE_NAMES = frozenset(name for n in SENT_PICTURES for name in PICTURE_FIELDS[n].names)
-"""Every name that those may be sent under."""
 
 REPLY_FIELDS: Mapping[str, ReplyField] = _table(
     [
