@@ -158,7 +158,10 @@ def _errors() -> Iterable[list[str]]:
     kinds = [
         each
         for each in vars(errors).values()
-        if isinstance(each, type) and issubclass(each, RequestError) and each is not RequestError
+        if isinstance(each, type)
+        and issubclass(each, RequestError)
+        and each is not RequestError
+        and each.__name__ in errors.__all__
     ]
     for kind in sorted(kinds, key=lambda kind: kind.status):
         meaning = (kind.__doc__ or "").partition("\n")[0].rstrip(".")
