@@ -131,16 +131,30 @@ def _schedulers() -> Iterable[list[str]]:
     yield ["`scheduler`", "also", "diffusers class", "its options", "`sigmas`"]
     for solver in SAMPLERS.values():
         options = ", ".join(f"`{name}={value!r}`" for name, value in solver.options.items())
-        sigmas = [k for k, each in SCHEDULES.items() if each.options_for(solver.class_names[0])]
         yield [
             f"`{solver.name}`",
             ", ".join(f"`{alias}`" for alias in solver.aliases),
             " or ".join(f"`{class_name}`" for class_name in solver.class_names),
             options,
-            ", ".join(sigmas),
+            _sigmas(solver.class_names),
         ]
     for short, class_name in SCHEDULER_CLASSES.items():
         yield [f"`{short}`", "", f"`{class_name}`", "as the pipeline's own is configured", ""]
+
+
+def _sigmas(class_names: Sequence[str]) -> str:
+    """The schedules of a solver, class by class where these differ."""
+    found = {
+        class_name: ", ".join(
+            key
+            for key, schedule in SCHEDULES.items()
+            if schedule.options_for(class_name) is not None
+        )
+        for class_name in class_names
+    }
+    if len(set(found.values())) == 1:
+        return found[class_names[0]]
+    return "; ".join(f"`{name}`: {sigmas or 'none'}" for name, sigmas in found.items())
 
 
 def _foreign_names() -> Iterable[list[str]]:

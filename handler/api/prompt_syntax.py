@@ -2,7 +2,8 @@
 
 ``(word)`` weighs 1.1 times, ``[word]`` 1 / 1.1 times, ``(word:1.3)`` 1.3 times; brackets nest, and
 one that is not closed reaches to the end. A backslash makes a bracket a character. ``BREAK`` begins
-the next window of the text encoder. ``<lora:name:0.8>`` names a LoRA and its scale.
+the next window of the text encoder. ``<lora:name:0.8>`` names a LoRA and its scale; it is taken out
+of a prompt before its pieces are read, and in a negative prompt it is text.
 
 Untrusted text: nothing here recurses, and all of it is linear, however brackets nest.
 """

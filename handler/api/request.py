@@ -1,7 +1,8 @@
 """What one request asks of the pipeline, and the checks that concern several of its fields.
 
-`parse_fields` is the only entry: plain fields become a checked `GenerationRequest`, or every
-problem at once. Each field by itself is checked by its entry in `schema`.
+`parse_fields` makes a checked `GenerationRequest` of plain fields, or reports every problem at
+once; `check_against_pipeline` does so for the operator's defaults. Each field by itself is checked
+by its entry in `schema`.
 """
 
 from __future__ import annotations

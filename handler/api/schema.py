@@ -3,7 +3,8 @@
 Everything that knows a field reads it here: parsing of every form of request, refusals, metadata,
 pipeline arguments and the tables of docs/requests.md. A new field is one entry here, a key of
 `HandlerConfig` if an operator may set its bounds or default, and a test. What concerns several
-fields at once (sizes and pixels, steps and scheduler) is code in `request` and `call`.
+fields at once is code: sizes and pixels, steps and scheduler in `request`, sizes that follow from
+pictures in `picture_sizes`, the task that they make in `task_choice`, the reply in `call`.
 
 Plain data: importing it needs neither torch nor diffusers.
 """
@@ -221,7 +222,8 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             default=Setting("prompt_weighting"),
             argument=None,
             meaning="whether A1111's `(word:1.3)`, `(word)`, `[word]`, `\\(` and `BREAK` in both"
-            " prompts are weights and breaks, or text",
+            " prompts are weights and breaks, and `<lora:style:0.8>` in `prompt` is one of `loras`,"
+            " or all of it is text",
         ),
         PictureField(
             name="num_inference_steps",

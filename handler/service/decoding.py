@@ -57,7 +57,7 @@ class Decoding:
         for live in self.work.requests:
             if live.deadline is not None and now_s >= live.deadline:
                 self.work.discard(live)
-                late = DeadlineExceeded("the deadline passed while its pictures were decoded")
+                late = DeadlineExceeded("the deadline passed while its pictures or LoRAs were read")
                 ended.append((live, late))
         return ended
 

@@ -264,7 +264,7 @@ def test_a_deadline_counts_from_the_acceptance(start: Start, gate: Gate, clock: 
     tick(service)
     replies = service.take_replies()
     assert error_of(replies["decoding"])["message"] == (
-        "the deadline passed while its pictures were decoded"
+        "the deadline passed while its pictures or LoRAs were read"
     )
     open_request(service, "drawing", deadline_s=5, **{**SENT, "num_inference_steps": LONG})
     clock.now_s += 4
