@@ -20,8 +20,8 @@ from handler.api.prompt_syntax import take_loras, weight_problem
 from handler.api.samplers import (
     SCHEDULES,
     find_sampler,
+    parse_name,
     sampler_problem,
-    split_schedule,
 )
 from handler.api.schema import (
     MAX_SEED,
@@ -353,8 +353,8 @@ def _resolve_sampler(
     name, sigmas = values["scheduler"], values.get("sigmas")
     assert name is None or isinstance(name, str)
     assert sigmas is None or isinstance(sigmas, str)
-    split = split_schedule(name or "")
-    said = split[1] if sent["scheduler"] is not None and split is not None else None
+    parsed = parse_name(name or "")
+    said = None if sent["scheduler"] is None else parsed.schedule
     if said is not None and sigmas is not None and said != SCHEDULES[sigmas].name:
         reader.report("sigmas", f"{show(sigmas)}, but the scheduler says {said}: send one")
     if name is None and sigmas is None:
@@ -366,7 +366,7 @@ def _resolve_sampler(
         problem = sampler_problem(name or own, traits.schedulers, None if is_named else sigmas)
         reader.report("scheduler" if is_named else "sigmas", problem)
         return {"scheduler": None}
-    is_own = name is None or (split is not None and not split[0])
+    is_own = not parsed.solver
     chosen = {} if sampler.sigmas is None else {"sigmas": sampler.sigmas}
     return {"scheduler": None if is_own else sampler.name, **chosen}
 

@@ -23,14 +23,14 @@ __all__ = [
     "SCHEDULER_CLASSES",
     "SCHEDULES",
     "Sampler",
+    "SamplerName",
     "Schedule",
     "Solver",
     "find_sampler",
     "offered",
+    "parse_name",
     "sampler_problem",
     "samplers_of",
-    "schedule_of",
-    "split_schedule",
 ]
 
 Options = Mapping[str, object]
@@ -88,6 +88,18 @@ class Sampler:
     """What differs from the configuration of the pipeline's own scheduler."""
     sigmas: str | None = None
     """The key of a schedule in `SCHEDULES`, where one was named."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerName:
+    """A name such as ``DPM++ 2M Karras``, taken apart."""
+
+    solver: str
+    """The solver's normal name, whether there is one or not; empty where nothing else is named."""
+    schedule: str | None
+    """The schedule of sigmas as people call it; None where the name has none."""
+    sigmas: str | None
+    """Its key in `SCHEDULES`; None where diffusers has no such schedule, or the name has none."""
 
 
 _MULTISTEP, _SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
@@ -247,12 +259,14 @@ def find_sampler(
     but a schedule its own with that. `sigmas` is a key of `SCHEDULES`. None where the pipeline
     cannot run with it, or not with such sigmas.
     """
-    solver_name, scheduled = _split(name or "")
-    sigmas = sigmas or scheduled
+    parsed = parse_name(name or "")
+    if parsed.schedule is not None and parsed.sigmas is None:
+        return None
+    solver_name, sigmas = parsed.solver, sigmas or parsed.sigmas
     named: str
     options: Options
     if not solver_name:
-        if not compatible or (name and scheduled is None):
+        if not compatible or (name and parsed.sigmas is None):
             return None
         named = class_name = compatible[0]
         options = {}
@@ -305,13 +319,13 @@ def sampler_problem(name: str, compatible: Sequence[str], sigmas: str | None = N
     """
     choices = offered(compatible)
     allowed = f"allowed: {', '.join(choices)}"
-    solver_name, scheduled = split_schedule(name) or (_normal(name), "")
+    parsed = parse_name(name)
+    solver_name = parsed.solver
     if solver_name in _ABSENT_SOLVERS:
         return f"{show(name)}: diffusers has no such solver; {allowed}"
     alone = find_sampler(solver_name, compatible) if solver_name else None
-    key = sigmas or _split(name)[1]
-    schedule = SCHEDULES[key].name if key is not None else scheduled
-    if schedule and alone is not None:
+    schedule = parsed.schedule if sigmas is None else SCHEDULES[sigmas].name
+    if schedule is not None and alone is not None:
         kinds = [k for k in SCHEDULES if find_sampler(solver_name, compatible, k)]
         can = f"its sigmas may be {', '.join(kinds)}" if kinds else "a request cannot choose them"
         return f"{show(name)}: {alone.name} has no {schedule} sigmas in diffusers; {can}"
@@ -321,40 +335,18 @@ def sampler_problem(name: str, compatible: Sequence[str], sigmas: str | None = N
     return f"{show(name)} does not go with this pipeline; {hint}{allowed}"
 
 
-def schedule_of(name: str) -> str | None:
-    """The key of the schedule that has this name; None where there is none."""
-    return _SCHEDULE_NAMES.get(_normal(name)) if len(_normal(name)) > 2 else None
-
-
-def split_schedule(name: str) -> tuple[str, str] | None:
-    """The solver and the schedule of sigmas in a name such as ``DPM++ 2M Karras``.
-
-    None where the name has no schedule; the solver is empty where it has nothing else. The schedule
-    is the one that people call so, whether diffusers has it or not.
-    """
-    normal = f"_{_normal(name)}"
-    names = {key: schedule.name for key, schedule in SCHEDULES.items()} | _ABSENT_SCHEDULES
-    named = {alias: SCHEDULES[key].name for alias, key in _SCHEDULE_NAMES.items()} | names
-    whole = normal.removeprefix("_")
-    if whole in _SOLVERS:
-        return None
-    ends = [each for each in named if normal.endswith(f"_{each}")]
-    longest = max(ends, key=len, default=None)
-    if longest is None or (len(longest) <= 2 and longest == whole):
-        return None
-    return normal.removesuffix(f"_{longest}").removeprefix("_"), named[longest]
-
-
-def _split(name: str) -> tuple[str, str | None]:
-    """The normal name of a solver, and the key of the schedule that the name ends with."""
+def parse_name(name: str) -> SamplerName:
+    """The solver and the schedule of sigmas in a name, in any of the spellings that people use."""
     normal = _normal(name)
     if normal in _SOLVERS:
-        return normal, None
-    split = split_schedule(normal)
-    if split is None:
-        return normal, None
-    key = next((key for key, schedule in SCHEDULES.items() if schedule.name == split[1]), None)
-    return (split[0], key) if key is not None else (normal, None)
+        return SamplerName(normal, None, None)
+    ends = [each for each in _SCHEDULE_ENDS if f"_{normal}".endswith(f"_{each}")]
+    end = max(ends, key=len, default=None)
+    # Alone, k and ka could be anything.
+    if end is None or (end == normal and len(end) <= 2):
+        return SamplerName(normal, None, None)
+    schedule, sigmas = _SCHEDULE_ENDS[end]
+    return SamplerName(normal.removesuffix(end).removesuffix("_"), schedule, sigmas)
 
 
 def _normal(name: str) -> str:
@@ -373,8 +365,14 @@ def _normal(name: str) -> str:
 
 _WHOLE = {"karrasdpm": "dpm++_2m_karras"}
 _K_SOLVERS = ("euler", "heun", "lms", "dpm")
-_SCHEDULE_NAMES = {
-    alias: key for key, schedule in SCHEDULES.items() for alias in (key, *schedule.aliases)
+# What a name may end with: the schedule as people call it, and its key where diffusers has it.
+_SCHEDULE_ENDS: dict[str, tuple[str, str | None]] = {
+    **{end: (name, None) for end, name in _ABSENT_SCHEDULES.items()},
+    **{
+        end: (schedule.name, key)
+        for key, schedule in SCHEDULES.items()
+        for end in (key, *schedule.aliases)
+    },
 }
 _SOLVERS = {
     alias: solver

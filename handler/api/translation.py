@@ -12,7 +12,7 @@ from handler.api.foreign_names import (
     is_picture_input,
 )
 from handler.api.images import looks_like_base64_picture
-from handler.api.samplers import schedule_of, split_schedule
+from handler.api.samplers import parse_name
 from handler.api.schema import PICTURE_FIELDS, PICTURE_NAMES, REPLY_FIELDS, SENT_PICTURES
 from handler.messages import show, shown_name
 
@@ -145,13 +145,13 @@ def _schedules_as_sigmas(fields: Mapping[str, object]) -> dict[str, object]:
     value = fields.get("scheduler")
     if not isinstance(value, str):
         return dict(fields)
-    split = split_schedule(value)
-    if split is None or split[0] or (key := schedule_of(value)) is None:
+    named = parse_name(value)
+    if named.solver or named.sigmas is None:
         return dict(fields)
     moved = {name: each for name, each in fields.items() if name != "scheduler"}
-    if moved.get("sigmas") not in (None, key):
+    if moved.get("sigmas") not in (None, named.sigmas):
         return dict(fields)  # two different ones: each is read, and refused, for what it is
-    return {**moved, "sigmas": key}
+    return {**moved, "sigmas": named.sigmas}
 
 
 # Values that others send in our own fields.
