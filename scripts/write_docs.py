@@ -16,7 +16,7 @@ from pathlib import Path
 from handler import errors
 from handler.api.accept import MEDIA_TYPES
 from handler.api.foreign_names import FOREIGN_NAMES
-from handler.api.samplers import SAMPLERS, SCHEDULER_CLASSES, SCHEDULES
+from handler.api.sampler_table import SAMPLERS, SCHEDULER_CLASSES, SCHEDULES
 from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, Field, Kind, Setting, Value
 from handler.config import HandlerConfig, keys
 from handler.errors import RequestError

@@ -17,8 +17,8 @@ from handler.api.images import SentPicture
 from handler.api.lora_names import lora_problem, read_loras
 from handler.api.picture_sizes import choose_size
 from handler.api.prompt_syntax import take_loras, weight_problem
+from handler.api.sampler_table import SCHEDULES
 from handler.api.samplers import (
-    SCHEDULES,
     find_sampler,
     parse_name,
     sampler_problem,

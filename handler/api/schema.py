@@ -17,7 +17,7 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TypeVar
 
-from handler.api.samplers import SCHEDULES
+from handler.api.sampler_table import SCHEDULES
 from handler.api.tasks import IMAGE_TO_IMAGE, INPAINTING, TASKS, TEXT_TO_IMAGE
 from handler.config import MAX_LORA_SCALE, OUTPUT_FORMATS, HandlerConfig
 

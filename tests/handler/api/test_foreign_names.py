@@ -11,7 +11,7 @@ from handler.api.body import ALONE
 from handler.api.call import Call, read_call
 from handler.api.foreign_names import FOREIGN_NAMES, HOW_PICTURES_ARE_SENT
 from handler.api.request import GenerationRequest
-from handler.api.samplers import SAMPLERS, SCHEDULER_CLASSES
+from handler.api.sampler_table import SAMPLERS, SCHEDULER_CLASSES
 from handler.api.schema import PICTURE_FIELDS, PICTURE_NAMES, REPLY_FIELDS
 from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
