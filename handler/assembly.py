@@ -18,7 +18,8 @@ from PIL import Image
 
 from handler.acceleration.speed import SpeedUp, make_plan
 from handler.api.decoding import decode_pictures
-from handler.api.request import GenerationRequest, check_against_pipeline
+from handler.api.request import GenerationRequest
+from handler.api.request_checks import check_against_pipeline
 from handler.api.traits import PipelineTraits
 from handler.config import MAX_LORAS, HandlerConfig
 from handler.engine import BUCKETS, InFlightEngine

@@ -1,6 +1,6 @@
 """Reads a request: a body as TorchServe delivers it and its headers become a checked `Call`.
 
-    body ─▶ body.open_body ─▶ kserve.open_message ─▶ request.parse_fields ─▶ Call
+    body ─▶ body.open_body ─▶ kserve.open_message ─▶ request_fields.parse_fields ─▶ Call
             what was sent     its wrapping           one prompt's fields
 
 Here are the fields that steer the reply: output format, id, deadline, stream, cancel.
@@ -18,7 +18,8 @@ from handler.api.decoding import to_decode
 from handler.api.fields import ID_RULE, FieldReader, is_id
 from handler.api.images import SentPicture
 from handler.api.kserve import Envelope, Message, open_message
-from handler.api.request import GenerationRequest, parse_fields
+from handler.api.request import GenerationRequest
+from handler.api.request_fields import parse_fields
 from handler.api.schema import REPLY_FIELDS, SENT_PICTURES, Value, default_of
 from handler.api.traits import PipelineTraits
 from handler.api.translation import names_for

@@ -3,8 +3,9 @@
 Everything that knows a field reads it here: parsing of every form of request, refusals, metadata,
 pipeline arguments and the tables of docs/requests.md. A new field is one entry here, a key of
 `HandlerConfig` if an operator may set its bounds or default, and a test. What concerns several
-fields at once is code: sizes and pixels, steps and scheduler in `request`, sizes that follow from
-pictures in `picture_sizes`, the task that they make in `task_choice`, the reply in `call`.
+fields at once is code: `request_fields` and `request_checks` (sizes and pixels, steps and
+scheduler), `picture_sizes` (sizes that follow from pictures), `task_choice` (the task that they
+make) and `call` (the reply).
 
 Plain data: importing it needs neither torch nor diffusers.
 """

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 import pytest
 
-from handler.api.request import GenerationRequest, check_against_pipeline, parse_fields
+from handler.api.request import GenerationRequest
+from handler.api.request_checks import check_against_pipeline
+from handler.api.request_fields import parse_fields
 from handler.api.schema import MAX_SEED
 from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
