@@ -1,7 +1,7 @@
 """Follow every request from its body to its reply: read, submit, wait, encode, answer exactly once.
 
-    open ─▶ read_call ─▶ Decoding ─▶ EngineQueue ─▶ … ticks … ─▶ SideWork ─▶ take_replies
-            api          decoding    queueing       engine       side_work
+    open ─▶ read_call ─▶ Decoding ─▶ EngineQueue ─▶ … ticks … ─▶ Encoding ─▶ take_replies
+            api          decoding    queueing       engine       encoding
 
 It knows neither TorchServe nor HTTP's framing; the handler maps ids and replies to its context.
 """
@@ -38,6 +38,7 @@ from handler.pipelines.preview import Previewer
 from handler.pipelines.safety import SafetyChecker
 from handler.service.decoding import Decoding
 from handler.service.draining import Drain, num_live_reply
+from handler.service.encoding import Encoding
 from handler.service.event_stream import EventStream
 from handler.service.live_requests import LiveRequest, LiveRequests
 from handler.service.lora_shelf import LoraShelf, named_by
@@ -46,13 +47,12 @@ from handler.service.queueing import EngineQueue
 from handler.service.reading import draw_seed, read_requests
 from handler.service.results import (
     as_request_error,
-    checked_result,
     device_lost,
     fault_of,
     pipeline_fault,
     result_of,
 )
-from handler.service.side_work import SideWork, wait_for_any
+from handler.service.side_work import wait_for_any
 
 __all__ = ["GenerationService"]
 
@@ -90,10 +90,7 @@ class GenerationService:
         self.traits = traits
         self._engine = engine
         self._pipeline = pipeline
-        self._model_name = model_name
         self._draw_seed = draw_seed
-        self._encode = encode
-        self._checker = checker
         self._clock = clock
         self._queue = EngineQueue(engine, traits.tasks, config.max_waiting)
         self._live = LiveRequests()
@@ -101,7 +98,7 @@ class GenerationService:
         self._previewer = Previewer(pipeline)
         self._shelf = shelf
         self._decoding = Decoding(config, clock, decode, shelf)
-        self._encoders = SideWork[Reply]("encode", config.encode_threads)
+        self._encoding = Encoding(config, model_name, encode, checker)
         self._meter = Meter()
         self._drain: Drain | None = None
         self.is_device_lost = False
@@ -166,7 +163,7 @@ class GenerationService:
                 self._step()
             else:
                 timeout_s = None if ends_s is None else max(0.0, ends_s - self._clock())
-                wait_for_any([self._decoding.work, self._encoders], timeout_s)
+                wait_for_any([self._decoding.work, self._encoding.work], timeout_s)
             self._collect_decoded()
             self._collect_encoded()
             if ends_s is None:
@@ -222,17 +219,16 @@ class GenerationService:
         for ticket in tickets:
             if ticket.error is not None:
                 raise as_request_error(ticket.error, ticket.num_steps_done)
-        return [self._checked(result) for result in self._results(tickets, requests)]
+        return [self._encoding.checked(result) for result in self._results(tickets, requests)]
 
     def close(self) -> None:
         """End every request and give the pipeline back."""
         for request_id in self._live.ids:
             self.drop(request_id)
         self._decoding.work.close()
-        self._encoders.close()
+        self._encoding.work.close()
         self._engine.close()
-        if self._checker is not None:
-            self._checker.give_back()
+        self._encoding.give_checker_back()
 
     def _accept(self, request_id: str, sent: Call) -> None:
         if sent.request_id is not None and self._live.find(sent.request_id) is not None:
@@ -271,7 +267,7 @@ class GenerationService:
             return
         for request_id in self._live.ids:
             live = self._live.get(request_id)
-            if live is not None and live not in self._encoders:
+            if live is not None and live not in self._encoding.work:
                 self._fail(
                     live,
                     Draining("the server stops and could not finish the request; send it again"),
@@ -302,7 +298,7 @@ class GenerationService:
             self._meter.steps_done(ticket.num_steps_done)
             live = self._live.take_ticket(ticket)
             # Tickets that end in one tick are all done when the first of them is looked at.
-            if live is not None and live not in self._encoders:
+            if live is not None and live not in self._encoding.work:
                 self._on_ended(live, ticket)
 
     def _on_ended(self, live: LiveRequest, ticket: Ticket) -> None:
@@ -317,7 +313,7 @@ class GenerationService:
                 return
             for result in results:
                 self._meter.images_drawn(result)
-            self._encoders.start(live, self._success_reply, results)
+            self._encoding.start(live, results)
 
     def _results(
         self, tickets: Sequence[Ticket], requests: Sequence[GenerationRequest]
@@ -350,27 +346,12 @@ class GenerationService:
         return named_by(request for live in coming for request in live.sent.requests)
 
     def _collect_encoded(self) -> None:
-        finished = self._encoders.take_finished()
-        # Pictures first: where an error is the device's, all that are left end with it.
-        for live, encoded in sorted(finished, key=lambda each: each[1].exception() is not None):
-            error = encoded.exception()
-            if error is None:
-                self._release(live)
-                reply = encoded.result()
-                self._answer(live, reply, "flagged" if FLAGGED in reply.headers else "ok")
+        for live, encoded in self._encoding.take_ended():
+            if isinstance(encoded, RequestError):
+                self._end(live, encoded)
             else:
-                problem = "the picture could not be encoded; the server's log says why"
-                self._end(live, fault_of(error, problem))
-
-    def _success_reply(self, live: LiveRequest, results: Sequence[Result]) -> Reply:
-        """Run in a thread of the pool."""
-        return self._encode(
-            live.sent,
-            [self._checked(result) for result in results],
-            request_id=live.request_id,
-            model_name=self._model_name,
-            config=self.config,
-        )
+                self._release(live)
+                self._answer(live, encoded, "flagged" if FLAGGED in encoded.headers else "ok")
 
     def _lose_device(self, error: BaseException) -> None:
         """Tell all whose pictures are not drawn; the engine's requests stay where they stand."""
@@ -378,14 +359,10 @@ class GenerationService:
         self.is_device_lost = True
         for request_id in self._live.ids:
             live = self._live.get(request_id)
-            if live is not None and live not in self._encoders:
+            if live is not None and live not in self._encoding.work:
                 self._live.remove(live)
                 self._decoding.work.discard(live)
                 self._answer(live, _error_reply(device_lost(), request_id), DeviceLost.code)
-
-    def _checked(self, result: Result) -> Result:
-        refuses = self.config.safety_checker == "refuse"
-        return checked_result(result, self._checker, refuses=refuses)
 
     def _end(self, live: LiveRequest, error: RequestError) -> None:
         """End a request by what went wrong with it, and everybody's where that was the device."""
@@ -415,7 +392,7 @@ class GenerationService:
         """Forget the request; what still runs of it is cancelled."""
         self._live.remove(live)
         self._decoding.work.discard(live)
-        self._encoders.discard(live)
+        self._encoding.work.discard(live)
         for ticket in live.tickets:
             self._engine.cancel(ticket, reason)
 
