@@ -18,9 +18,10 @@ from PIL import Image
 
 from handler.acceleration.speed import SpeedUp, make_plan
 from handler.api.decoding import decode_pictures
-from handler.api.request import GenerationRequest, check_against_pipeline
+from handler.api.request import GenerationRequest
+from handler.api.request_checks import check_against_pipeline
 from handler.api.traits import PipelineTraits
-from handler.config import HandlerConfig
+from handler.config import MAX_LORAS, HandlerConfig
 from handler.engine import BUCKETS, InFlightEngine
 from handler.engine.forward import is_out_of_memory
 from handler.errors import ConfigError, RequestError
@@ -58,6 +59,11 @@ def assemble(
     traits = replace(describe(loaded.pipeline, pipelines), loras=loras)
     logger.info("%s serves %s", type(loaded.pipeline).__name__, ", ".join(pipelines))
     if config.default_loras is None and loaded.loras:
+        if len(loaded.loras) > MAX_LORAS:
+            raise ConfigError(
+                f"model-config.yaml: default_loras: {len(loaded.loras)} LoRAs are packed, and at"
+                f" most {MAX_LORAS} may be on; say which, with their scales ({{}}: none)"
+            )
         config = replace(config, default_loras=dict.fromkeys(loaded.loras, 1.0))
     check_against_pipeline(config, traits)
     requests = _warm_up_requests(config, traits, pipelines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,6 +62,16 @@ def test_what_does_not_fit_the_pipeline_is_refused_and_leaves_it_alone(
     with pytest.raises(ConfigError, match=words):
         assemble(pipeline, config, model_name="tiny", warm_up=False)
     assert "forward" not in vars(pipeline.pipeline.unet)
+
+
+def test_more_loras_than_may_be_on_need_to_be_chosen() -> None:
+    packed = replace(loaded(), loras=tuple(f"l{i}" for i in range(17)))
+    config = HandlerConfig.from_mapping(QUICK)
+    with pytest.raises(ConfigError, match="default_loras: 17 LoRAs are packed, and at most 16"):
+        assemble(packed, config, model_name="tiny", warm_up=False)
+    chosen = replace(config, default_loras={})
+    with closing(assemble(packed, chosen, model_name="tiny", warm_up=False)) as service:
+        assert service.read([{"body": {"prompt": "a"}}])[0].loras == {}
 
 
 @pytest.mark.parametrize("warm_up", [True, False])
