@@ -29,6 +29,7 @@ _SYNTAX = {
 
 # Those that count where words have weights.
 _WEIGHTING = ("(word:1.3)", "((word))", "[word]", "BREAK")
+_A1111 = {*_WEIGHTING, "<lora:name:1>"}
 _HOW_TO_WEIGH = '; "prompt_weighting": true reads A1111\'s weights'
 
 
@@ -50,7 +51,8 @@ def prompt_warnings(pipeline: Any, request: GenerationRequest) -> tuple[str, ...
         if request.is_weighted:
             syntax = [example for example in syntax if example not in _WEIGHTING]
         if syntax:
-            can = "" if request.is_weighted or not reads_whole else _HOW_TO_WEIGH
+            would_count = reads_whole and not request.is_weighted and _A1111 & {*syntax}
+            can = _HOW_TO_WEIGH if would_count else ""
             warnings.append(f"the {name} has {', '.join(syntax)}: it is read as plain text{can}")
         if not text or not tokenizers or reads_whole:
             continue

@@ -199,6 +199,12 @@ def test_syntax_that_counts_has_no_warning() -> None:
     assert warning == "the prompt has word++, <lora:name:1>: it is read as plain text"
 
 
+@pytest.mark.parametrize("prompt", ["a red+++ ring", "a (red ring)1.3"])
+def test_syntax_of_others_is_not_told_to_count_as_a1111s(prompt: str) -> None:
+    (warning,) = prompt_warnings(shared("stable_diffusion"), request(prompt))
+    assert warning.endswith("it is read as plain text")
+
+
 @pytest.mark.parametrize(
     "prompt",
     ["a ring (red)", "C++ and 1+1", "the ratio 4:3", "(at 10:30) noon", "a break", "a - b"],
