@@ -97,6 +97,23 @@ def test_what_diffusers_converts_draws_what_it_draws(case: str, exact: bool) -> 
     assert (solo(case, 0.7) - solo(case, 1.0)).abs().max() > 10 * BOUND
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_one_that_is_packed_draws_the_same_in_flight(case: str) -> None:
+    """There diffusers has loaded it, and PEFT's layers are switched for it."""
+    family, file = CASES[case]
+    pipeline = build(family)
+    pipeline.load_lora_weights(file(), adapter_name="a")
+    engine = InFlightEngine(pipeline)
+    tickets = {
+        scale: engine.submit(example_kwargs(family, 0), adapters=adapters)
+        for scale, adapters in ((None, {}), (1.0, None), (0.7, {"a": 0.7}))
+    }
+    engine.run()
+    engine.close()
+    for scale, ticket in tickets.items():
+        assert (image_of(ticket.result()) - solo(case, scale)).abs().max() <= BOUND, scale
+
+
 def changed(tensors: Tensors, end: str, value: torch.Tensor | None) -> Tensors:
     """`tensors` with the first one whose name ends so replaced, or without it."""
     name = next(each for each in tensors if each.endswith(end))
