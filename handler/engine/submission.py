@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from handler.engine.policy import Limits
+from handler.engine.shortcuts import NONE, Shortcuts
 from handler.engine.tick_times import Pace
 from handler.engine.ticket import StepEnd, Ticket
 from handler.errors import DeadlineExceeded, TooLarge
@@ -45,6 +46,7 @@ class Submission:
     adapters: Mapping[str, float] | None
     on_step: Callable[[StepEnd], None] | None
     prompts: PromptReading | None = None
+    shortcuts: Shortcuts = NONE
 
 
 @dataclass(eq=False, slots=True)
@@ -93,11 +95,14 @@ class Intake:
             adapter_set=adapters,
             on_step=asked.on_step,
             prompts=asked.prompts,
+            shortcuts=asked.shortcuts,
             submitted_s=now_s,
         )
 
     def _check_deadline(self, served: Served, asked: Submission, cost: Cost) -> None:
-        num_steps = least_forwards(served.pipeline, asked.kwargs)
+        num_steps = asked.shortcuts.least_forwards(least_forwards(served.pipeline, asked.kwargs))
+        if asked.shortcuts.has_interval:
+            cost = replace(cost, rows=cost.rows // 2)
         needed_s = self.pace.least_s(num_steps, cost, served.denoisers)
         if asked.deadline_s is not None and asked.deadline_s < needed_s:
             raise DeadlineExceeded(

@@ -1,0 +1,96 @@
+"""What a pipeline tells of its denoising steps, and of the rows that guidance adds to them."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import diffusers
+from diffusers import SchedulerMixin
+
+from handler.pipelines.schedulers import compatible_schedulers, least_steps
+from handler.pipelines.shared_state import swaps_processors
+from handler.pipelines.signature import call_defaults
+
+__all__ = [
+    "guides_in_halves",
+    "is_one_call_a_step",
+    "num_steps_of",
+    "several_calls_a_step",
+    "tells_steps",
+]
+
+
+def num_steps_of(view: Any) -> int | None:
+    """How many steps the present call of a pipeline has, once its denoising begins.
+
+    None where it does not tell.
+    """
+    num_steps = getattr(view, "num_timesteps", None)
+    if num_steps is None:
+        num_steps = len(getattr(getattr(view, "scheduler", None), "timesteps", ()))
+    return int(num_steps) or None
+
+
+def tells_steps(pipeline: Any) -> bool:
+    """Whether one of several steps can be told from the others, and the last from the rest.
+
+    Those that report to the older callback tell the number of their scheduler's steps, which is
+    theirs unless a picture to begin with leaves some out.
+    """
+    parameters = call_defaults(pipeline)
+    if not isinstance(getattr(pipeline, "scheduler", None), SchedulerMixin):
+        return False
+    if "callback_on_step_end" in parameters:
+        return hasattr(type(pipeline), "num_timesteps")
+    return "callback" in parameters and "strength" not in parameters
+
+
+def several_calls_a_step(pipeline: Any) -> frozenset[str]:
+    """Class names of the compatible schedulers that call the denoiser more than once a step.
+
+    Heun's method and its like: every other call is at a guess of the next latents. PNDM begins with
+    Runge-Kutta steps unless its configuration skips them.
+    """
+    kinds = (getattr(diffusers, name) for name in compatible_schedulers(pipeline))
+    names = {kind.__name__ for kind in kinds if getattr(kind, "order", 1) != 1}
+    return frozenset(names | least_steps(pipeline).keys())
+
+
+def is_one_call_a_step(scheduler: Any) -> bool:
+    """Whether each time of a scheduler has one call of the denoiser: see `several_calls_a_step`."""
+    config = getattr(scheduler, "config", {})
+    return getattr(scheduler, "order", 1) == 1 and config.get("skip_prk_steps", True) is not False
+
+
+@functools.cache
+def guides_in_halves(kind: type) -> bool:
+    """Whether the guided rows of ``kind.__call__`` are its unguided ones, then as many more.
+
+    As its code says: ``noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)``. Where it takes
+    them apart in another way too, or exchanges attention processors, it is not so simple.
+    """
+    if swaps_processors(kind):
+        return False
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__)))
+    parts = list(_unpacked_chunks(ast.parse(source)))
+    return bool(parts) and all(
+        len(names) == 2 and "uncond" in names[0] and "uncond" not in names[1] for names in parts
+    )
+
+
+def _unpacked_chunks(tree: ast.AST) -> Iterator[list[str]]:
+    """The names that ``…_uncond, … = ….chunk(n)`` gives to the parts, wherever one is so called."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Assign(
+                targets=[ast.Tuple(elts=targets)],
+                value=ast.Call(func=ast.Attribute(attr="chunk" | "split")),
+            ):
+                names = [each.id for each in targets if isinstance(each, ast.Name)]
+                if any("uncond" in name for name in names):
+                    yield names
