@@ -34,6 +34,7 @@ from handler.api.schema import (
     Value,
     default_of,
 )
+from handler.api.shortcuts import check_shortcuts
 from handler.api.task_choice import check_together, choose_control, choose_task
 from handler.api.tasks import TEXT_TO_IMAGE, engine_task
 from handler.api.traits import PipelineTraits
@@ -133,6 +134,8 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
         problems.append("prompt_weighting: the text encoders of this pipeline read no weights")
     if config.negative_prompt and "negative_prompt" not in traits.parameters:
         problems.append("negative_prompt: this pipeline takes none")
+    if config.step_cache and not any("step_cache" in has for has in traits.shortcuts.values()):
+        problems.append("step_cache: this pipeline does not tell which step it is at")
     if problems:
         heading = "the handler section of model-config.yaml does not fit the pipeline:"
         raise ConfigError("\n  ".join([heading, *problems]))
@@ -190,6 +193,7 @@ def parse_fields(
     _check_size(reader, request, config, traits)
     _check_steps(reader, request, config, traits)
     _check_all_pixels(reader, request, config)
+    check_shortcuts(reader, sent, extra, request.engine_task, request.sampler, config, traits)
     check_together(reader, extra, pictures, request.num_inference_steps)
     reader.refuse_rest(PICTURE_NAMES | REPLY_FIELDS.keys())
     if reader.problems:

@@ -19,6 +19,7 @@ from handler.pipelines.cost import Cost, estimate_cost, least_forwards
 from handler.pipelines.prompt_embeddings import PromptReading
 from handler.pipelines.schedulers import check_num_steps, make_scheduler
 from handler.pipelines.signature import unknown_arguments
+from handler.pipelines.steps import guides_in_halves
 
 __all__ = ["Intake", "Served", "Submission"]
 
@@ -80,6 +81,11 @@ class Intake:
         if not limits.hold(cost):
             raise TooLarge(limits.refusal(cost))
         self._check_deadline(served, asked, cost)
+        if asked.shortcuts.has_interval and not guides_in_halves(pipeline):
+            raise ValueError(
+                f"{type(pipeline).__name__} has no guided rows that stand together, which a"
+                " guidance interval needs"
+            )
         adapters = self.adapter_sets.checked(pipeline, asked.adapters, kwargs)
         return Ticket(
             kwargs=dict(kwargs),

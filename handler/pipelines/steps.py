@@ -67,16 +67,24 @@ def is_one_call_a_step(scheduler: Any) -> bool:
     return getattr(scheduler, "order", 1) == 1 and config.get("skip_prk_steps", True) is not False
 
 
-@functools.cache
-def guides_in_halves(kind: type) -> bool:
-    """Whether the guided rows of ``kind.__call__`` are its unguided ones, then as many more.
+def guides_in_halves(pipeline: Any) -> bool:
+    """Whether the guided rows of a call are those without the prompt, then as many with it.
 
     As its code says: ``noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)``. Where it takes
     them apart in another way too, or exchanges attention processors, it is not so simple.
     """
+    kind: type = type(pipeline)
+    return _guides_in_halves(kind)
+
+
+@functools.cache
+def _guides_in_halves(kind: type) -> bool:
     if swaps_processors(kind):
         return False
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__)))
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__)))
+    except (OSError, TypeError):  # it has none that can be read
+        return False
     parts = list(_unpacked_chunks(ast.parse(source)))
     return bool(parts) and all(
         len(names) == 2 and "uncond" in names[0] and "uncond" not in names[1] for names in parts
