@@ -97,8 +97,8 @@ class ToyPipeline(DiffusionPipeline):
             rows = self.scheduler.scale_model_input(rows, t)
             noise = self.denoise(rows, t, embeds)
             if is_guided:
-                free, bound = noise.chunk(2)
-                noise = free + guidance_scale * (bound - free)
+                noise_uncond, noise_text = noise.chunk(2)
+                noise = noise_uncond + guidance_scale * (noise_text - noise_uncond)
             # Some schedulers' step takes no generator, and none that is given draws without one.
             keywords = {"generator": generator} if self.draws_noise else {}
             latents = self.scheduler.step(noise, t, latents, return_dict=False, **keywords)[0]
