@@ -8,6 +8,7 @@ import torch
 
 from handler.batching.arguments import (
     EXACT_VALUES,
+    SHARED_PARAMETERS,
     Arguments,
     is_listed,
     members,
@@ -35,7 +36,8 @@ def second_half(arguments: Arguments, rows: int) -> dict[str, Any] | None:
             part = part_of((), name, value, rows, None)
             if part == "rows" or (part == "step" and value.numel() == rows):
                 return value[rows // 2 :]
-            folds = part == "shared" and value.ndim > 1 and value.shape[0] % rows == 0
+            may_fold = name not in SHARED_PARAMETERS and value.ndim > 1
+            folds = part == "shared" and may_fold and value.shape[0] % rows == 0
             is_clear = is_clear and not folds
             return value
         if isinstance(value, EXACT_VALUES) or (parts := members(value)) is None:

@@ -19,7 +19,7 @@ from handler.pipelines.cost import Cost, estimate_cost, least_forwards
 from handler.pipelines.prompt_embeddings import PromptReading
 from handler.pipelines.schedulers import check_num_steps, make_scheduler
 from handler.pipelines.signature import unknown_arguments
-from handler.pipelines.steps import guides_in_halves
+from handler.pipelines.steps import guides_in_halves, tells_steps
 
 __all__ = ["Intake", "Served", "Submission"]
 
@@ -81,11 +81,7 @@ class Intake:
         if not limits.hold(cost):
             raise TooLarge(limits.refusal(cost))
         self._check_deadline(served, asked, cost)
-        if asked.shortcuts.has_interval and not guides_in_halves(pipeline):
-            raise ValueError(
-                f"{type(pipeline).__name__} has no guided rows that stand together, which a"
-                " guidance interval needs"
-            )
+        _check_shortcuts(pipeline, asked.shortcuts)
         adapters = self.adapter_sets.checked(pipeline, asked.adapters, kwargs)
         return Ticket(
             kwargs=dict(kwargs),
@@ -116,6 +112,16 @@ class Intake:
                 f"{num_steps} steps need at least {needed_s:.3g} s; "
                 "ask for fewer, or for a later one"
             )
+
+
+def _check_shortcuts(pipeline: Any, shortcuts: Shortcuts) -> None:
+    name = type(pipeline).__name__
+    if shortcuts.step_cache and not tells_steps(pipeline):
+        raise ValueError(f"{name} does not tell which step it is at, which a step cache needs")
+    if shortcuts.has_interval and not (tells_steps(pipeline) and guides_in_halves(pipeline)):
+        raise ValueError(
+            f"{name} has no guided rows that stand together, which a guidance interval needs"
+        )
 
 
 def _seed_in(kwargs: Mapping[str, Any]) -> int | None:

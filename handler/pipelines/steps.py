@@ -40,10 +40,13 @@ def tells_steps(pipeline: Any) -> bool:
     """Whether one of several steps can be told from the others, and the last from the rest.
 
     Those that report to the older callback tell the number of their scheduler's steps, which is
-    theirs unless a picture to begin with leaves some out.
+    theirs unless a picture to begin with leaves some out. With a prior there are steps of two kinds
+    in one call.
     """
     parameters = call_defaults(pipeline)
     if not isinstance(getattr(pipeline, "scheduler", None), SchedulerMixin):
+        return False
+    if any(name.startswith("prior") for name in pipeline.components):
         return False
     if "callback_on_step_end" in parameters:
         return hasattr(type(pipeline), "num_timesteps")
@@ -71,7 +74,8 @@ def guides_in_halves(pipeline: Any) -> bool:
     """Whether the guided rows of a call are those without the prompt, then as many with it.
 
     As its code says: ``noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)``. Where it takes
-    them apart in another way too, or exchanges attention processors, it is not so simple.
+    them apart in another way too, makes a call for each half, or exchanges attention processors, it
+    is not so simple.
     """
     kind: type = type(pipeline)
     return _guides_in_halves(kind)
@@ -85,20 +89,36 @@ def _guides_in_halves(kind: type) -> bool:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(kind.__call__)))
     except (OSError, TypeError):  # it has none that can be read
         return False
-    parts = list(_unpacked_chunks(ast.parse(source)))
-    return bool(parts) and all(
-        len(names) == 2 and "uncond" in names[0] and "uncond" not in names[1] for names in parts
+    origins = list(_origins(ast.parse(source)))
+    return bool(origins) and all(
+        len(names) == 2 and "uncond" in names[0] and "uncond" not in names[1] for names in origins
     )
 
 
-def _unpacked_chunks(tree: ast.AST) -> Iterator[list[str]]:
-    """The names that ``…_uncond, … = ….chunk(n)`` gives to the parts, wherever one is so called."""
+def _origins(tree: ast.AST) -> Iterator[list[str]]:
+    """The names on the left where an unguided output comes from: ``…_uncond, … = ….chunk(n)``.
+
+    And ``…_uncond = self.transformer(…)[0]``, which has one.
+    """
     for node in ast.walk(tree):
         match node:
-            case ast.Assign(
-                targets=[ast.Tuple(elts=targets)],
-                value=ast.Call(func=ast.Attribute(attr="chunk" | "split")),
-            ):
-                names = [each.id for each in targets if isinstance(each, ast.Name)]
-                if any("uncond" in name for name in names):
-                    yield names
+            case ast.Assign(targets=[target], value=ast.Subscript(value=ast.Call() as call)):
+                pass
+            case ast.Assign(targets=[target], value=ast.Call() as call):
+                pass
+            case _:
+                continue
+        parts = target.elts if isinstance(target, ast.Tuple) else [target]
+        names = [each.id for each in parts if isinstance(each, ast.Name)]
+        if any("uncond" in name for name in names) and _makes_outputs(call):
+            yield names
+
+
+def _makes_outputs(call: ast.Call) -> bool:
+    """Whether `call` is of one of the pipeline's modules, or takes an output apart."""
+    match call.func:
+        case ast.Attribute(attr="chunk" | "split"):
+            return True
+        case ast.Attribute(value=ast.Name(id="self"), attr="unet" | "transformer"):
+            return True
+    return False

@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
+from handler.acceleration import step_policy
 from handler.acceleration.step_cache import StepCache
 from handler.acceleration.step_policy import is_planned, num_computed, weights
 from handler.engine import InFlightEngine
 from handler.engine.shortcuts import Shortcuts
 from handler.errors import DeadlineExceeded, PipelineFailed
+from handler.pipelines.steps import tells_steps
 from tests.support.clock import Clock
 from tests.support.engine_tools import all_right, is_right, opened, solo, step_until
+from tests.support.picture_tasks import task_kwargs, task_pipelines
+from tests.support.pipelines import FAMILIES, build, example_kwargs, image_of, shared
 from tests.support.toy_pipeline import ToyPipeline, ToyUNet, toy, toy_kwargs
 
 HALF = Shortcuts(step_cache=0.5)
@@ -297,3 +302,120 @@ def test_a_deadline_counts_what_is_computed() -> None:
         engine.submit(kwargs, deadline_s=15, shortcuts=HALF)
         with pytest.raises(DeadlineExceeded):
             engine.submit(kwargs, deadline_s=9, shortcuts=HALF)
+
+
+# diffusers' own pipelines
+
+
+@pytest.fixture
+def trusting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take every prediction: those of random weights are none to trust."""
+    monkeypatch.setattr(step_policy, "MAX_ERROR", float("inf"))
+
+
+def num_forwards(module: torch.nn.Module) -> list[int]:
+    rows: list[int] = []
+    first = next(m for m in module.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)))
+    first.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    return rows
+
+
+@pytest.mark.usefixtures("trusting")
+def test_a_predicted_step_needs_no_controlnet() -> None:
+    pipelines = task_pipelines("stable_diffusion")
+    task = "text-to-image+control:edges"
+    rows = num_forwards(pipelines[task].controlnet)
+    with caching(pipelines) as engine:
+        kwargs = task_kwargs(pipelines, "stable_diffusion", task, 0, num_inference_steps=20)
+        ticket = engine.submit(kwargs, task=task, shortcuts=HALF)
+        engine.run()
+        # The UNet's, and the ControlNet's before it.
+        assert engine.counters.answered_calls == 2 * (20 - num_computed(20, 0.5))
+    assert ticket.error is None
+    assert len(rows) == num_computed(20, 0.5)
+
+
+@pytest.mark.usefixtures("trusting")
+def test_steps_are_computed_when_a_controlnet_begins_or_ends_to_count() -> None:
+    """What it adds goes from all to nothing between two steps: no line goes through that."""
+    pipelines = task_pipelines("stable_diffusion")
+    task = "text-to-image+control:edges"
+    changes = {"num_inference_steps": 20, "control_guidance_end": 0.5}
+    unet = num_forwards(pipelines[task].unet)
+    with caching(pipelines) as engine:
+        kwargs = task_kwargs(pipelines, "stable_diffusion", task, 0, **changes)
+        ticket = engine.submit(kwargs, task=task, shortcuts=Shortcuts(step_cache=1.0))
+        engine.run()
+    assert ticket.error is None
+    # Three to begin with, three when it ends, and the last.
+    assert len(unet) == 3 + 3 + 1
+
+
+@pytest.mark.usefixtures("trusting")
+@pytest.mark.parametrize("family", [f for f in FAMILIES if tells_steps(shared(f))])
+def test_every_family_is_the_same_alone_and_in_company(family: str) -> None:
+    """Whatever its denoiser returns."""
+    pipeline = build(family)
+
+    def kwargs(index: int) -> dict[str, Any]:
+        changes = {"num_inference_steps": 9 + index}
+        return {**example_kwargs(family, index), **changes}
+
+    with caching(pipeline) as engine:
+        alone = []
+        for index in range(2):
+            alone.append(engine.submit(kwargs(index), shortcuts=HALF))
+            engine.run()
+        assert engine.counters.answered_calls > 0
+        together = [engine.submit(kwargs(index), shortcuts=HALF) for index in range(2)]
+        engine.submit(kwargs(2))
+        engine.run()
+    for one, other in zip(alone, together, strict=True):
+        difference = (image_of(one.result()) - image_of(other.result())).abs().max()
+        assert difference < 1e-4
+    assert (image_of(alone[0].result()) - image_of(alone[1].result())).abs().max() > 3e-3
+
+
+@pytest.mark.parametrize("family", ["kandinsky_2_2_combined", "stable_cascade_prior"])
+def test_a_pipeline_that_tells_no_steps_is_refused(family: str) -> None:
+    refusal = pytest.raises(ValueError, match="does not tell which step it is at")
+    with caching(build(family)) as engine, refusal:
+        engine.submit(example_kwargs(family, 0), shortcuts=HALF)
+
+
+@pytest.mark.usefixtures("trusting")
+@pytest.mark.parametrize("strength", [0.3, 0.8])
+def test_a_picture_to_begin_with_leaves_out_the_first_times(strength: float) -> None:
+    pipeline = build("stable_diffusion_img2img")
+    rows = num_forwards(pipeline.unet)
+    kwargs = {**example_kwargs("stable_diffusion_img2img", 0), "num_inference_steps": 30}
+    with caching(pipeline) as engine:
+        ticket = engine.submit({**kwargs, "strength": strength}, shortcuts=HALF)
+        engine.run()
+    assert ticket.error is None
+    num_steps = round(30 * strength)
+    assert len(rows) == num_computed(num_steps, 0.5)
+
+
+@pytest.mark.usefixtures("trusting")
+def test_a_lora_is_predicted_from_its_own_outputs() -> None:
+    """Requests with LoRAs and without, cached, share forwards as they do otherwise."""
+    pipeline = build("stable_diffusion")
+    config = LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    pipeline.unet.add_adapter(config, adapter_name="style")
+    sets: list[dict[str, float]] = [{"style": 2.0}, {}]
+    with caching(pipeline) as engine:
+
+        def submit(place: int) -> Any:
+            kwargs = {**example_kwargs("stable_diffusion", 0), "num_inference_steps": 12}
+            return engine.submit(kwargs, adapters=sets[place], shortcuts=HALF)
+
+        alone = []
+        for place in range(2):
+            alone.append(submit(place))
+            engine.run()
+        together = [submit(place) for place in range(2)]
+        engine.run()
+    for one, other in zip(alone, together, strict=True):
+        assert (image_of(one.result()) - image_of(other.result())).abs().max() < 1e-4
+    assert (image_of(alone[0].result()) - image_of(alone[1].result())).abs().max() > 1e-3
