@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from handler.acceleration.step_policy import ORDER, Measured, is_planned, is_predicted, weights
-from handler.batching.arguments import EXACT_VALUES, members
+from handler.batching.arguments import EXACT_VALUES, STEP_PARAMETERS, members
 from handler.batching.merging import output_members, rebuild
 from handler.engine.parking import ModuleCall
 from handler.engine.ticket import Ticket
@@ -174,7 +174,9 @@ def _kind_of(call: ModuleCall) -> Hashable:
     ticket = call.ticket
     shortcuts, num_steps = ticket.shortcuts, num_steps_of(ticket.view) or 1
     is_guided = shortcuts.is_guided(ticket.num_steps_done, num_steps)
-    return (call.num_rows, is_guided, tuple(_forms(call.bound.arguments)))
+    arguments = call.bound.arguments.items()
+    forms = _forms({name: value for name, value in arguments if name not in STEP_PARAMETERS})
+    return (call.num_rows, is_guided, tuple(forms))
 
 
 def _forms(value: Any) -> Iterator[Hashable]:
