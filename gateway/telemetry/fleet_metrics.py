@@ -42,7 +42,7 @@ class FleetCollector(Collector):
         )
 
     def _of_instances(self) -> Iterable[Metric]:
-        labels = ["instance", "model"]
+        labels = ["upstream", "model"]
 
         def gauge(name: str, meaning: str) -> GaugeMetricFamily:
             return GaugeMetricFamily(f"gateway_instance_{name}", meaning, labels=labels)

@@ -67,7 +67,7 @@ class Metrics:
         self._deaths = Counter(
             "gateway_instance_deaths",
             "Requests over which an instance's worker, or the instance, died.",
-            ["instance"],
+            ["upstream"],
             registry=registry,
         )
         self._resent = Counter(
@@ -79,7 +79,7 @@ class Metrics:
         self._not_taken = Counter(
             "gateway_not_taken",
             "Requests that an instance refused because it was full or about to stop.",
-            ["instance"],
+            ["upstream"],
             registry=registry,
         )
 

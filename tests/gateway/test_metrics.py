@@ -104,8 +104,8 @@ def test_what_waits_is_seen_to_wait(gateway: RunningGateway, fakes: list[FakeIns
         values = eventually(gateway, lambda v: v("gateway_requests_waiting") == 3)
         assert values("gateway_instance_requests") == 2
         assert values("gateway_load", model=MODEL) == 5
-        assert [values("gateway_instance_requests", instance=f.url) for f in fakes] == [1, 1]
-        assert values("gateway_instance_max_requests", instance=fakes[0].url) == 1
+        assert [values("gateway_instance_requests", upstream=f.url) for f in fakes] == [1, 1]
+        assert values("gateway_instance_max_requests", upstream=fakes[0].url) == 1
         assert values("gateway_requests_open") == 6
         assert values("gateway_body_bytes") > 0
         release.set()
@@ -121,16 +121,16 @@ def test_ready_and_starts_of_each_instance(
 ) -> None:
     first, second = fakes
     before = Values(gateway)
-    assert before("gateway_instance_ready", instance=first.url, model=MODEL) == 1
+    assert before("gateway_instance_ready", upstream=first.url, model=MODEL) == 1
     first.is_ready = False
-    down = eventually(gateway, lambda v: not v("gateway_instance_ready", instance=first.url))
-    assert down("gateway_instance_ready", instance=second.url) == 1
+    down = eventually(gateway, lambda v: not v("gateway_instance_ready", upstream=first.url))
+    assert down("gateway_instance_ready", upstream=second.url) == 1
     first.is_ready = True
-    up = eventually(gateway, lambda v: bool(v("gateway_instance_ready", instance=first.url)))
+    up = eventually(gateway, lambda v: bool(v("gateway_instance_ready", upstream=first.url)))
     name = "gateway_instance_starts_total"
-    assert up(name, instance=first.url) - before(name, instance=first.url) == 1
-    assert up(name, instance=second.url) == before(name, instance=second.url)
-    assert up("gateway_instance_max_rows", instance=first.url) > 1
+    assert up(name, upstream=first.url) - before(name, upstream=first.url) == 1
+    assert up(name, upstream=second.url) == before(name, upstream=second.url)
+    assert up("gateway_instance_max_rows", upstream=first.url) > 1
 
 
 def test_deaths_are_counted_where_they_happen(
@@ -143,7 +143,7 @@ def test_deaths_are_counted_where_they_happen(
     assert send(gateway.url, IMAGES, BODY).status == 502
     after = Values(gateway)
     deaths = "gateway_instance_deaths_total"
-    assert sum(after(deaths, instance=f.url) for f in fakes) == 2
+    assert sum(after(deaths, upstream=f.url) for f in fakes) == 2
     assert after("gateway_resent_total", model=MODEL) - before("gateway_resent_total") == 1
     assert after("gateway_draw_seconds_count", outcome="died") == 2
 
