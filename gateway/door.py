@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.body import BodyBudget, ClientGone, read_body
-from gateway.errors import Unauthorized, error_response
+from gateway.errors import Refused, Unauthorized, error_response
 from gateway.keys import Key, KeyRing
 from gateway.limits import Limiter
 from gateway.telemetry.facts import CURRENT, Facts
@@ -175,6 +175,9 @@ class Door:
             self._end(call, facts)
             raise
         facts.status = response.status_code
+        if facts.status >= 400 and not (facts.code or facts.has_left):
+            # An instance's reply, passed on.
+            facts.code = Refused.from_reply(facts.status, bytes(response.body)).code
         if call is not None and call.is_streaming:
             call.until_over.callback(self._end, None, facts)
         else:

@@ -59,6 +59,7 @@ class Gateway:
     pictures: PictureStore
     jobs: Jobs
     metrics: Metrics
+    session: aiohttp.ClientSession
 
     @classmethod
     @asynccontextmanager
@@ -89,7 +90,9 @@ class Gateway:
         await fleet.start()
         try:
             async with Jobs.running(settings, state_dir, fleet, forwarder) as jobs:
-                gateway = cls(settings, keys, door, fleet, forwarder, pictures, jobs, metrics)
+                gateway = cls(
+                    settings, keys, door, fleet, forwarder, pictures, jobs, metrics, session
+                )
                 housekeeping = asyncio.create_task(gateway._keep_house(), name="housekeeping")
                 try:
                     yield gateway

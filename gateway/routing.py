@@ -214,6 +214,12 @@ class Fleet:
             if each.address is not None
         ]
 
+    def addresses(self) -> list[tuple[str, Address]]:
+        """Every instance that has been seen, by its name."""
+        return [
+            (each.source.name, each.address) for each in self._instances if each.address is not None
+        ]
+
     def retry_after_s(self, model: str) -> int:
         """How long the work that there is takes at the present pace."""
         since_s = time.monotonic() - _PACE_WINDOW_S

@@ -55,6 +55,8 @@ class InstanceSettings:
     """TorchServe's key_file.json, or a file that holds the inference key alone."""
     model_config: str | None = None
     """The model-config.yaml that it runs with, for limits and defaults. None: the shipped ones."""
+    metrics: str | None = None
+    """Where TorchServe tells its metrics, ``http://host:port/metrics``. None: not passed on."""
 
 
 def _list_of(what: str, is_allowed: re.Pattern[str], example: str) -> Check:
@@ -108,13 +110,16 @@ def _instances() -> Check:
             raise ValueError
         if not _URL.fullmatch(entry["url"]) or not _NAME.fullmatch(entry["model"]):
             raise ValueError
+        if "metrics" in entry and not re.fullmatch(r"https?://.+", entry["metrics"]):
+            raise ValueError
         management = entry.get("management")
         if management is not None and not re.fullmatch(r"unix:/.+|https?://.+", management):
             raise ValueError
         return InstanceSettings(**{**entry, "url": entry["url"].rstrip("/")})
 
     return Check(
-        "a list of objects with url and model, and perhaps management, token_file and model_config",
+        "a list of objects with url and model, and perhaps management, token_file, model_config and"
+        " metrics",
         "",
         convert,
     )

@@ -1,7 +1,12 @@
-"""GET /metrics: for whom `metrics_for` names, else where the gateway asks nobody for a key."""
+"""GET /metrics, and /metrics/instances: for whom `metrics_for` names.
+
+Where nothing is named they are for everybody where the gateway asks nobody for a key, else for
+nobody.
+"""
 
 from __future__ import annotations
 
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.responses import Response
 from starlette.routing import Route
@@ -10,6 +15,7 @@ from gateway.door import Call
 from gateway.errors import Forbidden, Unauthorized
 from gateway.gateway import Gateway
 from gateway.settings import EVERYBODY, NOBODY, Settings
+from gateway.telemetry.instance_metrics import collect_from
 
 __all__ = ["routes"]
 
@@ -18,18 +24,19 @@ def routes(gateway: Gateway) -> list[Route]:
     """The routes of this module."""
     readers = _readers(gateway.settings)
 
-    async def metrics(call: Call) -> Response:
-        if readers not in (EVERYBODY, NOBODY) and call.key is None:
-            raise Unauthorized("the metrics need a key: metrics_for says whose")
-        if readers != EVERYBODY and (readers == NOBODY or call.key_name != readers):
-            raise Forbidden("the metrics are not for this key: metrics_for says whose they are")
-        encode, content_type = choose_encoder(call.request.headers.get("accept", ""))
-        content = encode(gateway.metrics.registry)
-        return Response(
-            content, headers={"Content-Type": content_type, "Cache-Control": "no-store"}
-        )
+    async def own(call: Call) -> Response:
+        _check_reader(readers, call)
+        return _reply(call, gateway.metrics.registry)
 
-    return [gateway.door.route("/metrics", metrics, keyless=readers == EVERYBODY)]
+    async def of_instances(call: Call) -> Response:
+        _check_reader(readers, call)
+        return _reply(call, await collect_from(gateway.session, gateway.fleet.addresses()))
+
+    is_keyless = readers == EVERYBODY
+    return [
+        gateway.door.route("/metrics", own, keyless=is_keyless),
+        gateway.door.route("/metrics/instances", of_instances, keyless=is_keyless),
+    ]
 
 
 def _readers(settings: Settings) -> str:
@@ -37,3 +44,18 @@ def _readers(settings: Settings) -> str:
     if settings.metrics_for is not None:
         return settings.metrics_for
     return NOBODY if settings.keys_required else EVERYBODY
+
+
+def _check_reader(readers: str, call: Call) -> None:
+    if readers == EVERYBODY:
+        return
+    if readers != NOBODY and call.key is None:
+        raise Unauthorized("the metrics need a key: metrics_for says whose")
+    if readers == NOBODY or call.key_name != readers:
+        raise Forbidden("the metrics are not for this key: metrics_for says whose they are")
+
+
+def _reply(call: Call, registry: CollectorRegistry) -> Response:
+    encode, content_type = choose_encoder(call.request.headers.get("accept", ""))
+    headers = {"Content-Type": content_type, "Cache-Control": "no-store"}
+    return Response(encode(registry), headers=headers)

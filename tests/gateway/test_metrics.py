@@ -90,6 +90,21 @@ def test_errors_are_counted_by_their_code(gateway: RunningGateway) -> None:
     assert values("gateway_requests_total", status="400", code="invalid_request") == 1
 
 
+def test_errors_of_instances_that_are_passed_on_too(
+    gateway: RunningGateway, fakes: list[FakeInstance]
+) -> None:
+    late = (504, {"error": {"code": "deadline_exceeded", "message": "late"}}, {})
+    javas = (500, {"code": 500, "type": "InternalServerException", "message": "x"}, {})
+    for reply in (late, javas):
+        for fake in fakes:
+            fake.answer = lambda _, reply=reply: reply
+        assert send(gateway.url, f"/predictions/{MODEL}", BODY).status == reply[0]
+    values, route = Values(gateway), "/predictions/{name}"
+    for status, code in (("504", "deadline_exceeded"), ("500", "InternalServerException")):
+        assert values("gateway_requests_total", route=route, status=status, code=code) == 1
+    assert values("gateway_draw_seconds_count", outcome="error") == 2
+
+
 def test_models_are_no_labels_of_routes(gateway: RunningGateway) -> None:
     for name in ("one", "two", "three"):
         send(gateway.url, f"/v1/models/{name}")
@@ -191,7 +206,7 @@ def test_nothing_of_a_request_is_in_the_metrics(gateway: RunningGateway) -> None
 
 
 def test_probes_and_scrapes_are_no_requests(gateway: RunningGateway) -> None:
-    for path in ("/healthz", "/readyz", "/metrics"):
+    for path in ("/healthz", "/readyz", "/metrics", "/metrics/instances"):
         send(gateway.url, path)
     assert not any(
         f'route="{path}"' in Values(gateway).text for path in ("/healthz", "/readyz", "/metrics")
@@ -236,7 +251,8 @@ def test_they_can_be_closed_on_loopback_too(
 ) -> None:
     add_key(tmp_path / "keys", "prometheus", {})
     with in_front_of(tmp_path, fakes, metrics_for=metrics_for) as gateway:
-        assert send(gateway.url, "/metrics").status == status
+        for path in ("/metrics", "/metrics/instances"):
+            assert send(gateway.url, path).status == status
 
 
 def test_a_reader_without_a_key_stops_the_start(fakes: list[FakeInstance], tmp_path: Path) -> None:
@@ -245,6 +261,37 @@ def test_a_reader_without_a_key_stops_the_start(fakes: list[FakeInstance], tmp_p
         in_front_of(tmp_path, fakes, metrics_for="prometheus"),
     ):
         pass
+
+
+WORKERS = """# HELP diffusers_rows_in_flight Torchserve prometheus gauge metric with unit: Count
+# TYPE diffusers_rows_in_flight gauge
+diffusers_rows_in_flight{{ModelName="toy",Level="Model",Hostname="h",}} {rows}
+# HELP diffusers_request_seconds Torchserve prometheus histogram metric with unit: Seconds
+# TYPE diffusers_request_seconds histogram
+diffusers_request_seconds_bucket{{stage="queue",ModelName="toy",Level="Model",le="0.005",}} 1.0
+diffusers_request_seconds_bucket{{stage="queue",ModelName="toy",Level="Model",le="+Inf",}} 2.0
+diffusers_request_seconds_count{{stage="queue",ModelName="toy",Level="Model",}} 2.0
+diffusers_request_seconds_sum{{stage="queue",ModelName="toy",Level="Model",}} 0.5
+"""
+
+
+def test_the_metrics_of_instances_are_passed_on(fakes: list[FakeInstance], tmp_path: Path) -> None:
+    for rows, fake in zip((3, 5), fakes, strict=True):
+        fake.metrics = WORKERS.format(rows=rows)
+    with in_front_of(tmp_path, fakes, with_metrics=True) as gateway:
+        values = Values(gateway, "/metrics/instances")
+        for rows, fake in zip((3, 5), fakes, strict=True):
+            assert values("diffusers_rows_in_flight", upstream=fake.url, ModelName="toy") == rows
+            name = "diffusers_request_seconds_bucket"
+            assert values(name, upstream=fake.url, le="0.005") == 1
+            assert values("diffusers_request_seconds_sum", upstream=fake.url) == 0.5
+        assert values.text.count("# TYPE diffusers_rows_in_flight gauge") == 1
+        # One that says nothing, or nonsense, takes nothing of the others' away.
+        fakes[0].metrics = "diffusers_rows_in_flight{ 3"
+        values = Values(gateway, "/metrics/instances")
+        assert values("diffusers_rows_in_flight") == 5
+        fakes[1].metrics = ""
+        assert "diffusers" not in Values(gateway, "/metrics/instances").text
 
 
 @contextmanager

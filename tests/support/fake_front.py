@@ -61,8 +61,8 @@ def send(
 class Values:
     """What /metrics said once."""
 
-    def __init__(self, gateway: RunningGateway) -> None:
-        reply = send(gateway.url, "/metrics")
+    def __init__(self, gateway: RunningGateway, path: str = "/metrics") -> None:
+        reply = send(gateway.url, path)
         assert reply.status == 200, reply
         self.text = reply.body.decode()
         self.families = list(text_string_to_metric_families(self.text))
@@ -89,10 +89,11 @@ def eventually(gateway: RunningGateway, is_so: Callable[[Values], bool]) -> Valu
 
 @contextmanager
 def in_front_of(
-    folder: Path, fakes: list[FakeInstance], **settings: Any
+    folder: Path, fakes: list[FakeInstance], *, with_metrics: bool = False, **settings: Any
 ) -> Iterator[RunningGateway]:
     instances = [
         {name: value for name, value in asdict(fake.settings).items() if value is not None}
+        | ({"metrics": f"{fake.url}/metrics"} if with_metrics else {})
         for fake in fakes
     ]
     with running_gateway(folder, [], instances=instances, **settings) as gateway:
