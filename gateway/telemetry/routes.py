@@ -6,8 +6,7 @@ nobody.
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, choose_encoder
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -26,11 +25,13 @@ def routes(gateway: Gateway) -> list[Route]:
 
     async def own(call: Call) -> Response:
         _check_reader(readers, call)
-        return _reply(call, gateway.metrics.registry)
+        encode, content_type = choose_encoder(call.request.headers.get("accept", ""))
+        return _reply(encode(gateway.metrics.registry), content_type)
 
     async def of_instances(call: Call) -> Response:
         _check_reader(readers, call)
-        return _reply(call, await collect_from(gateway.session, gateway.fleet.addresses()))
+        content = await collect_from(gateway.session, gateway.fleet.addresses())
+        return _reply(content, CONTENT_TYPE_PLAIN_0_0_4)
 
     is_keyless = readers == EVERYBODY
     return [
@@ -55,7 +56,6 @@ def _check_reader(readers: str, call: Call) -> None:
         raise Forbidden("the metrics are not for this key: metrics_for says whose they are")
 
 
-def _reply(call: Call, registry: CollectorRegistry) -> Response:
-    encode, content_type = choose_encoder(call.request.headers.get("accept", ""))
+def _reply(content: bytes, content_type: str) -> Response:
     headers = {"Content-Type": content_type, "Cache-Control": "no-store"}
-    return Response(encode(registry), headers=headers)
+    return Response(content, headers=headers)

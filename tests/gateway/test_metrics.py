@@ -263,7 +263,9 @@ def test_a_reader_without_a_key_stops_the_start(fakes: list[FakeInstance], tmp_p
         pass
 
 
-WORKERS = """# HELP diffusers_rows_in_flight Torchserve prometheus gauge metric with unit: Count
+WORKERS = """# TYPE Requests2XX counter
+Requests2XX{{Level="Host",Hostname="h",}} 7.0
+# HELP diffusers_rows_in_flight Torchserve prometheus gauge metric with unit: Count
 # TYPE diffusers_rows_in_flight gauge
 diffusers_rows_in_flight{{ModelName="toy",Level="Model",Hostname="h",}} {rows}
 # HELP diffusers_request_seconds Torchserve prometheus histogram metric with unit: Seconds
@@ -286,6 +288,8 @@ def test_the_metrics_of_instances_are_passed_on(fakes: list[FakeInstance], tmp_p
             assert values(name, upstream=fake.url, le="0.005") == 1
             assert values("diffusers_request_seconds_sum", upstream=fake.url) == 0.5
         assert values.text.count("# TYPE diffusers_rows_in_flight gauge") == 1
+        # TorchServe's own counters have no ending, and get none.
+        assert f'\nRequests2XX{{upstream="{fakes[0].url}",Level="Host",' in values.text
         # One that says nothing, or nonsense, takes nothing of the others' away.
         fakes[0].metrics = "diffusers_rows_in_flight{ 3"
         values = Values(gateway, "/metrics/instances")
