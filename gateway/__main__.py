@@ -16,7 +16,8 @@ import uvicorn
 
 from gateway.app import make_app
 from gateway.http_protocol import HttpProtocol
-from gateway.keys import read_keys
+from gateway.jobs.service import check_jobs
+from gateway.keys import HOW_TO_MAKE, read_keys
 from gateway.settings import EVERYBODY, NOBODY, Settings, read_settings
 from gateway.telemetry.logs import set_up_logs
 from handler.errors import ConfigError
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         set_up_logs(settings.log_format)
         _check_keys(settings)
         arguments.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        asyncio.run(check_jobs(settings.jobs, arguments.state_dir))
         listener = _listen(settings)
     except (ConfigError, OSError) as error:
         print(f"gateway: error: {error}", file=sys.stderr)
@@ -74,12 +76,12 @@ def _check_keys(settings: Settings) -> None:
     if settings.keys_required and not keys:
         raise ConfigError(
             f"{settings.address} asks for keys, and {settings.keys_file} has none:"
-            " make key NAME=… makes one"
+            f" {HOW_TO_MAKE} makes one"
         )
     reader = settings.metrics_for
     if reader not in (None, EVERYBODY, NOBODY) and all(key.name != reader for key in keys):
         raise ConfigError(
-            f"metrics_for: {settings.keys_file} has no key {reader!r}: make key NAME={reader}"
+            f"metrics_for: {settings.keys_file} has no key {reader!r}: {HOW_TO_MAKE} makes one"
         )
 
 

@@ -92,11 +92,23 @@ class Door:
         methods: Sequence[str] = ("GET",),
         *,
         keyless: bool = False,
+        takes_place: bool = True,
     ) -> Route:
-        """A route to `endpoint`; `keyless`: for everybody, even where others need a key."""
+        """A route to `endpoint`.
+
+        Args:
+            path: may have parameters.
+            endpoint: replies.
+            methods: that it knows.
+            keyless: for everybody, even where others need a key.
+            takes_place: counts as one of the requests that a key may have open. What asks about a
+                request, or cancels it, does not: it is there for a key that has all of them open.
+        """
 
         async def enter(request: Request) -> Response:
-            return await self._enter(request, endpoint, path, keyless=keyless)
+            return await self._enter(
+                request, endpoint, path, keyless=keyless, takes_place=takes_place
+            )
 
         return Route(path, enter, methods=list(methods))
 
@@ -149,7 +161,13 @@ class Door:
         end()
 
     async def _enter(
-        self, request: Request, endpoint: Endpoint, route: str, *, keyless: bool
+        self,
+        request: Request,
+        endpoint: Endpoint,
+        route: str,
+        *,
+        keyless: bool,
+        takes_place: bool,
     ) -> Response:
         request_id, path = f"req_{secrets.token_hex(12)}", request.url.path
         facts = Facts(request_id, request.method, path, route, is_keyless=keyless)
@@ -157,7 +175,7 @@ class Door:
         self._on_begin()
         call: Call | None = None
         try:
-            call = self._admit(request, facts)
+            call = self._admit(request, facts, takes_place=takes_place)
             response = await endpoint(call)
         except RequestError as error:
             facts.code = error.code
@@ -186,7 +204,7 @@ class Door:
         response.headers["openai-processing-ms"] = str(round(1000 * facts.seconds))
         return response
 
-    def _admit(self, request: Request, facts: Facts) -> Call:
+    def _admit(self, request: Request, facts: Facts, *, takes_place: bool) -> Call:
         """Let a request in. Raises: RequestError."""
         sent_id = request.headers.get("x-request-id")
         if sent_id is not None:
@@ -199,7 +217,7 @@ class Door:
         call = Call(request, facts, key)
         with ExitStack() as until_over:
             until_over.callback(self._bodies.release, request)
-            until_over.enter_context(self._limiter.admit(key))
+            until_over.enter_context(self._limiter.admit(key, takes_place=takes_place))
             call.until_over = until_over.pop_all()
         return call
 
