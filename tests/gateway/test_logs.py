@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,14 @@ def lines(gateway: RunningGateway) -> list[dict[str, Any]]:
 
 
 def of_request(gateway: RunningGateway, request_id: str) -> dict[str, Any]:
-    (line,) = [each for each in lines(gateway) if each.get("request_id") == request_id]
-    return line
+    """Its only line, which may be written just after its client has read the reply."""
+    until_s = time.monotonic() + 10
+    while True:
+        found = [each for each in lines(gateway) if each.get("request_id") == request_id]
+        if found or time.monotonic() > until_s:
+            (line,) = found
+            return line
+        time.sleep(0.02)
 
 
 def test_every_line_is_an_object(gateway: RunningGateway) -> None:
