@@ -7,6 +7,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -29,6 +30,8 @@ DEFAULT_CONFIG = REPOSITORY / "config" / "gateway.yaml"
 _START_TIMEOUT_S = 60.0
 _POLL_S = 0.05
 _LOG_LINES = 15
+# In a line of text or of JSON.
+_LISTENS = re.compile(r"listens at (https?://[^\s\"]+)")
 # A log that is larger is put aside when the gateway starts.
 _MAX_LOG_BYTES = 64 * 1024**2
 
@@ -161,16 +164,9 @@ def _wait_until_it_answers(
             raise ServerError(
                 "the gateway did not start", "\n".join(f"    {line}" for line in lines)
             )
-        url = next(
-            (
-                line.split(" at ", 1)[1].strip()
-                for line in said.splitlines()
-                if " listens at " in line
-            ),
-            None,
-        )
-        if url is not None and _is_alive(url):
-            return url
+        listens = _LISTENS.search(said)
+        if listens is not None and _is_alive(listens[1]):
+            return listens[1]
         time.sleep(_POLL_S)
     raise ServerError(f"the gateway did not answer; {log_file} says more, then `{to_run('up')}`")
 
