@@ -6,12 +6,13 @@ SHELL := /bin/bash
 
 # These come from the command line alone: some shells export a NAME or a VERSION of their own.
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
-	FORCE SMOKE SBOM TO RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE GATEWAY_DIR GATEWAY_PORT GATEWAY_ADDRESS,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
+	FORCE SMOKE SBOM TO RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE GATEWAY_DIR GATEWAY_PORT GATEWAY_ADDRESS \
+	GPUS INSTANCES FOREGROUND,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
 
 # The recipes put these between double quotes, where the shell would read such letters itself.
 unquotable := " ` \ $$
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY TO RUN_DIR STORE \
-	DEMO_PICTURE GATEWAY_DIR,\
+	DEMO_PICTURE GATEWAY_DIR GPUS,\
 	$(foreach letter,$(unquotable),$(if $(findstring $(letter),$(value $(variable))),\
 	$(error $(variable) may not have any of $(unquotable) in it; rename it or move it))))
 
@@ -30,7 +31,7 @@ PORT      ?= 8080
 GRPC_PORT ?= 7070
 ADDRESS   ?= 127.0.0.1
 AUTH      ?= off
-DRAIN_S   ?= 30
+DRAIN_S   ?= 60
 PIP_ARGS  ?=
 DEMO_PICTURE ?= demo.png
 # Test files that run at the same time, each process with models and servers of its own.
@@ -56,8 +57,10 @@ EMBEDDED        := $(STORE)/.embedded
 
 START = --run-dir "$(RUN_DIR)" --store "$(STORE)" --port $(PORT) --grpc-port $(GRPC_PORT) \
 	--address $(ADDRESS) --auth $(AUTH)
+# Several instances, one a GPU or so many on the CPU.
+FLEET = $(if $(GPUS),--gpus "$(GPUS)") $(if $(INSTANCES),--instances $(INSTANCES))
 
-.PHONY: help demo setup archive inspect verify push pull serve up down key stop status logs test test-fast gpu-check lint format bench clean
+.PHONY: help demo setup archive inspect verify push pull serve up down key restart stop status logs test test-fast gpu-check lint format bench clean
 
 help: ## List the targets
 	@echo "make demo first; then your own curl."
@@ -106,11 +109,12 @@ pull: $(INSTALLED) ## Fetch an archive from one: FROM=registry/name@sha256:… [
 	@$(CHECK_ARGS)
 	@$(CLI) pull $(CHOSEN) --from "$(FROM)" $(if $(FORCE),--force) $(ARGS)
 
-serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]
-	@$(CLI) serve $(START) $(if $(NAME),--name "$(NAME)")
+serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]; supervised: [GPUS=all|0,1 INSTANCES=2 FOREGROUND=1]
+	@$(if $(FOREGROUND),exec) $(CLI) serve $(START) $(if $(NAME),--name "$(NAME)") $(FLEET) \
+		--drain-s $(DRAIN_S) $(if $(FOREGROUND),--foreground)
 
-up: $(INSTALLED) ## Serve with the gateway in front: http://127.0.0.1:8000 [GATEWAY_PORT= GATEWAY_ADDRESS= NAME= …]
-	@$(CLI) up $(START) $(if $(NAME),--name "$(NAME)") --gateway-dir "$(GATEWAY_DIR)" \
+up: $(INSTALLED) ## Serve with the gateway in front: http://127.0.0.1:8000 [GATEWAY_PORT= GATEWAY_ADDRESS= NAME= GPUS= INSTANCES= …]
+	@$(CLI) up $(START) $(if $(NAME),--name "$(NAME)") $(FLEET) --gateway-dir "$(GATEWAY_DIR)" \
 		--gateway-port $(GATEWAY_PORT) $(if $(GATEWAY_ADDRESS),--gateway-address $(GATEWAY_ADDRESS))
 
 down: stop ## Stop both; the same as make stop
@@ -119,7 +123,11 @@ key: $(INSTALLED) ## Make a key for the gateway, shown this once: NAME=… [ARGS
 	@$(CHECK_ARGS)
 	@$(PY) -m gateway.keys --name "$(NAME)" $(ARGS)
 
-stop: ## Stop the server once its requests are finished; those that take longer get 503 [DRAIN_S=30]
+restart: ## Restart it with the archive as it is now; several instances one after another [DRAIN_S=60]
+	@$(IS_INSTALLED)
+	@$(CLI) restart --run-dir "$(RUN_DIR)" --drain-s $(DRAIN_S)
+
+stop: ## Stop the server once its requests are finished; those that take longer get 503 [DRAIN_S=60]
 	@[ ! -x $(PY) ] || $(CLI) stop --run-dir "$(RUN_DIR)" --drain-s $(DRAIN_S) \
 		--gateway-dir "$(GATEWAY_DIR)"
 
@@ -155,8 +163,11 @@ bench: $(INSTALLED) ## Measure the README's figures: one UNet, then servers unde
 	@$(PY) -m benchmarks.gateway
 
 clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
-	@if grep -qsx '# This instance:' "$(RUN_DIR)/config.properties"; then \
-		cd "$(RUN_DIR)" && rm -rf tmp temp logs config.properties server.json sockets org; fi
+	@for folder in "$(RUN_DIR)" "$(RUN_DIR)"/[0-9] "$(RUN_DIR)"/[0-9][0-9]; do \
+		if grep -qsx '# This instance:' "$$folder/config.properties"; then \
+			(cd "$$folder" && rm -rf tmp temp logs config.properties server.json sockets org); \
+			[ "$$folder" = "$(RUN_DIR)" ] || rmdir -- "$$folder" 2>/dev/null || true; fi; done
+	@rm -f -- "$(RUN_DIR)/fleet.json" "$(RUN_DIR)/fleet.log" "$(RUN_DIR)/fleet-stop.json"
 	@[ ! -d "$(RUN_DIR)" ] || rmdir -- "$(RUN_DIR)" 2>/dev/null || true
 	@rm -f -- "$(DEMO_PICTURE)"
 	@cd "$(GATEWAY_DIR)" 2>/dev/null && rm -rf pictures gateway.log gateway.json || true

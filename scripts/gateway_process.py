@@ -38,7 +38,8 @@ class GatewayOptions:
     config: Path = DEFAULT_CONFIG
     address: str | None = None
     port: int | None = None
-    run_dir: Path | None = None
+    run_dirs: tuple[Path, ...] = ()
+    """Of its instances; none: those that its configuration names."""
 
     def fingerprint(self) -> str:
         """Return a digest of all that a running gateway depends on."""
@@ -61,13 +62,14 @@ def command_line(options: GatewayOptions) -> list[str]:
     given = {
         "--config": options.config,
         "--state-dir": options.state_dir,
-        "--run-dir": options.run_dir,
         "--address": options.address,
         "--port": options.port,
     }
     arguments = [
         word for name, value in given.items() if value is not None for word in (name, str(value))
     ]
+    for run_dir in options.run_dirs:
+        arguments += ["--run-dir", str(run_dir)]
     return [sys.executable, "-m", "gateway", *arguments]
 
 

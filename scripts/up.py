@@ -10,6 +10,7 @@ from scripts.build_archive import pack_embedded
 from scripts.command import Command, add_run_dir
 from scripts.console import DONE
 from scripts.errors import ServerError
+from scripts.fleet import add_fleet_arguments
 from scripts.gateway_process import (
     DEFAULT_CONFIG,
     GatewayOptions,
@@ -20,6 +21,7 @@ from scripts.gateway_process import (
 from scripts.hints import to_run
 from scripts.serve import add_start_arguments, gateway_dir_of, start
 from scripts.torchserve.draining import DRAIN_S
+from scripts.torchserve.fleet import run_dirs
 
 __all__ = ["GATEWAY", "UP"]
 
@@ -29,14 +31,14 @@ _GATEWAY_PORT = 8000
 def _up(arguments: argparse.Namespace) -> int:
     if not arguments.name and not _has_archive(arguments.store):
         pack_embedded(arguments.store)
-    arguments.brief = True
+    arguments.brief, arguments.drain_s = True, DRAIN_S
     start(arguments)
     options = GatewayOptions(
         gateway_dir_of(arguments).resolve(),
         arguments.gateway_config.resolve(),
         arguments.gateway_address,
         arguments.gateway_port,
-        arguments.run_dir.resolve(),
+        tuple(each.resolve() for each in run_dirs(arguments.run_dir)),
     )
     running = GatewayProcess.find(options.state_dir)
     if running is not None and running.started_as != options.fingerprint():
@@ -66,7 +68,7 @@ def _gateway(arguments: argparse.Namespace) -> int:
         arguments.gateway_config,
         arguments.gateway_address,
         arguments.gateway_port,
-        arguments.run_dir,
+        () if arguments.run_dir is None else run_dirs(arguments.run_dir),
     )
     command = command_line(options)
     try:
@@ -94,6 +96,7 @@ def _add_up_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_dir(parser)
     parser.add_argument("--name", help="which archive, when there are several")
     add_start_arguments(parser)
+    add_fleet_arguments(parser, foreground=False)
     _add_gateway_arguments(parser, _GATEWAY_PORT)
 
 
