@@ -7,12 +7,12 @@ SHELL := /bin/bash
 # These come from the command line alone: some shells export a NAME or a VERSION of their own.
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
 	FORCE SMOKE SBOM TO RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE GATEWAY_DIR GATEWAY_PORT GATEWAY_ADDRESS \
-	GPUS INSTANCES FOREGROUND,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
+	GPUS INSTANCES FOREGROUND HAPROXY HAPROXY_PORT HAPROXY_CERT HAPROXY_METRICS,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
 
 # The recipes put these between double quotes, where the shell would read such letters itself.
 unquotable := " ` \ $$
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY TO RUN_DIR STORE \
-	DEMO_PICTURE GATEWAY_DIR GPUS,\
+	DEMO_PICTURE GATEWAY_DIR GPUS HAPROXY_CERT,\
 	$(foreach letter,$(unquotable),$(if $(findstring $(letter),$(value $(variable))),\
 	$(error $(variable) may not have any of $(unquotable) in it; rename it or move it))))
 
@@ -113,9 +113,12 @@ serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT=
 	@$(if $(FOREGROUND),exec) $(CLI) serve $(START) $(if $(NAME),--name "$(NAME)") $(FLEET) \
 		--drain-s $(DRAIN_S) $(if $(FOREGROUND),--foreground)
 
-up: $(INSTALLED) ## Serve with the gateway in front: http://127.0.0.1:8000 [GATEWAY_PORT= GATEWAY_ADDRESS= NAME= GPUS= INSTANCES= …]
+up: $(INSTALLED) ## Serve with the gateway in front: http://127.0.0.1:8000 [GATEWAY_PORT= GATEWAY_ADDRESS= NAME= GPUS= INSTANCES= HAPROXY=1 …]
 	@$(CLI) up $(START) $(if $(NAME),--name "$(NAME)") $(FLEET) --gateway-dir "$(GATEWAY_DIR)" \
-		--gateway-port $(GATEWAY_PORT) $(if $(GATEWAY_ADDRESS),--gateway-address $(GATEWAY_ADDRESS))
+		--gateway-port $(GATEWAY_PORT) $(if $(GATEWAY_ADDRESS),--gateway-address $(GATEWAY_ADDRESS)) \
+		$(if $(HAPROXY),--haproxy $(if $(HAPROXY_PORT),--haproxy-port $(HAPROXY_PORT)) \
+		$(if $(HAPROXY_CERT),--haproxy-cert "$(HAPROXY_CERT)") \
+		$(if $(HAPROXY_METRICS),--haproxy-metrics $(HAPROXY_METRICS)))
 
 down: stop ## Stop both; the same as make stop
 
@@ -172,6 +175,9 @@ clean: stop ## Stop the server; remove its state, caches and the embedded archiv
 	@rm -f -- "$(DEMO_PICTURE)"
 	@cd "$(GATEWAY_DIR)" 2>/dev/null && rm -rf pictures gateway.log gateway.json || true
 	@[ ! -d "$(GATEWAY_DIR)" ] || rmdir -- "$(GATEWAY_DIR)" 2>/dev/null || true
+	@cd "$(RUN_DIR)-haproxy" 2>/dev/null && rm -f haproxy.log haproxy.json instances.cfg \
+		certificate.pem admin.sock || true
+	@[ ! -d "$(RUN_DIR)-haproxy" ] || rmdir -- "$(RUN_DIR)-haproxy" 2>/dev/null || true
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@[ ! -e "$(EMBEDDED)" ] || rm -f -- "$(EMBEDDED)" "$(DEFAULT_ARCHIVE)"
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -25,6 +25,7 @@ from scripts.fleet import (
     stop_fleet,
 )
 from scripts.gateway_process import GatewayProcess
+from scripts.haproxy_process import HaproxyProcess
 from scripts.hints import to_run
 from scripts.torchserve.curl import curl_line
 from scripts.torchserve.draining import DRAIN_S, drain
@@ -34,7 +35,14 @@ from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 from scripts.torchserve.state import StateDir
 
-__all__ = ["add_commands", "add_start_arguments", "gateway_dir_of", "main", "start"]
+__all__ = [
+    "add_commands",
+    "add_start_arguments",
+    "gateway_dir_of",
+    "haproxy_dir_of",
+    "main",
+    "start",
+]
 
 MAX_DRAIN_S = 86400.0
 EXAMPLE_PROMPT = "A futuristic cityscape"
@@ -100,8 +108,12 @@ def _start(server: TorchServer, timeout_s: float) -> None:
 def stop(arguments: argparse.Namespace) -> int:
     """Finish what is in flight, then stop the instance, and remove what a killed one left.
 
-    A gateway in front of it is stopped first: what it has sent still finishes.
+    HAProxy and a gateway in front of it are stopped first: what they have sent still finishes.
     """
+    haproxy = HaproxyProcess.find(haproxy_dir_of(arguments.run_dir).resolve())
+    if haproxy is not None:
+        print(f"Stopping HAProxy (process {haproxy.pid}) ...", flush=True)
+        haproxy.stop(arguments.drain_s + _GATEWAY_GRACE_S)
     gateway = GatewayProcess.find(gateway_dir_of(arguments).resolve())
     if gateway is not None:
         print(f"Stopping the gateway (process {gateway.pid}) ...", flush=True)
@@ -198,6 +210,11 @@ def gateway_dir_of(arguments: argparse.Namespace) -> Path:
         return Path(arguments.gateway_dir)
     run_dir = Path(arguments.run_dir or ".run")
     return run_dir.with_name(f"{run_dir.name}-gateway")
+
+
+def haproxy_dir_of(run_dir: Path) -> Path:
+    """Return the state folder of the HAProxy that belongs to an instance or a fleet."""
+    return run_dir.with_name(f"{run_dir.name}-haproxy")
 
 
 def _introduce(server: TorchServer, verb: str, *, brief: bool) -> None:
