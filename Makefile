@@ -60,7 +60,7 @@ START = --run-dir "$(RUN_DIR)" --store "$(STORE)" --port $(PORT) --grpc-port $(G
 # Several instances, one a GPU or so many on the CPU.
 FLEET = $(if $(GPUS),--gpus "$(GPUS)") $(if $(INSTANCES),--instances $(INSTANCES))
 
-.PHONY: help demo setup archive inspect verify push pull serve up down key restart stop status logs test test-fast gpu-check lint format bench clean
+.PHONY: help demo setup archive inspect verify push pull serve up down key restart stop status logs test test-fast chaos gpu-check lint format bench clean
 
 help: ## List the targets
 	@echo "make demo first; then your own curl."
@@ -147,6 +147,10 @@ test: $(INSTALLED) ## Everything that must pass, on the real TorchServe too [JOB
 
 test-fast: $(INSTALLED) ## The tests that need no server and little time
 	@$(PY) -m pytest $(PARALLEL) -m "not server and not slow"
+
+chaos: $(INSTALLED) ## Break a site of its own while clients draw: an hour, or five minutes [ARGS=--short]
+	@$(CHECK_ARGS)
+	@$(PY) -m tests.chaos $(ARGS)
 
 gpu-check: $(INSTALLED) ## On a machine with an NVIDIA GPU: its tests, a real server, short benchmarks; 8 minutes [ARGS=]
 	@$(PY) -m scripts.gpu_check $(ARGS)

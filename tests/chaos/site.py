@@ -138,15 +138,19 @@ class Site:
 
     def kill_worker(self) -> None:
         """Its frontend starts another one."""
-        model = self.instance(self.chance.randrange(NUM_INSTANCES)).model()
+        server = self.instance(self.chance.randrange(NUM_INSTANCES))
+        model = server.model()
         assert model is not None
         os.kill(model.ready_pids[0], signal.SIGKILL)
+        _until(server.is_ready, lambda is_ready: not is_ready)
 
     def kill_jvm(self) -> None:
         """The supervisor starts another server."""
         pid = self.instance(self.chance.randrange(NUM_INSTANCES)).pid
         assert pid is not None
+        before = self.num_restarts()
         os.kill(pid, signal.SIGKILL)
+        _until(self.num_restarts, lambda number: number > before)
 
     def stop_instance(self) -> None:
         """Stop an instance's processes, as a machine that swaps: the supervisor notices."""
