@@ -351,6 +351,8 @@ class Fleet:
     def _note(self, instance: Instance, *, is_ready: bool) -> None:
         if is_ready != instance.is_ready:
             logger.info("%s is %s", instance.source.name, "READY" if is_ready else "not READY")
+            # What refused requests for a while, as one that is drained, is another one since.
+            instance.paused_until_s = 0.0
         instance.silent_checks = 0
         instance.is_ready, instance.is_down = is_ready, not is_ready
 
