@@ -6,7 +6,6 @@ import argparse
 import json
 import logging
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -17,11 +16,11 @@ from pathlib import Path
 import psutil
 
 from scripts.archive.store import choose_archive
+from scripts.background import last_lines, start_in_background
 from scripts.console import DONE, FAILED
 from scripts.errors import ServerError, UsageError
 from scripts.gateway_process import environment
 from scripts.hints import option, to_run
-from scripts.interrupts import signals_held
 from scripts.torchserve.accelerators import chosen_gpus
 from scripts.torchserve.draining import GRACE_S, drain
 from scripts.torchserve.fleet import FleetRecord, fingerprint, members
@@ -44,9 +43,6 @@ __all__ = [
 
 _POLL_S = 0.2
 _END_S = 90.0
-_LOG_LINES = 15
-# They outlive this process; Popen warns of one that is forgotten while it runs.
-_launched: list[subprocess.Popen[bytes]] = []
 
 
 def add_fleet_arguments(parser: argparse.ArgumentParser, *, foreground: bool) -> None:
@@ -147,26 +143,12 @@ def _launch(arguments: argparse.Namespace, options: Sequence[Options]) -> None:
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     log_file = run_dir / FLEET_LOG
     print(f"Starting {len(options)} instance{'s' * (len(options) > 1)} ...", flush=True)
-    with log_file.open("ab") as log:
-        begins_at = log.tell()
-        with signals_held():
-            launched = subprocess.Popen(
-                [sys.executable, "-m", "scripts.serve", *_command(arguments, options)],
-                env=environment(),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal that started it is not for it.
-            )
-    _launched.append(launched)
+    command = [sys.executable, "-m", "scripts.serve", *_command(arguments, options)]
+    launched, begins_at = start_in_background(command, environment(), log_file)
     try:
         while not _is_settled(FleetRecord.read(run_dir), launched.pid):
             if launched.poll() is not None:
-                said = log_file.read_bytes()[begins_at:].decode("utf-8", "replace")
-                lines = said.splitlines()[-_LOG_LINES:]
-                raise ServerError(
-                    "no instance could be started", "\n".join(f"    {line}" for line in lines)
-                )
+                raise ServerError("no instance could be started", last_lines(log_file, begins_at))
             time.sleep(_POLL_S)
     except BaseException:
         if launched.poll() is None:

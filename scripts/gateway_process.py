@@ -17,9 +17,9 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from scripts.background import last_lines, start_in_background
 from scripts.errors import ServerError
 from scripts.hints import to_run
-from scripts.interrupts import signals_held
 from scripts.repository import REPOSITORY
 
 __all__ = ["DEFAULT_CONFIG", "GatewayOptions", "GatewayProcess", "command_line", "environment"]
@@ -27,7 +27,6 @@ __all__ = ["DEFAULT_CONFIG", "GatewayOptions", "GatewayProcess", "command_line",
 DEFAULT_CONFIG = REPOSITORY / "config" / "gateway.yaml"
 _START_TIMEOUT_S = 60.0
 _POLL_S = 0.05
-_LOG_LINES = 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +115,7 @@ class GatewayProcess:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         log_file = state_dir / "gateway.log"
         saved_file = state_dir / "gateway.json"
-        with log_file.open("ab") as log:
-            log_begins_at = log.tell()
-            with signals_held():
-                launched = subprocess.Popen(
-                    command,
-                    env=environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C in the terminal that started it is not for it.
-                )
+        launched, log_begins_at = start_in_background(command, environment(), log_file)
         try:
             url = _wait_until_it_answers(launched, log_file, log_begins_at)
             process = psutil.Process(launched.pid)
@@ -162,10 +151,7 @@ def _wait_until_it_answers(
     while time.monotonic() < until_s:
         said = log_file.read_bytes()[log_begins_at:].decode("utf-8", "replace")
         if launched.poll() is not None:
-            lines = said.splitlines()[-_LOG_LINES:]
-            raise ServerError(
-                "the gateway did not start", "\n".join(f"    {line}" for line in lines)
-            )
+            raise ServerError("the gateway did not start", last_lines(log_file, log_begins_at))
         url = next(
             (
                 line.split(" at ", 1)[1].strip()

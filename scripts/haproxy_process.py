@@ -16,10 +16,11 @@ from pathlib import Path
 
 import psutil
 
+from scripts.background import last_lines, start_in_background
 from scripts.errors import ServerError
 from scripts.hints import option
-from scripts.interrupts import signals_held
 from scripts.repository import REPOSITORY
+from scripts.torchserve.haproxy_socket import admin_socket
 from scripts.torchserve.options import LOOPBACK
 
 __all__ = ["GrpcInstance", "HaproxyOptions", "HaproxyProcess", "instances_text"]
@@ -28,7 +29,6 @@ _FOLDER = REPOSITORY / "deploy" / "haproxy"
 _CONFIG, _INSTANCES = _FOLDER / "haproxy.cfg", _FOLDER / "instances.cfg"
 _START_TIMEOUT_S = 15.0
 _POLL_S = 0.05
-_LOG_LINES = 15
 _CERTIFICATE_DAYS = 365
 
 
@@ -36,6 +36,8 @@ _CERTIFICATE_DAYS = 365
 class GrpcInstance:
     """An instance that gRPC goes to; `http_port` is asked whether its worker takes requests."""
 
+    name: str
+    """What HAProxy calls it."""
     grpc_port: int
     http_port: int
     model: str
@@ -66,8 +68,8 @@ def instances_text(instances: Sequence[GrpcInstance]) -> str:
     if own:
         head = head.replace("/predictions/stable_diffusion", f"/predictions/{own[0].model}")
     lines = [
-        f"    server instance{index} {LOOPBACK}:{each.grpc_port} check port {each.http_port}\n"
-        for index, each in enumerate(own)
+        f"    server {each.name} {LOOPBACK}:{each.grpc_port} check port {each.http_port}\n"
+        for each in own
     ]
     if own and own[0].token is not None:
         # A check has one text for all of them, and every instance has keys of its own, new ones
@@ -123,20 +125,11 @@ class HaproxyProcess:
             "HAPROXY_CERT": str(certificate.resolve()),
             "HAPROXY_GATEWAY": options.gateway,
             "HAPROXY_METRICS": options.metrics,
-            "HAPROXY_SOCKET": _socket(state_dir),
+            "HAPROXY_SOCKET": str(admin_socket(state_dir)),
         }
         log_file = state_dir / "haproxy.log"
-        with log_file.open("ab") as log:
-            begins_at = log.tell()
-            with signals_held():
-                launched = subprocess.Popen(
-                    [program, "-W", "-f", str(_CONFIG), "-f", str(instances)],
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C in the terminal that started it is not for it.
-                )
+        command = [program, "-W", "-f", str(_CONFIG), "-f", str(instances)]
+        launched, begins_at = start_in_background(command, environment, log_file)
         try:
             _wait_until_it_listens(launched, options.port, log_file, begins_at)
             process = psutil.Process(launched.pid)
@@ -169,13 +162,6 @@ class HaproxyProcess:
             process.kill()
         psutil.wait_procs(alive, timeout=10)
         (self._state_dir / "haproxy.json").unlink(missing_ok=True)
-
-
-def _socket(state_dir: Path) -> str:
-    """The admin socket's path; a Unix socket's may have no more than 107 bytes."""
-    path = str((state_dir / "admin.sock").resolve())
-    # HAProxy writes it under a longer name first.
-    return path if len(os.fsencode(path)) < 80 else f"abns@haproxy-{os.getuid()}-{os.getpid()}"
 
 
 def _own_certificate(state_dir: Path) -> Path:
@@ -214,9 +200,7 @@ def _wait_until_it_listens(
     until_s = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < until_s:
         if launched.poll() is not None:
-            said = log_file.read_bytes()[begins_at:].decode("utf-8", "replace")
-            lines = [line for line in said.splitlines() if "NOTICE" not in line][-_LOG_LINES:]
-            raise ServerError("HAProxy did not start", "\n".join(f"    {line}" for line in lines))
+            raise ServerError("HAProxy did not start", last_lines(log_file, begins_at))
         with socket.socket() as probe:
             if probe.connect_ex((LOOPBACK, port)) == 0:
                 return

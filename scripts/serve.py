@@ -30,6 +30,7 @@ from scripts.hints import to_run
 from scripts.torchserve.curl import curl_line
 from scripts.torchserve.draining import DRAIN_S, drain
 from scripts.torchserve.fleet import FleetRecord
+from scripts.torchserve.haproxy_socket import haproxy_dir_of
 from scripts.torchserve.launch import end_leftover
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
@@ -39,7 +40,6 @@ __all__ = [
     "add_commands",
     "add_start_arguments",
     "gateway_dir_of",
-    "haproxy_dir_of",
     "main",
     "start",
 ]
@@ -210,11 +210,6 @@ def gateway_dir_of(arguments: argparse.Namespace) -> Path:
         return Path(arguments.gateway_dir)
     run_dir = Path(arguments.run_dir or ".run")
     return run_dir.with_name(f"{run_dir.name}-gateway")
-
-
-def haproxy_dir_of(run_dir: Path) -> Path:
-    """Return the state folder of the HAProxy that belongs to an instance or a fleet."""
-    return run_dir.with_name(f"{run_dir.name}-haproxy")
 
 
 def _introduce(server: TorchServer, verb: str, *, brief: bool) -> None:

@@ -21,9 +21,10 @@ from scripts.gateway_process import (
 )
 from scripts.haproxy_process import GrpcInstance, HaproxyOptions, HaproxyProcess
 from scripts.hints import to_run
-from scripts.serve import add_start_arguments, gateway_dir_of, haproxy_dir_of, start
+from scripts.serve import add_start_arguments, gateway_dir_of, start
 from scripts.torchserve.draining import DRAIN_S
 from scripts.torchserve.fleet import run_dirs
+from scripts.torchserve.haproxy_socket import haproxy_dir_of, server_name
 from scripts.torchserve.process import TorchServer
 
 __all__ = ["GATEWAY", "UP"]
@@ -69,8 +70,14 @@ def _start_haproxy(arguments: argparse.Namespace, gateway: GatewayProcess) -> No
         haproxy_dir_of(arguments.run_dir).resolve(),
         urlsplit(gateway.url).netloc,
         tuple(
-            GrpcInstance(ports.grpc_inference, ports.inference, each.model_name, each.token())
-            for each in servers
+            GrpcInstance(
+                server_name(index),
+                ports.grpc_inference,
+                ports.inference,
+                each.model_name,
+                each.token(),
+            )
+            for index, each in enumerate(servers)
             if each is not None and (ports := each.options.ports).grpc_inference is not None
         ),
         arguments.haproxy_port,

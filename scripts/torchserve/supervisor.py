@@ -28,6 +28,7 @@ import psutil
 from scripts.errors import ServerError
 from scripts.torchserve.draining import DRAIN_S, GRACE_S
 from scripts.torchserve.fleet import FleetRecord, fingerprint
+from scripts.torchserve.haproxy_socket import set_state
 from scripts.torchserve.keeper import Keeper
 from scripts.torchserve.options import Options
 from scripts.torchserve.process import READY_TIMEOUT_S
@@ -40,6 +41,8 @@ logger = logging.getLogger(__name__)
 _TICK_S = 0.2
 # Gateways and HAProxy see within this that an instance is back, before the next one leaves.
 _SETTLE_S = 5.0
+# What HAProxy has accepted before it was told is on its way.
+_LEAVE_S = 1.0
 # To end a frontend by force where it does not end by itself.
 _STOP_S = 60.0
 # A stop that was asked for longer ago has been forgotten.
@@ -89,6 +92,8 @@ class Supervisor:
             try:
                 if self._wait_for_first():
                     _tell_systemd("READY=1")
+                    for index in range(len(self._keepers)):
+                        set_state(supervision.run_dir, index, "ready")
                     self._serve()
             finally:
                 self._end()
@@ -123,12 +128,16 @@ class Supervisor:
             options = list(self._supervision.plan())
             if [each.state_dir for each in options] != [each.state_dir for each in self._options]:
                 raise ServerError("another number of instances needs a stop and a start")
-            for keeper, own in zip(self._keepers, options, strict=True):
+            for index, (keeper, own) in enumerate(zip(self._keepers, options, strict=True)):
+                # What the gateway is refused it sends elsewhere; clients of gRPC would see it.
+                if set_state(self._supervision.run_dir, index, "drain"):
+                    time.sleep(_LEAVE_S)
                 number = keeper.restart(own, self._supervision.drain_s)
                 while (outcome := keeper.outcome(number)) is None:
                     if self._has_to_end:
                         return
                     self._tick()
+                set_state(self._supervision.run_dir, index, "ready")
                 if not outcome:
                     raise ServerError(f"instance {keeper.name} did not come back: {keeper.error}")
                 if keeper is not self._keepers[-1]:

@@ -254,11 +254,15 @@ async def _grpc(clients: Clients, seed: int) -> bytes:
     fields = {name: str(value).encode() for name, value in _fields(seed).items()}
     call = clients.channel.unary_unary(f"{GRPC_SERVICE}/Predictions")
     try:
-        return first_field(await call(predictions_request(MODEL, fields), timeout=DEADLINE_S))
+        drawn = first_field(await call(predictions_request(MODEL, fields), timeout=DEADLINE_S))
     except grpc.aio.AioRpcError as error:
         if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
             raise TimeoutError from error
         raise Failed(f"{error.code().name}") from error
+    # What the handler refuses is a reply like any other.
+    if drawn.startswith(b"{"):
+        raise Failed(f"reply {json.loads(drawn)['error']['code']}")
+    return drawn
 
 
 KINDS: dict[str, Kind] = {

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -246,6 +247,27 @@ def test_an_instance_that_is_killed_gets_no_calls_until_it_is_back(
     assert until(site.num_grpc_up, lambda number: number == 2, 120) == 2
 
 
+def test_a_rolling_restart_loses_no_call(site: Site, channel: grpc.Channel) -> None:
+    """Nobody sends gRPC once more: HAProxy must know before an instance is drained."""
+    assert until(site.num_grpc_up, lambda number: number == 2, 60) == 2
+    is_over = threading.Event()
+
+    def draw_on() -> list[bytes]:
+        drawn = []
+        while not is_over.is_set():
+            drawn.append(draw_over_grpc(channel))
+        return drawn
+
+    with ThreadPoolExecutor(3) as pool:
+        drawing = [pool.submit(draw_on) for _ in range(3)]
+        assert main(["restart", "--run-dir", str(site.run_dir)]) == 0
+        is_over.set()
+        drawn = [picture for each in drawing for picture in each.result()]
+    assert len(drawn) > 10
+    assert all(picture.startswith(b"\x89PNG") for picture in drawn)
+    assert until(site.num_grpc_up, lambda number: number == 2, 60) == 2
+
+
 def test_too_many_requests_of_one_address(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,9 +299,13 @@ def test_too_many_requests_of_one_address(
 
 
 def test_grpc_instances_are_those_of_one_model() -> None:
-    instances = [GrpcInstance(7070, 8080, "a"), GrpcInstance(7080, 8090, "b")]
-    text = instances_text([*instances, GrpcInstance(7090, 8100, "a")])
+    models = ("a", "b", "a")
+    instances = [
+        GrpcInstance(f"instance{at}", 7070 + at, 8080 + at, model)
+        for at, model in enumerate(models)
+    ]
+    text = instances_text(instances)
     assert "uri /predictions/a " in text
     assert "server instance0 127.0.0.1:7070 check port 8080\n" in text
-    assert "server instance1 127.0.0.1:7090 check port 8100\n" in text
-    assert "7080" not in text
+    assert "server instance2 127.0.0.1:7072 check port 8082\n" in text
+    assert "7071" not in text
