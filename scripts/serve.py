@@ -29,12 +29,12 @@ from scripts.haproxy_process import HaproxyProcess
 from scripts.hints import to_run
 from scripts.torchserve.curl import curl_line
 from scripts.torchserve.draining import DRAIN_S, drain
-from scripts.torchserve.fleet import FleetRecord
+from scripts.torchserve.fleet import FleetRecord, run_dirs
 from scripts.torchserve.haproxy_socket import haproxy_dir_of
 from scripts.torchserve.launch import end_leftover
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
-from scripts.torchserve.state import StateDir
+from scripts.torchserve.state import FLEET_LOG, StateDir
 
 __all__ = [
     "add_commands",
@@ -193,11 +193,15 @@ def status(arguments: argparse.Namespace) -> int:
 
 def logs(arguments: argparse.Namespace) -> int:
     """Show the log, and go on showing it with --follow."""
-    log_file = arguments.run_dir / "logs" / "server.log"
-    if not log_file.exists():
-        raise ServerError(f"there is no log yet: {log_file}")
+    folders = run_dirs(arguments.run_dir)
+    files = [folder / "logs" / "server.log" for folder in folders]
+    if folders != (arguments.run_dir,):
+        files.insert(0, arguments.run_dir / FLEET_LOG)
+    there = [str(file) for file in files if file.exists()]
+    if not there:
+        raise ServerError(f"there is no log yet: {files[0]}")
     follow = ["-F"] if arguments.follow else []
-    tail = ["tail", "-n", str(arguments.lines), *follow, str(log_file)]
+    tail = ["tail", "-n", str(arguments.lines), *follow, *there]
     try:
         return subprocess.run(tail, check=False).returncode
     except KeyboardInterrupt:

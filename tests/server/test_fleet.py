@@ -20,7 +20,7 @@ from scripts.torchserve.fleet import FleetRecord
 from scripts.torchserve.process import TorchServer
 from tests.support.client import curl
 from tests.support.fleets import fleet_arguments, stopped_fleet
-from tests.support.instances import processes_of
+from tests.support.instances import processes_of, stopped_afterwards
 from tests.support.toy_archive import write_toy_archive
 from tests.support.traffic import until
 
@@ -91,6 +91,7 @@ def test_two_start_are_seen_and_stop(folder: Path, capsys: pytest.CaptureFixture
     status: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert status["supervisor"] == record(folder).pid
     assert [each["url"] for each in status["instances"]] == [first.url, second.url]
+    assert main(["logs", "--run-dir", str(folder / "run"), "--lines", "3"]) == 0
 
     assert main(["stop", "--run-dir", str(folder / "run")]) == 0
     assert processes_of(folder / "run") == []
@@ -139,6 +140,27 @@ def test_a_restart_takes_the_new_archive_one_after_another(
     assert "instance 0 did not come back" in error
     assert server(folder, 1).pid == before[1]
     assert is_answering(server(folder, 1))
+
+
+def test_one_server_is_restarted_with_the_new_archive(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_toy_archive(tmp_path / "store")
+    run_dir = ["--run-dir", str(tmp_path / "run")]
+    with stopped_afterwards(tmp_path / "run"):
+        assert main(["restart", *run_dir]) == 1
+        assert "no server is running" in capsys.readouterr().err
+        assert start(tmp_path) == 0
+        before = TorchServer.find(tmp_path / "run")
+        assert before is not None
+        pid = before.pid
+        write_toy_archive(tmp_path / "store", handler=NEW_HANDLER)
+        assert main(["restart", *run_dir]) == 0
+        after = TorchServer.find(tmp_path / "run")
+        assert after is not None
+        assert after.pid != pid
+        assert after.options.ports == before.options.ports
+        assert curl(f"{after.url}/predictions/toy", "-d", "x=y").body == b"new"
 
 
 def test_an_archive_that_cannot_be_loaded_starts_no_fleet(
