@@ -44,10 +44,11 @@ _STATELESS = (
 def make_view(pipeline: Any, ticket: Ticket) -> tuple[Any, dict[str, Any]]:
     """A shallow copy of `pipeline` for one request, and the keyword arguments to call it with.
 
+    The ticket keeps the copy, which tells where the call stands.
     Pipelines keep the state of a call on themselves, on their scheduler and on other components, so
     each request has its own of all these; the modules with the weights are shared.
     """
-    view = _private_copy(pipeline)
+    view = ticket.view = _private_copy(pipeline)
     if ticket.scheduler is not None:
         view.scheduler = ticket.scheduler
     if ticket.prompts is not None:

@@ -55,9 +55,7 @@ _NEEDS_MORE = {
     "VisualClozePipeline": "pictures as examples",
 }
 # Classes of diffusers 0.42 that fail in every call of an engine.
-_FAILS = {
-    "StableDiffusionParadigmsPipeline": "it loses count of its steps where they are reported"
-}
+_FAILS = {"StableDiffusionParadigmsPipeline": "it loses count of its steps where they are reported"}
 
 
 def scope_problem(cls: Any, index: ModelIndex) -> str | None:
