@@ -172,7 +172,8 @@ def _refuse_what_the_pipeline_lacks(
             continue
         if _is_sent(name, fields) and is_lacking(each, parameters):
             others = [task for task, has in traits.tasks.items() if each.argument in has]
-            needed = f"; {', '.join(others)} has it" if others else ""
+            have = "have" if len(others) > 1 else "has"
+            needed = f"; {', '.join(others)} {have} it" if others else ""
             what = "this task" if others else "this pipeline"
             if name == "guidance_scale" and "true_cfg_scale" in parameters:
                 needed = "; its guidance is true_cfg_scale, with a negative_prompt"

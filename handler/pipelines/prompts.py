@@ -24,6 +24,11 @@ _SYNTAX = {
     "(word)1.3": re.compile(r"\)[0-9]*\.[0-9]"),
     "<lora:name:1>": re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,200}>"),
     "BREAK": re.compile(r"\bBREAK\b"),
+    "[from:to:0.5]": re.compile(
+        r"\[[^\[\]:]{0,200}:(?:[^\[\]:]{0,200}:)?\s{0,8}[0-9.]{1,9}\s{0,8}\]"
+    ),
+    "[one|two]": re.compile(r"\[[^\[\]|]{0,200}\|[^\[\]]{0,200}\]"),
+    "AND": re.compile(r"\bAND\b"),
 }
 
 
