@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from handler.api.body import HOW_TO_SEND
-from handler.api.call import Call, CancelCall, Envelope, read_call
+from handler.api.call import Call, CancelCall, DescribeCall, Envelope, read_call
 from handler.api.schema import PICTURE_NAMES, REPLY_FIELDS
 from handler.api.traits import PipelineTraits
 from handler.config import OUTPUT_FORMATS, HandlerConfig
@@ -234,6 +234,14 @@ def test_what_is_no_request_id(request_id: object) -> None:
     assert "cancel" in problems({"body": {"cancel": request_id}})
     if isinstance(request_id, str):
         assert "X-Request-Id" in problems(body(), {"x-request-id": request_id})
+
+
+def test_describing_goes_alone() -> None:
+    assert read({"body": {"describe": True}}) == DescribeCall()
+    assert read({"describe": b"true"}) == DescribeCall()
+    assert "'prompt'" in problems(body(describe=True))["describe"]
+    assert "describe" in problems({"body": {"describe": "yes"}})
+    assert call(body(describe=False)).requests
 
 
 def test_cancelling_goes_alone() -> None:
