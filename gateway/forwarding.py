@@ -22,6 +22,7 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from gateway.descriptions import Description, ask_for_description
 from gateway.errors import InstanceDied, Refused
 from gateway.events import read_events
 from gateway.routing import Fleet, Lease
@@ -157,6 +158,11 @@ class Forwarder:
                 raise _Died("the stream ended before the picture came")
 
         await self._until_taken(order, attempt)
+
+    async def describe(self, model: str) -> Description | None:
+        """What a model has; None where no instance says."""
+        address = self._fleet.address(model)
+        return None if address is None else await ask_for_description(self._session, address)
 
     async def close(self) -> None:
         """Wait until instances have been told what was cancelled."""

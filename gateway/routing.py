@@ -193,6 +193,10 @@ class Fleet:
             )
         return models[wanted]
 
+    def address(self, model: str) -> Address | None:
+        """Where an instance that serves `model` is reached; None while none is READY."""
+        return next((each.address for each in self._serving(model)), None)
+
     @property
     def is_ready(self) -> bool:
         """Whether any instance can take requests."""

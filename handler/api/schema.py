@@ -533,6 +533,13 @@ REPLY_FIELDS: Mapping[str, ReplyField] = _table(
             kind=Kind.ID,
             meaning="alone in a body: end the running request with this id",
         ),
+        ReplyField(
+            name="describe",
+            kind=Kind.BOOLEAN,
+            default=False,
+            meaning="alone in a body: reply, as JSON, which fields the pipeline has, and its tasks,"
+            " LoRAs, ControlNets and samplers by name",
+        ),
     ]
 )
 

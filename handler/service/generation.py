@@ -15,9 +15,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from handler.api.call import Call, CancelCall, read_call
+from handler.api.call import Call, CancelCall, DescribeCall, read_call
 from handler.api.decoding import Pictures, decode_all
-from handler.api.replies import FLAGGED, Reply, cancel_reply, error_reply, success_reply
+from handler.api.replies import (
+    FLAGGED,
+    Reply,
+    cancel_reply,
+    describe_reply,
+    error_reply,
+    success_reply,
+)
 from handler.api.request import GenerationRequest
 from handler.api.result import Result
 from handler.api.traits import PipelineTraits
@@ -135,6 +142,8 @@ class GenerationService:
                 raise device_lost()
             if isinstance(sent, CancelCall):
                 self._replies[request_id] = self._cancel(request_id, sent.request_id)
+            elif isinstance(sent, DescribeCall):
+                self._replies[request_id] = describe_reply(self.traits, request_id=request_id)
             elif self._drain is not None:
                 seconds_left = max(0, math.ceil(self._drain.until_s - self._clock()))
                 raise Draining(
