@@ -24,7 +24,6 @@ CHECK_ARGS = bash -nc "true $$MAKE_ARGS" 2>/dev/null || { \
 VENV      ?= .venv
 RUN_DIR   ?= .run
 GATEWAY_DIR ?= $(RUN_DIR)-gateway
-GATEWAY_PORT ?= 8000
 STORE     ?= model-store
 PORT      ?= 8080
 GRPC_PORT ?= 7070
@@ -111,7 +110,7 @@ serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT=
 
 up: $(INSTALLED) ## Serve with the gateway in front: http://127.0.0.1:8000 [GATEWAY_PORT= GATEWAY_ADDRESS= NAME= …]
 	@$(CLI) up $(START) $(if $(NAME),--name "$(NAME)") --gateway-dir "$(GATEWAY_DIR)" \
-		--gateway-port $(GATEWAY_PORT) $(if $(GATEWAY_ADDRESS),--gateway-address $(GATEWAY_ADDRESS))
+		$(if $(GATEWAY_PORT),--gateway-port $(GATEWAY_PORT)) $(if $(GATEWAY_ADDRESS),--gateway-address $(GATEWAY_ADDRESS))
 
 down: stop ## Stop both; the same as make stop
 
@@ -154,12 +153,13 @@ bench: $(INSTALLED) ## Measure the README's figures: one UNet, then servers unde
 	@$(PY) -m benchmarks.load --speed max
 	@$(PY) -m benchmarks.gateway
 
-clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
+clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, your archives, the jobs nor keys)
 	@if grep -qsx '# This instance:' "$(RUN_DIR)/config.properties"; then \
 		cd "$(RUN_DIR)" && rm -rf tmp temp logs config.properties server.json sockets org; fi
 	@[ ! -d "$(RUN_DIR)" ] || rmdir -- "$(RUN_DIR)" 2>/dev/null || true
 	@rm -f -- "$(DEMO_PICTURE)"
-	@cd "$(GATEWAY_DIR)" 2>/dev/null && rm -rf pictures gateway.log gateway.json || true
+	@if grep -qsE ' gateway listens at http|^gateway: error: ' "$(GATEWAY_DIR)/gateway.log"; then \
+		cd "$(GATEWAY_DIR)" && rm -rf pictures gateway.log gateway.log.1 gateway.json; fi
 	@[ ! -d "$(GATEWAY_DIR)" ] || rmdir -- "$(GATEWAY_DIR)" 2>/dev/null || true
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@[ ! -e "$(EMBEDDED)" ] || rm -f -- "$(EMBEDDED)" "$(DEFAULT_ARCHIVE)"

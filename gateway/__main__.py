@@ -16,7 +16,8 @@ import uvicorn
 
 from gateway.app import make_app
 from gateway.http_protocol import HttpProtocol
-from gateway.keys import read_keys
+from gateway.jobs.service import check_jobs
+from gateway.keys import HOW_TO_MAKE, read_keys
 from gateway.settings import Settings, read_settings
 from handler.errors import ConfigError
 
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         _check_keys(settings)
         arguments.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        asyncio.run(check_jobs(settings.jobs, arguments.state_dir))
         listener = _listen(settings)
     except (ConfigError, OSError) as error:
         print(f"gateway: error: {error}", file=sys.stderr)
@@ -77,7 +79,7 @@ def _check_keys(settings: Settings) -> None:
     if settings.keys_required and not keys:
         raise ConfigError(
             f"{settings.address} asks for keys, and {settings.keys_file} has none:"
-            " make key NAME=… makes one"
+            f" {HOW_TO_MAKE} makes one"
         )
 
 

@@ -78,11 +78,21 @@ class Door:
         methods: Sequence[str] = ("GET",),
         *,
         keyless: bool = False,
+        takes_place: bool = True,
     ) -> Route:
-        """A route to `endpoint`; `keyless`: for everybody, even where others need a key."""
+        """A route to `endpoint`.
+
+        Args:
+            path: may have parameters.
+            endpoint: replies.
+            methods: that it knows.
+            keyless: for everybody, even where others need a key.
+            takes_place: counts as one of the requests that a key may have open. What asks about a
+                request, or cancels it, does not: it is there for a key that has all of them open.
+        """
 
         async def enter(request: Request) -> Response:
-            return await self._enter(request, endpoint, keyless=keyless)
+            return await self._enter(request, endpoint, keyless=keyless, takes_place=takes_place)
 
         return Route(path, enter, methods=list(methods))
 
@@ -134,7 +144,9 @@ class Door:
             raise NotFound(f"no request with the id {request_id!r} is running", {"id": "unknown"})
         end()
 
-    async def _enter(self, request: Request, endpoint: Endpoint, *, keyless: bool) -> Response:
+    async def _enter(
+        self, request: Request, endpoint: Endpoint, *, keyless: bool, takes_place: bool
+    ) -> Response:
         started_s = time.monotonic()
         request_id, key = f"req_{secrets.token_hex(12)}", None
         call: Call | None = None
@@ -148,7 +160,7 @@ class Door:
             key = None if keyless else self._identify(request)
             call = Call(request, request_id, key)
             call.until_over.callback(self._bodies.release, request)
-            call.until_over.enter_context(self._limiter.admit(key))
+            call.until_over.enter_context(self._limiter.admit(key, takes_place=takes_place))
             response = await endpoint(call)
         except RequestError as error:
             response = error_response(error)

@@ -15,7 +15,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
@@ -46,7 +46,8 @@ class Order:
     """One request to an instance; the id that it is cancelled by goes into a header."""
 
     model: str
-    content: bytes
+    content: Callable[[], bytes]
+    """Writes the body, once there is a place for it: what waits holds no copy of its own."""
     work: float
     key: str = ""
     """Whose place in line it takes."""
@@ -54,7 +55,6 @@ class Order:
     accept: str | None = None
     route: str | None = None
     """The path to post to; None: the model's predictions."""
-    created_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,7 @@ class Forwarder:
         async def attempt(lease: Lease, upstream_id: str) -> None:
             async with self._post(lease, order, upstream_id) as response:
                 reply.append(await _read(response))
+                lease.heard()
                 if response.status == 200:
                     lease.drew()
 
@@ -128,6 +129,7 @@ class Forwarder:
                     is_accepted = True
                     on_event("accepted", {})
                 async for name, data in read_events(response.content):
+                    lease.heard()
                     if name == "error":
                         raise _refused_in_stream(data)
                     if name == "step" and data.get("num_steps"):
@@ -186,7 +188,10 @@ class Forwarder:
         except Refused as error:
             _judge(error)
             raise
-        except asyncio.CancelledError:
+        except (_Died, _NotTaken):
+            raise
+        except BaseException:
+            # Whoever waited for it has left, or failed over an event of it.
             self._cancel(lease, upstream_id)
             raise
 
@@ -202,7 +207,7 @@ class Forwarder:
         url = address.predictions
         if order.route is not None:
             url = URL(address.url + order.route, encoded=True)
-        return self._session.post(url, data=order.content, headers=headers)
+        return self._session.post(url, data=order.content(), headers=headers)
 
     def _cancel(self, lease: Lease, upstream_id: str) -> None:
         """Tell the instance in the background that nobody waits for a request any more."""

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from yarl import URL
 
+from gateway.file_stamps import file_stamp
 from gateway.model_config import ModelConfig, read_model_config
 from gateway.settings import InstanceSettings
 
@@ -76,7 +77,7 @@ class RunDirSource:
 
     def read(self) -> Address | None:
         """Its address now; None while no server has the folder."""
-        seen = (_stamp(self._saved), _stamp(self._keys))
+        seen = (file_stamp(self._saved), file_stamp(self._keys))
         if seen != self._seen:
             self._address, self._seen = self._parse(), seen
         return self._address
@@ -113,7 +114,7 @@ class FixedSource:
 
     def read(self) -> Address | None:
         """Its address, with the key that its file holds now."""
-        seen = None if self._token_file is None else _stamp(self._token_file)
+        seen = None if self._token_file is None else file_stamp(self._token_file)
         if seen != self._seen:
             self._address, self._seen = self._parse(), seen
         return self._address
@@ -128,14 +129,6 @@ class FixedSource:
             management_token=management_token,
             config=self._config,
         )
-
-
-def _stamp(path: Path) -> object:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def _tokens(path: Path | None) -> tuple[str | None, str | None]:
@@ -170,6 +163,13 @@ class WorkerCheck:
         except TimeoutError:
             return None
         except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError):
+            return False
+
+    async def hears(self, address: Address) -> bool:
+        """Wait until the worker answers; False where it cannot be asked, or has died over it."""
+        try:
+            return await self._asks_worker(address)
+        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
     async def close(self) -> None:

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from gateway.door import Call
 from gateway.gateway import Gateway
 from gateway.jobs.requests import JOB_FIELDS
+from gateway.json_replies import json_response
 from gateway.openai_fields import EDIT_FIELDS, OPENAI_FIELDS
 from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, Field, Kind, bounds_of, default_of
 from handler.config import HandlerConfig
@@ -60,7 +61,7 @@ def routes(gateway: Gateway) -> list[Route]:
         return document(config, list(models))
 
     async def as_json(call: Call) -> Response:
-        return Response(json.dumps(current()).encode(), media_type="application/json")
+        return json_response(current())
 
     async def as_page(call: Call) -> Response:
         headers = {"Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}

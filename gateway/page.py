@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from starlette.routing import Route
 
 from gateway.door import Call
 from gateway.gateway import Gateway
+from gateway.json_replies import json_response
 from gateway.limits import check_model
 from gateway.openai_fields import OPENAI_FIELDS
 from gateway.routing import Model
@@ -84,10 +84,7 @@ def routes(gateway: Gateway) -> list[Route]:
     async def fields(call: Call) -> Response:
         model = gateway.fleet.model(call.request.query_params.get("model"))
         check_model(call.key, model.name)
-        content = json.dumps(_form(model)).encode("ascii")
-        return Response(
-            content, headers={"Cache-Control": "no-store"}, media_type="application/json"
-        )
+        return json_response(_form(model), headers={"Cache-Control": "no-store"})
 
     return [
         gateway.door.route("/", index, keyless=True),

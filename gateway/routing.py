@@ -55,6 +55,11 @@ class Instance:
         """Known to have no worker: what was sent there is not being drawn."""
         self.paused_until_s = 0.0
         self.silent_checks = 0
+        self.heard_s = -math.inf
+        """When its worker was last heard of, or got something to draw when it had nothing."""
+        self.is_silent = False
+        """Not heard of for too long: nothing is sent there until its worker answers a probe."""
+        self.probe: asyncio.Task[None] | None = None
         self.drew_s = -math.inf
         """When it last sent a picture: then nobody need ask whether it can."""
         self.seen_s = int(time.time())
@@ -96,8 +101,13 @@ class Lease:
         if self._scope is not None:
             self._scope.reschedule(asyncio.get_running_loop().time())
 
+    def heard(self) -> None:
+        """Note that its worker has sent something."""
+        self.instance.heard_s = time.monotonic()
+
     def drew(self) -> None:
         """Note that its worker has sent a picture."""
+        self.heard()
         self.instance.drew_s = time.monotonic()
 
     def instance_died(self) -> None:
@@ -224,6 +234,8 @@ class Fleet:
             return None
         chosen = min(free, key=lambda each: each.work)
         assert chosen.address is not None
+        if not chosen.leases:
+            chosen.heard_s = time.monotonic()
         lease = Lease(chosen, chosen.address, work)
         chosen.leases.add(lease)
         return lease
@@ -307,6 +319,9 @@ class Fleet:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
+        for probe in [each.probe for each in self._instances if each.probe is not None]:
+            probe.cancel()
+            await asyncio.gather(probe, return_exceptions=True)
         await self._check.close()
 
     def look_now(self) -> None:
@@ -335,11 +350,14 @@ class Fleet:
             self._note(instance, is_ready=False)
             return
         if instance.address is None or address.started != instance.address.started:
-            instance.seen_s = int(time.time())
+            instance.seen_s, instance.is_silent = int(time.time()), False
         has_just_drawn = time.monotonic() - instance.drew_s < self._settings.poll_s
         if instance.is_ready and has_just_drawn and address == instance.address:
             return
         instance.address = address
+        if self._is_silent(instance, address):
+            self._note(instance, is_ready=False)
+            return
         is_ready = await self._check.is_ready(address)
         if is_ready is None:
             instance.silent_checks += 1
@@ -347,6 +365,31 @@ class Fleet:
                 instance.is_ready = False
             return
         self._note(instance, is_ready=is_ready)
+
+    def _is_silent(self, instance: Instance, address: Address) -> bool:
+        """Whether the worker has stood still for too long: it takes requests and never answers."""
+        limit_s, silent_s = self._settings.silence_s, time.monotonic() - instance.heard_s
+        if silent_s > limit_s / 2 and (instance.leases or instance.is_silent):
+            self._ask(instance, address)
+        is_silent = silent_s > limit_s and bool(instance.leases or instance.is_silent)
+        if is_silent != instance.is_silent:
+            said = f"said nothing for {limit_s:g} s" if is_silent else "answers again"
+            logger.warning("%s %s", instance.source.name, said)
+        instance.is_silent = is_silent
+        return is_silent
+
+    def _ask(self, instance: Instance, address: Address) -> None:
+        """Ask the worker in the background whether it lives, unless it is being asked."""
+
+        async def probe() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.silence_s):
+                    if await self._check.hears(address):
+                        instance.heard_s = time.monotonic()
+                        self.look_now()
+
+        if instance.probe is None or instance.probe.done():
+            instance.probe = asyncio.create_task(probe(), name="probe")
 
     def _note(self, instance: Instance, *, is_ready: bool) -> None:
         if is_ready != instance.is_ready:

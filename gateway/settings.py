@@ -187,6 +187,12 @@ class Settings:
     poll_s: float = _key(
         1.0, allow.number(0.05, 60.0), "seconds between two looks at an instance's worker"
     )
+    silence_s: float = _key(
+        180.0,
+        allow.number(0.1, 86400.0),
+        "seconds without a word from a worker that draws, after which it counts as dead: more than"
+        " its longest forward takes",
+    )
     drain_s: float = _key(
         30.0, allow.number(0.0, 86400.0), "seconds that requests may take to end when it stops"
     )

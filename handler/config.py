@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from handler import config_checks as allow
-from handler.config_checks import Check
+from handler.config_checks import MAX_LORA_SCALE, MAX_LORAS, Check
 from handler.errors import ConfigError
 from handler.messages import nearest, show
 
-__all__ = ["OUTPUT_FORMATS", "HandlerConfig", "Key", "keys"]
+__all__ = ["MAX_LORAS", "MAX_LORA_SCALE", "OUTPUT_FORMATS", "HandlerConfig", "Key", "keys"]
 
 OUTPUT_FORMATS = ("png", "jpeg", "webp", "npy", "json", "array")
 # Two prompts of 8000 characters are the most that fit the 64 KB that JPEG gives to its EXIF data.

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from scripts.background import end_process, read_saved, running_process, save
 from scripts.errors import ServerError
 from scripts.hints import to_run
 from scripts.interrupts import signals_held
@@ -28,6 +29,8 @@ DEFAULT_CONFIG = REPOSITORY / "config" / "gateway.yaml"
 _START_TIMEOUT_S = 60.0
 _POLL_S = 0.05
 _LOG_LINES = 15
+# A log that is larger is put aside when the gateway starts.
+_MAX_LOG_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +93,9 @@ class GatewayProcess:
     def find(cls, state_dir: Path) -> GatewayProcess | None:
         """Return the gateway that runs with this state folder, if any."""
         try:
-            saved = json.loads((state_dir / "gateway.json").read_text())
-            process = psutil.Process(saved["pid"])
-            # The PID alone may have been given to somebody else since.
-            if process.create_time() != saved["created_s"]:
-                return None
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return None
-            return cls(process, saved, state_dir)
+            saved = read_saved(state_dir / "gateway.json")
+            process = running_process(saved)
+            return None if process is None else cls(process, saved, state_dir)
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return None
 
@@ -114,6 +112,8 @@ class GatewayProcess:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         log_file = state_dir / "gateway.log"
         saved_file = state_dir / "gateway.json"
+        if log_file.exists() and log_file.stat().st_size > _MAX_LOG_BYTES:
+            log_file.replace(state_dir / "gateway.log.1")
         with log_file.open("ab") as log:
             log_begins_at = log.tell()
             with signals_held():
@@ -134,7 +134,7 @@ class GatewayProcess:
                 "url": url,
                 "started_as": options.fingerprint(),
             }
-            saved_file.write_text(json.dumps(saved, indent=2) + "\n")
+            save(saved_file, saved)
         except BaseException:
             launched.kill()
             launched.wait()
@@ -143,12 +143,7 @@ class GatewayProcess:
 
     def stop(self, timeout_s: float) -> None:
         """End it once its requests are finished, by force after `timeout_s`."""
-        self._process.terminate()
-        try:
-            self._process.wait(timeout_s)
-        except psutil.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(10)
+        end_process(self._process, timeout_s)
         (self._state_dir / "gateway.json").unlink(missing_ok=True)
 
 
@@ -158,7 +153,9 @@ def _wait_until_it_answers(
     """Return its URL, which it logs; whether anything can be drawn is not asked."""
     until_s = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < until_s:
-        said = log_file.read_bytes()[log_begins_at:].decode("utf-8", "replace")
+        with log_file.open("rb") as log:
+            log.seek(log_begins_at)
+            said = log.read().decode("utf-8", "replace")
         if launched.poll() is not None:
             lines = said.splitlines()[-_LOG_LINES:]
             raise ServerError(

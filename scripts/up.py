@@ -23,8 +23,6 @@ from scripts.torchserve.draining import DRAIN_S
 
 __all__ = ["GATEWAY", "UP"]
 
-_GATEWAY_PORT = 8000
-
 
 def _up(arguments: argparse.Namespace) -> int:
     if not arguments.name and not _has_archive(arguments.store):
@@ -75,7 +73,7 @@ def _gateway(arguments: argparse.Namespace) -> int:
         raise ServerError(f"the gateway cannot be started: {error.strerror}") from error
 
 
-def _add_gateway_arguments(parser: argparse.ArgumentParser, port: int | None) -> None:
+def _add_gateway_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gateway-dir", type=Path, help="the gateway's state (default: RUN_DIR with -gateway)"
     )
@@ -86,22 +84,21 @@ def _add_gateway_arguments(parser: argparse.ArgumentParser, port: int | None) ->
         help="its settings (config/gateway.yaml)",
     )
     parser.add_argument("--gateway-address", help="where it listens; any but loopback needs keys")
-    shown = "its port" if port is None else f"its port ({port})"
-    parser.add_argument("--gateway-port", type=int, default=port, help=shown)
+    parser.add_argument("--gateway-port", type=int, help="in place of its settings' port")
 
 
 def _add_up_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_dir(parser)
     parser.add_argument("--name", help="which archive, when there are several")
     add_start_arguments(parser)
-    _add_gateway_arguments(parser, _GATEWAY_PORT)
+    _add_gateway_arguments(parser)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run-dir", type=Path, help="of the one instance; left out: run_dirs of its settings"
     )
-    _add_gateway_arguments(parser, None)
+    _add_gateway_arguments(parser)
 
 
 UP = Command(

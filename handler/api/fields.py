@@ -38,16 +38,15 @@ class FieldReader:
     boolean, as it must in a form.
     """
 
-    def __init__(self, fields: Mapping[str, object], *, allow_text: bool, prefix: str = "") -> None:
+    def __init__(self, fields: Mapping[str, object], *, allow_text: bool) -> None:
         self._fields = fields
         self._allow_text = allow_text
-        self._prefix = prefix
         self._taken: set[str] = set()
         self.problems: dict[str, str] = {}
 
     def report(self, name: str, problem: str) -> None:
         """Note a problem, unless the field has one already."""
-        self.problems.setdefault(self._prefix + name, problem)
+        self.problems.setdefault(name, problem)
 
     def take(self, name: str, aliases: Sequence[str] = ()) -> object | None:
         """The value sent as `name` or one of its aliases; None when absent or sent twice."""
@@ -77,11 +76,11 @@ class FieldReader:
         """The checked value of a field of the table; None when absent or wrong."""
         name, aliases = field.name, field.aliases
         if field.kind is Kind.BOOLEAN:
-            return self.boolean(name)
+            return self.boolean(name, aliases)
         if field.kind is Kind.CHOICE:
-            return self.choice(name, field.choices)
+            return self.choice(name, aliases, choices=field.choices)
         if field.kind is Kind.ID:
-            return self.id(name)
+            return self.id(name, aliases)
         low, high = bounds_of(field, config)
         if field.kind is Kind.LORAS:
             return self.loras(name, aliases, low=low, high=high)
@@ -194,9 +193,9 @@ class FieldReader:
             return float(value)
         return None
 
-    def boolean(self, name: str) -> bool | None:
+    def boolean(self, name: str, aliases: Sequence[str] = ()) -> bool | None:
         """True or false."""
-        value = self.take(name)
+        value = self.take(name, aliases)
         if self._allow_text and isinstance(value, str):
             value = _FORM_BOOLEANS.get(value.strip().lower(), value)
         if value is None or isinstance(value, bool):
@@ -204,9 +203,11 @@ class FieldReader:
         self.report(name, f"{show(value)} is neither true nor false")
         return None
 
-    def choice(self, name: str, choices: Mapping[str, str]) -> str | None:
+    def choice(
+        self, name: str, aliases: Sequence[str] = (), *, choices: Mapping[str, str]
+    ) -> str | None:
         """What `choices` says for the text that was sent, whatever its case."""
-        value = self.take(name)
+        value = self.take(name, aliases)
         if value is None:
             return None
         chosen = choices.get(value.strip().lower()) if isinstance(value, str) else None
@@ -216,9 +217,9 @@ class FieldReader:
             self.report(name, f"{show(value)} is not allowed; {hint}one of {', '.join(choices)}")
         return chosen
 
-    def id(self, name: str) -> str | None:
+    def id(self, name: str, aliases: Sequence[str] = ()) -> str | None:
         """The id of a request."""
-        value = self.take(name)
+        value = self.take(name, aliases)
         if value is None or (isinstance(value, str) and is_id(value)):
             return value
         self.report(name, f"{show(value)} is not an id; allowed are {ID_RULE}")

@@ -3,7 +3,9 @@
 Everything that knows a field reads it here: parsing of every form of request, refusals, metadata,
 pipeline arguments and the tables of docs/requests.md. A new field is one entry here, a key of
 `HandlerConfig` if an operator may set its bounds or default, and a test. What concerns several
-fields at once (sizes and pixels, steps and scheduler) is code in `request` and `call`.
+fields at once is code: `request_fields` and `request_checks` (sizes and pixels, steps and
+scheduler), `picture_sizes` (sizes that follow from pictures), `task_choice` (the task that they
+make) and `call` (the reply).
 
 Plain data: importing it needs neither torch nor diffusers.
 """
@@ -16,9 +18,9 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TypeVar
 
-from handler.api.samplers import SCHEDULES
+from handler.api.sampler_table import SCHEDULES
 from handler.api.tasks import IMAGE_TO_IMAGE, INPAINTING, TASKS, TEXT_TO_IMAGE
-from handler.config import OUTPUT_FORMATS, HandlerConfig
+from handler.config import MAX_LORA_SCALE, OUTPUT_FORMATS, HandlerConfig
 
 __all__ = [
     "MAX_SEED",
@@ -26,7 +28,6 @@ __all__ = [
     "PICTURE_NAMES",
     "REPLY_FIELDS",
     "SENT_PICTURES",
-    "SENT_PICTURE_NAMES",
     "Field",
     "Kind",
     "PictureField",
@@ -224,7 +225,8 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             default=Setting("prompt_weighting"),
             argument=None,
             meaning="whether A1111's `(word:1.3)`, `(word)`, `[word]`, `\\(` and `BREAK` in both"
-            " prompts are weights and breaks, or text",
+            " prompts are weights and breaks, and `<lora:style:0.8>` in `prompt` is one of `loras`,"
+            " or all of it is text",
         ),
         PictureField(
             name="num_inference_steps",
@@ -291,8 +293,8 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             name="loras",
             aliases=("lora",),
             kind=Kind.LORAS,
-            minimum=-10,
-            maximum=10,
+            minimum=-MAX_LORA_SCALE,
+            maximum=MAX_LORA_SCALE,
             default=Setting("default_loras"),
             default_note="those packed",
             argument=None,
@@ -476,8 +478,6 @@ PICTURE_NAMES = frozenset(name for each in PICTURE_FIELDS.values() for name in e
 """Every name that a field of a picture may be sent under."""
 SENT_PICTURES = tuple(n for n, each in PICTURE_FIELDS.items() if each.kind is Kind.PICTURE)
 """The fields that are pictures themselves."""
-SENT_PICTURE_NAMES = frozenset(name for n in SENT_PICTURES for name in PICTURE_FIELDS[n].names)
-"""Every name that those may be sent under."""
 
 REPLY_FIELDS: Mapping[str, ReplyField] = _table(
     [

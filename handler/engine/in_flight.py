@@ -38,7 +38,7 @@ from handler.engine.ticket import State, StepEnd, Ticket
 from handler.engine.wrappers import UNANSWERED, ForwardWrapper, Wrappers
 from handler.errors import Cancelled, DeadlineExceeded
 from handler.pipelines.adapted_layers import LoraWeights
-from handler.pipelines.adapters import AdapterSets
+from handler.pipelines.adapters import AdapterSets, PreparedLora
 from handler.pipelines.cost import Cost
 from handler.pipelines.placement import is_asynchronous
 from handler.pipelines.prompt_embeddings import PromptReading
@@ -99,11 +99,11 @@ class InFlightEngine:
         # Up to the rows that may be in flight: a larger bucket would not fit either.
         capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
         if proves_ahead is None:
-            proves_ahead = any(is_asynchronous(pipeline) for pipeline in named.values())
+            proves_ahead = is_asynchronous(named.values())
         self._adapters = AdapterSets(list(named.values()))
         adapters = RowAdapters(self._adapters)
         self._forward = BatchedForward(
-            clock, max_rows, capped, self._prepare, adapters, proves_ahead
+            clock, max_rows, adapters, capped, self._prepare, proves_ahead
         )
         shared_states = {task: SharedState(pipeline) for task, pipeline in named.items()}
         self._random = GlobalRandom(named.values())
@@ -208,25 +208,30 @@ class InFlightEngine:
         return ticket
 
     @property
-    def loras(self) -> Mapping[str, int]:
-        """The LoRAs that `attach_lora` added, and the bytes of each."""
-        return self._adapters.loaded
-
-    @property
     def loras_in_use(self) -> frozenset[str]:
         """The LoRAs that requests in flight, or waiting to be, have named."""
         tickets = [*self._waiting, *self._runs.parked]
-        return frozenset(name for ticket in tickets for name in ticket.adapters or ())
+        return frozenset[str]().union(*(ticket.lora_names for ticket in tickets))
 
-    def attach_lora(self, name: str, layers: Mapping[str, Mapping[str, LoraWeights]]) -> None:
-        """Let requests name a LoRA that adds to these layers, by component and the layer's path.
+    def prepare_lora(self, layers: Mapping[str, Mapping[str, LoraWeights]]) -> PreparedLora:
+        """A LoRA that adds to these layers, by component and the layer's path, to be attached.
+
+        All that takes its time; in any thread, also during `step`.
+
+        Raises:
+            ValueError: a layer is not there, or takes no LoRA.
+        """
+        return self._adapters.prepare(layers)
+
+    def attach_lora(self, name: str, lora: PreparedLora) -> None:
+        """Let requests name a LoRA.
 
         No module is changed, and no request that does not name it sees anything of it.
 
         Raises:
-            ValueError: the name is taken, or a layer is not there.
+            ValueError: the name is taken.
         """
-        self._adapters.attach(name, layers)
+        self._adapters.attach(name, lora)
 
     def detach_lora(self, name: str) -> None:
         """Forget a LoRA that was attached; requests that have named it keep it."""

@@ -82,7 +82,6 @@ class Intake:
             raise TooLarge(limits.refusal(cost))
         self._check_deadline(served, asked, cost)
         _check_shortcuts(pipeline, asked.shortcuts)
-        adapters = self.adapter_sets.checked(pipeline, asked.adapters, kwargs)
         return Ticket(
             kwargs=dict(kwargs),
             cost=cost,
@@ -93,8 +92,7 @@ class Intake:
             scheduler=scheduler,
             deadline=None if asked.deadline_s is None else now_s + asked.deadline_s,
             exact=asked.exact,
-            adapters=None if adapters is None else adapters.weights,
-            adapter_set=adapters,
+            adapter_set=self.adapter_sets.checked(pipeline, asked.adapters, kwargs),
             on_step=asked.on_step,
             prompts=asked.prompts,
             shortcuts=asked.shortcuts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -60,10 +60,8 @@ class Ticket:
     scheduler: Any = None
     deadline: float | None = None
     exact: bool = False
-    adapters: Mapping[str, float] | None = None
-    """LoRAs by name with their scales; None is what was active at first."""
     adapter_set: AdapterSet | None = None
-    """The same, with what they add to which layers."""
+    """LoRAs with their scales, and what they add to which layers; None: those active at first."""
     on_step: Callable[[StepEnd], None] | None = None
     prompts: PromptReading | None = None
     """How its prompts are read; None: as the pipeline does."""
@@ -97,6 +95,11 @@ class Ticket:
     def ended(self) -> bool:
         """Whether it is done or failed, for good."""
         return self.state in (State.DONE, State.FAILED)
+
+    @property
+    def lora_names(self) -> frozenset[str]:
+        """The LoRAs that it draws with, where it names any."""
+        return frozenset(() if self.adapter_set is None else self.adapter_set.weights or ())
 
     @property
     def error(self) -> BaseException | None:

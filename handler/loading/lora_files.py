@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -194,16 +194,49 @@ class _Delivery:
     tensors: Mapping[str, torch.Tensor]
     config: Mapping[str, Any]
 
-    def scale_of(self, layer: str, rank: int) -> tuple[float, float]:
-        """The alpha and the divisor of a layer, as PEFT finds them."""
-        from peft.utils.other import get_pattern_key
+    def scales(self) -> _Scales:
+        """How the layers are scaled. Raises: ArchiveError."""
+        try:
+            return _Scales(
+                None if self.config["r"] is None else float(self.config["r"]),
+                float(self.config["lora_alpha"]),
+                _patterns(self.config.get("rank_pattern") or {}),
+                _patterns(self.config.get("alpha_pattern") or {}),
+                bool(self.config.get("use_rslora")),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+            raise ArchiveError(f"its {_METADATA} cannot be read: {first_lines(error)}") from error
 
-        ranks, alphas = (self.config.get(f"{each}_pattern") or {} for each in ("rank", "alpha"))
-        configured = ranks.get(get_pattern_key(ranks.keys(), layer), self.config["r"])
+
+_Patterns = Sequence[tuple[re.Pattern[str], float]]
+
+
+def _patterns(values: Mapping[str, Any]) -> _Patterns:
+    """Of layers' names, compiled once: PEFT does so for every layer anew, which takes seconds."""
+    return [(re.compile(rf"(.*\.)?({key})$"), float(each)) for key, each in values.items()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Scales:
+    """How the layers of a component are scaled, as PEFT finds it."""
+
+    rank: float | None
+    alpha: float
+    rank_patterns: _Patterns
+    alpha_patterns: _Patterns
+    is_rank_stabilised: bool
+
+    def of(self, layer: str, rank: int) -> tuple[float, float]:
+        """The alpha and the divisor of a layer. Raises: ArchiveError, where ranks differ."""
+        configured = _first_match(self.rank_patterns, layer, self.rank)
         if configured not in (None, rank):
-            raise ArchiveError(f"{layer} has the rank {rank}, and its metadata says {configured}")
-        alpha = alphas.get(get_pattern_key(alphas.keys(), layer), self.config["lora_alpha"])
-        return float(alpha), math.sqrt(rank) if self.config.get("use_rslora") else rank
+            raise ArchiveError(f"{layer} has the rank {rank}, and its metadata says {configured:g}")
+        alpha = _first_match(self.alpha_patterns, layer, self.alpha)
+        return alpha, math.sqrt(rank) if self.is_rank_stabilised else rank
+
+
+def _first_match(patterns: _Patterns, layer: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns if pattern.match(layer)), default)
 
 
 class _Recipient:
@@ -357,22 +390,22 @@ def _misfit(layer: Any, found: re.Match[str], tensor: torch.Tensor) -> list[str]
     """What is wrong with the shape of a weight for its layer."""
     import torch
 
-    wanted: tuple[int, ...] | None = None
-    kernel: tuple[int, ...] = tuple(getattr(layer, "kernel_size", ()))
-    is_down, rank = found["side"] == "A", tensor.shape[0 if found["side"] == "A" else -1]
-    if found["part"] == "bias":
-        wanted = (getattr(layer, "out_features", getattr(layer, "out_channels", 0)),)
-    elif isinstance(layer, torch.nn.Embedding):
-        wanted = (rank, layer.num_embeddings) if is_down else (layer.embedding_dim, rank)
-    elif isinstance(layer, torch.nn.Linear):
-        wanted = (rank, layer.in_features) if is_down else (layer.out_features, rank)
-    elif kernel:
-        rank = tensor.shape[0] if is_down else tensor.shape[1]
-        ends = kernel if is_down else (1,) * len(kernel)
-        sides = (rank, layer.in_channels) if is_down else (layer.out_channels, rank)
-        wanted = (*sides, *ends)
-    if wanted is None:
+    is_down = found["side"] == "A"
+    sides: tuple[int, int]
+    kernel: tuple[int, ...] = ()
+    # Those that `handler.pipelines.adapted_layers` can add to.
+    if isinstance(layer, torch.nn.Linear):
+        sides = layer.in_features, layer.out_features
+    elif isinstance(layer, torch.nn.Embedding) and layer.max_norm is None:
+        sides = layer.num_embeddings, layer.embedding_dim
+    elif isinstance(layer, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
+        sides = layer.in_channels, layer.out_channels
+        kernel = layer.kernel_size if is_down else (1,) * len(layer.kernel_size)
+    else:
         return [f"{found['layer']} is a {type(layer).__name__}, which takes no LoRA"]
+    rank = tensor.shape[0 if is_down else 1] if tensor.ndim > 1 else 1
+    wanted: tuple[int, ...] = (rank, sides[0]) if is_down else (sides[1], rank)
+    wanted = (sides[1],) if found["part"] == "bias" else (*wanted, *kernel)
     if tuple(tensor.shape) != wanted:
         return [f"{found[0]} has the shape {tuple(tensor.shape)}, its layer wants {wanted}"]
     return []
@@ -388,10 +421,11 @@ def _paired(delivery: _Delivery) -> Iterator[tuple[str, LoraLayer]]:
         weights.setdefault(found["layer"], {})[part] = tensor
         if found["embedding"]:
             weights[found["layer"]]["embedding"] = tensor
+    scales = delivery.scales()
     for layer, parts in weights.items():
         if not {"A", "B"} <= parts.keys():
             raise ArchiveError(f"it is half a LoRA: of {layer} it has one weight of two")
-        alpha, divisor = delivery.scale_of(layer, parts["A"].shape[0])
+        alpha, divisor = scales.of(layer, parts["A"].shape[0])
         yield (
             layer,
             LoraLayer(
@@ -432,13 +466,11 @@ def read_lora(reader: LoraReader, path: Path, pipeline: Any, device: torch.devic
     Raises:
         ArchiveError: the file is damaged or no LoRA, or not all of it fits.
     """
-    return {
-        component: {
-            name: layer.to(device, pipeline.components[component].dtype)
-            for name, layer in layers.items()
-        }
-        for component, layers in reader.read_file(path).items()
-    }
+    found = {}
+    for component, layers in reader.read_file(path).items():
+        dtype = pipeline.components[component].dtype  # a search through all its weights
+        found[component] = {name: layer.to(device, dtype) for name, layer in layers.items()}
+    return found
 
 
 def in_present_names(layers: Layers) -> dict[str, torch.Tensor]:

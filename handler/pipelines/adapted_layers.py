@@ -77,9 +77,9 @@ class AdaptedLayer:
         return add_low_rank(x, output, self._num_rows, self._parts)
 
     def as_found(self) -> tuple[Scaled, ...] | None:
-        """What PEFT's layer adds by itself; None where that is no plain sum of LoRAs."""
-        if not self.is_peft or self.module.disable_adapters:
-            return None if self.is_peft and self.module.merged else ()
+        """What PEFT's layer, not merged, adds by itself; None where that is no sum of LoRAs."""
+        if self.module.disable_adapters:
+            return ()
         adapters = []
         for name in self.module.active_adapters:
             if name in self.module.scaling:

@@ -51,6 +51,8 @@ class FakeInstance:
     received: list[Received] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     open_requests: int = 0
+    stands_still: bool = False
+    """Whether its worker does; the management API goes on."""
     answer: Callable[[Received], Any] | None = None
 
     @property
@@ -63,8 +65,14 @@ class FakeInstance:
 
     async def predict(self, request: web.Request) -> web.StreamResponse:
         content = json.loads(await request.read())
+        while self.stands_still:
+            await asyncio.sleep(0.01)
         if "cancel" in content:
             self.cancelled.append(content["cancel"])
+            known = any(each.upstream_id == content["cancel"] for each in self.received)
+            if not known:
+                error = {"code": "not_found", "message": "no such request", "fields": {}}
+                return web.json_response({"error": error}, status=404)
             return web.json_response({"cancelled": content["cancel"]})
         upstream_id = request.headers.get("X-Request-Id", "")
         received = Received(request.path, upstream_id, content)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from handler.api.metadata import request_parameters
-from handler.api.request import GenerationRequest, check_against_pipeline, parse_fields
+from handler.api.request import GenerationRequest
+from handler.api.request_checks import check_against_pipeline
+from handler.api.request_fields import parse_fields
 from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.errors import ConfigError, InvalidRequest

@@ -11,7 +11,8 @@ import diffusers
 import pytest
 import torch
 
-from handler.api.samplers import SAMPLERS, SCHEDULER_CLASSES, samplers_of
+from handler.api.sampler_table import SAMPLERS, SCHEDULER_CLASSES
+from handler.api.samplers import samplers_of
 from handler.errors import InvalidRequest
 from handler.pipelines.schedulers import (
     check_num_steps,
