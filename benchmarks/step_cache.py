@@ -35,6 +35,8 @@ from handler.engine.shortcuts import NONE, Shortcuts
 HALF = Shortcuts(step_cache=0.5)
 NUM_IMAGES = 3 * NUM_REQUESTS
 SIZE_PX = 768
+KINDS = ((50, None), (20, "dpm++"), (30, "euler_a"))
+"""Steps and schedulers of the pictures that are judged; the last one is ancestral."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +215,7 @@ def main(argv: Sequence[str] | None = None, load: Callable[[], Any] | None = Non
     lines: list[dict[str, object]] = []
     if arguments.prompts:
         chosen = thin_out(cases(), arguments.prompts)
-        for num_steps, scheduler in ((50, None), (20, "dpm++"), (30, "euler_a")):
+        for num_steps, scheduler in KINDS:
             lines += compare(pipeline, chosen, num_steps, scheduler)
         print(f"\n{table(lines)}\n")
     details: dict[str, object] = {"pictures": lines, "torch_threads": torch.get_num_threads()}

@@ -82,6 +82,8 @@ class _Memory:
     step: int = -1
     predicts: bool = False
     """Whether the present step is predicted."""
+    num_predicted: int = 0
+    """How many steps were."""
     measured: list[tuple[tuple[float, ...], float, torch.Tensor]] = field(default_factory=list)
     """Of each call of the last computed step, the error of its own prediction."""
     outputs: dict[Hashable, _Outputs] = field(default_factory=dict)
@@ -98,8 +100,11 @@ class _Memory:
             return
         self.step = step
         self.numbers.clear()
-        self.predicts = is_planned(step, len(self.times), share) and self._is_close()
-        if not self.predicts:
+        is_due = is_planned(step, len(self.times), share, self.num_predicted)
+        self.predicts = is_due and self._is_close()
+        if self.predicts:
+            self.num_predicted += 1
+        else:
             self.measured.clear()
             self.num_computed = 0
 
@@ -147,8 +152,10 @@ class _Memory:
         )
 
     def _forget_denoisers(self) -> None:
+        self.num_predicted -= self.predicts
         self.predicts = False
         self.measured.clear()
+        self.num_computed = 0
         self.outputs = {
             key: each for key, each in self.outputs.items() if key == self.asked or not each.times
         }

@@ -86,6 +86,7 @@ def parse_fields(
     attributes = {name: values[name] for name in ATTRIBUTES}
     # The table's kinds are those of the attributes; what is wrong has its default until the end.
     request = GenerationRequest(**attributes, extra=extra, pictures=pictures)  # type: ignore[arg-type]
+    check_shortcuts(reader, sent, extra, request.engine_task, request.sampler, config, traits)
     check_request(reader, request, parameters, config, traits)
     check_shortcuts(reader, sent, extra, request.engine_task, request.sampler, config, traits)
     reader.refuse_rest(PICTURE_NAMES | REPLY_FIELDS.keys())

@@ -102,6 +102,20 @@ def test_no_picture_is_decoded_for_a_warm_up_that_is_not_drawn(
         assert bool(decoded) == bool(sizes)
 
 
+def test_requests_leave_out_what_they_say() -> None:
+    """Sent, or configured; beside one that has everything computed."""
+    with assembled(num_inference_steps=12, guidance_scale=5.0, warm_up=False) as service:
+
+        def rows(**fields: Any) -> float:
+            before = {sample.name: sample.value for sample in service.samples()}
+            service.draw(service.read([{"body": {"prompt": "a cat", "seed": 1, **fields}}]))
+            after = {sample.name: sample.value for sample in service.samples()}
+            name = "diffusers_forward_rows_total"
+            return after[name] - before.get(name, 0)
+
+        assert rows(guidance_end=0.0) < rows()
+
+
 def traits(**changes: Any) -> PipelineTraits:
     parameters = frozenset({"prompt", "num_inference_steps", "height", "width"})
     values: dict[str, Any] = {

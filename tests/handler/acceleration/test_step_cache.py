@@ -75,7 +75,9 @@ def by_hand(seed: int, share: float, **changes: Any) -> torch.Tensor:
     forward = pipeline.unet.forward
 
     def skip(sample: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> Any:
-        if is_planned(next(step), changes["num_inference_steps"], share):
+        now = next(step)
+        num_predicted = now - len(known)
+        if is_planned(now, changes["num_inference_steps"], share, num_predicted):
             points, values = zip(*known[-2:], strict=True)
             pairs = zip(weights(points, float(t)), values, strict=True)
             return (sum(w * v for w, v in pairs),)

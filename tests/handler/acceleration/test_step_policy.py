@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import pytest
 from hypothesis import given
@@ -22,8 +23,13 @@ shares = st.floats(0, 1)
 steps = st.integers(1, 1000)
 
 
-def planned(num_steps: int, share: float) -> list[int]:
-    return [step for step in range(num_steps) if is_planned(step, num_steps, share)]
+def planned(num_steps: int, share: float, rough: Collection[int] = ()) -> list[int]:
+    """The steps that are predicted, when predictions of `rough` ones are not close."""
+    found: list[int] = []
+    for step in range(num_steps):
+        if is_planned(step, num_steps, share, len(found)) and step not in rough:
+            found.append(step)
+    return found
 
 
 @given(steps, shares)
@@ -51,6 +57,18 @@ def test_predicted_steps_are_spread_evenly() -> None:
     assert planned(13, 0.25) == [6, 10]
     assert planned(8, 1) == [3, 4, 5, 6]
     assert planned(50, 0) == []
+
+
+def test_what_could_not_be_predicted_is_made_up_for() -> None:
+    assert planned(14, 0.5, rough={4, 5, 6}) == [7, 8, 9, 10, 12]
+    assert len(planned(14, 0.5, rough={4, 5, 6})) == len(planned(14, 0.5))
+
+
+@given(steps, shares, st.sets(st.integers(0, 60)))
+def test_no_more_is_made_up_for_than_was_missed(
+    num_steps: int, share: float, rough: set[int]
+) -> None:
+    assert len(planned(num_steps, share, rough)) <= len(planned(num_steps, share))
 
 
 # Prediction
