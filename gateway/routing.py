@@ -440,6 +440,8 @@ class Fleet:
         if is_ready != instance.is_ready:
             logger.info("%s is %s", instance.source.name, "READY" if is_ready else "not READY")
             instance.num_starts += is_ready
+            # What refused requests for a while, as one that is drained, is another one since.
+            instance.paused_until_s = 0.0
         instance.silent_checks = 0
         instance.is_ready, instance.is_down = is_ready, not is_ready
 

@@ -168,6 +168,13 @@ class HandlerConfig:
         left_out="all that are packed, at 1",
         example='{"style":0.8}',
     )
+    step_cache: float = _key(
+        0.0,
+        allow.number(0.0, 1.0, off=True),
+        "the part of the denoising steps that may be predicted instead of computed, see"
+        " docs/performance.md",
+        note="0 is `off`; pictures change a little",
+    )
     default_output: str = _key(
         "png",
         allow.one_of(*OUTPUT_FORMATS),
@@ -356,6 +363,8 @@ def _cross_problems(config: HandlerConfig) -> Iterator[str]:
             "exact: true computes as the pipeline does when it is called alone, which speed: max"
             " does not; choose one of them"
         )
+    if config.exact and config.step_cache:
+        yield "exact: true computes every step, and step_cache predicts some; choose one of them"
     if len(config.negative_prompt or "") > config.max_prompt_chars:
         yield f"negative_prompt: longer than max_prompt_chars, {config.max_prompt_chars}"
     if 2 * config.max_images > config.max_rows:

@@ -54,10 +54,13 @@ def integer(low: int, high: int) -> Check:
     return Check(f"an integer from {low} to {high}", f"{low} to {high}", convert)
 
 
-def number(low: float, high: float) -> Check:
-    """A number from `low` to `high`; integers become floats."""
+def number(low: float, high: float, *, off: bool = False) -> Check:
+    """A number from `low` to `high`; integers become floats. With `off`, that word is a zero."""
 
     def convert(value: object) -> object:
+        # YAML reads a bare `off` as false.
+        if off and (value is False or value == "off"):
+            return 0.0
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         # A NaN is in no range.
         if not is_number or not low <= cast(float, value) <= high:
@@ -65,6 +68,8 @@ def number(low: float, high: float) -> Check:
         return float(cast(float, value))
 
     span = number_range(low, high)
+    if off:
+        return Check(f"off or a number from {span}", f"`off`, or {span}", convert)
     return Check(f"a number from {span}", span, convert)
 
 

@@ -91,7 +91,8 @@ def _allowed(field: Field) -> str:
     span = f"{_bound(field.minimum)} to {_bound(field.maximum)}"
     if field.kind is Kind.TEXT:
         return f"text, {span} characters"
-    return f"{'an integer' if field.kind is Kind.INTEGER else 'a number'}, {span}"
+    words = "".join(f", or `{word}`" for word in field.words)
+    return f"{'an integer' if field.kind is Kind.INTEGER else 'a number'}, {span}{words}"
 
 
 def _bound(bound: Value | Setting) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from handler.api.images import BadPicture, SentPicture, read_picture
 from handler.api.lora_names import read_loras
@@ -84,7 +85,7 @@ class FieldReader:
         if field.kind is Kind.LORAS:
             return self.loras(name, aliases, low=low, high=high)
         if field.kind is Kind.NUMBER:
-            return self.number(name, aliases, low=low, high=high)
+            return self.number(name, aliases, low=low, high=high, words=field.words)
         if field.kind is Kind.INTEGER:
             return self.integer(name, aliases, low=int(low), high=int(high))
         return self.text(name, aliases, min_chars=int(low), max_chars=int(high))
@@ -165,13 +166,21 @@ class FieldReader:
         return None
 
     def number(
-        self, name: str, aliases: Sequence[str] = (), *, low: float, high: float
+        self,
+        name: str,
+        aliases: Sequence[str] = (),
+        *,
+        low: float,
+        high: float,
+        words: Mapping[str, float] = MappingProxyType({}),
     ) -> float | None:
-        """A finite number; integers are numbers too."""
+        """A finite number, or one of the `words` for one; integers are numbers too."""
         value = self.take(name, aliases)
         if value is None:
             return None
-        allowed = number_range(low, high)
+        if isinstance(value, str) and value.strip().lower() in words:
+            return words[value.strip().lower()]
+        allowed = ", ".join([number_range(low, high), *map(show, words)])
         if self._allow_text and isinstance(value, str) and _FORM_NUMBER.fullmatch(value.strip()):
             value = float(value.strip())
         if isinstance(value, bool) or not isinstance(value, (int, float)):

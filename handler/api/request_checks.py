@@ -43,6 +43,8 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
         problems.append("prompt_weighting: the text encoders of this pipeline read no weights")
     if config.negative_prompt and "negative_prompt" not in traits.parameters:
         problems.append("negative_prompt: this pipeline takes none")
+    if config.step_cache and not any("step_cache" in has for has in traits.shortcuts.values()):
+        problems.append("step_cache: this pipeline does not tell which step it is at")
     if problems:
         heading = "the handler section of model-config.yaml does not fit the pipeline:"
         raise ConfigError("\n  ".join([heading, *problems]))

@@ -28,6 +28,7 @@ from handler.api.schema import (
     bounds_of,
     default_of,
 )
+from handler.api.shortcuts import check_shortcuts
 from handler.api.task_choice import choose_control, choose_task
 from handler.api.tasks import TEXT_TO_IMAGE, engine_task
 from handler.api.traits import PipelineTraits
@@ -86,6 +87,7 @@ def parse_fields(
     # The table's kinds are those of the attributes; what is wrong has its default until the end.
     request = GenerationRequest(**attributes, extra=extra, pictures=pictures)  # type: ignore[arg-type]
     check_request(reader, request, parameters, config, traits)
+    check_shortcuts(reader, sent, extra, request.engine_task, request.sampler, config, traits)
     reader.refuse_rest(PICTURE_NAMES | REPLY_FIELDS.keys())
     if reader.problems:
         raise InvalidRequest(summarise(reader.problems), reader.problems)

@@ -85,6 +85,8 @@ class Field:
     default_note: str = ""
     choices: Mapping[str, str] = field(default_factory=dict)
     """What may be written for a CHOICE, and what each stands for."""
+    words: Mapping[str, float] = field(default_factory=dict)
+    """What may be written for a NUMBER beside numbers, and what each stands for."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -331,6 +333,34 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             is_refused_without_argument=False,
             is_recorded=False,
             meaning="pictures of this prompt; more than one needs a JSON or NumPy reply",
+        ),
+        PictureField(
+            name="step_cache",
+            kind=Kind.NUMBER,
+            maximum=1,
+            words={"off": 0.0},
+            default=Setting("step_cache"),
+            argument=None,
+            meaning="the part of the steps that may be predicted from those before instead of"
+            " computed, where the prediction is close: 0.5 is every second one; 0 or `off` is none."
+            " The picture changes a little: see docs/performance.md",
+        ),
+        PictureField(
+            name="guidance_start",
+            kind=Kind.NUMBER,
+            maximum=1,
+            default_note="0",
+            argument=None,
+            meaning="the part of the steps before which guidance is left out; those steps compute"
+            " half as much",
+        ),
+        PictureField(
+            name="guidance_end",
+            kind=Kind.NUMBER,
+            maximum=1,
+            default_note="1",
+            argument=None,
+            meaning="the part of the steps after which guidance is left out",
         ),
         PictureField(
             name="eta",

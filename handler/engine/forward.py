@@ -41,6 +41,8 @@ class Counters:
     """Rows of all forwards, padding not counted."""
     merged_forwards: int = 0
     """Forwards that served more than one request."""
+    answered_calls: int = 0
+    """Module calls that needed no forward, because a wrapper answered them."""
     out_of_memory_retries: int = 0
     forward_s: float = 0.0
     """Seconds in the modules' own forwards and waiting for them, as the host sees it."""

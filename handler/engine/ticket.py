@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from greenlet import greenlet
 
+from handler.engine.shortcuts import NONE, Shortcuts
 from handler.pipelines.adapters import AdapterSet
 from handler.pipelines.cost import Cost
 from handler.pipelines.prompt_embeddings import PromptReading
@@ -64,6 +65,8 @@ class Ticket:
     on_step: Callable[[StepEnd], None] | None = None
     prompts: PromptReading | None = None
     """How its prompts are read; None: as the pipeline does."""
+    shortcuts: Shortcuts = NONE
+    """What is not computed for it."""
 
     serial: int = field(default_factory=lambda: next(_serial_numbers))
     state: State = State.WAITING
@@ -84,6 +87,8 @@ class Ticket:
 
     # The engine's own, while the ticket is alive.
     run: greenlet | None = None
+    view: Any = None
+    """The pipeline's own copy that draws it, once it runs."""
     random_states: list[torch.Tensor] | None = None
     cancelling: BaseException | None = None
     _outcome: Any = None
@@ -124,7 +129,7 @@ class Ticket:
         self.state, self._outcome, self.ended_s = state, outcome, now_s
         self.kwargs = {}
         self.memory = {}
-        self.adapter_set = None
+        self.adapter_set = self.view = None
         self.scheduler = self.on_step = self.run = self.cancelling = self.random_states = None
 
 
