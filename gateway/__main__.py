@@ -20,6 +20,7 @@ from gateway.jobs.service import check_jobs
 from gateway.keys import HOW_TO_MAKE, read_keys
 from gateway.settings import EVERYBODY, NOBODY, Settings, read_settings
 from gateway.telemetry.logs import set_up_logs
+from gateway.telemetry.tracing import check_tracing
 from handler.errors import ConfigError
 
 __all__ = ["main"]
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         set_up_logs(settings.log_format)
         _check_keys(settings)
+        check_tracing(settings.trace_endpoint)
         arguments.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         asyncio.run(check_jobs(settings.jobs, arguments.state_dir))
         listener = _listen(settings)

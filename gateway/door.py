@@ -21,6 +21,7 @@ from gateway.errors import Refused, Unauthorized, error_response
 from gateway.keys import Key, KeyRing
 from gateway.limits import Limiter
 from gateway.telemetry.facts import CURRENT, Facts
+from gateway.telemetry.tracing import sent_traceparent
 from handler.errors import (
     Cancelled,
     Conflict,
@@ -74,7 +75,7 @@ class Door:
         bodies: BodyBudget,
         *,
         keys_required: bool,
-        on_begin: Callable[[], object] = lambda: None,
+        on_begin: Sequence[Callable[[Facts], object]] = (),
         on_end: Sequence[Callable[[Facts], object]] = (),
     ) -> None:
         self._keys = keys
@@ -172,7 +173,9 @@ class Door:
         request_id, path = f"req_{secrets.token_hex(12)}", request.url.path
         facts = Facts(request_id, request.method, path, route, is_keyless=keyless)
         CURRENT.set(facts)  # of the task of this request alone
-        self._on_begin()
+        facts.traceparent = sent_traceparent(request.headers)
+        for tell in self._on_begin:
+            tell(facts)
         call: Call | None = None
         try:
             call = self._admit(request, facts, takes_place=takes_place)

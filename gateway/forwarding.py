@@ -26,7 +26,7 @@ from gateway.descriptions import Description, ask_for_description
 from gateway.errors import InstanceDied, Refused
 from gateway.events import read_events
 from gateway.routing import Fleet, Lease
-from gateway.telemetry.attempts import Attempts
+from gateway.telemetry.attempts import Attempts, trace_headers
 from handler.errors import RequestError
 
 __all__ = ["Forwarder", "Order", "Reply"]
@@ -238,6 +238,7 @@ class Forwarder:
             **address.headers,
             "Content-Type": order.content_type,
             "X-Request-Id": upstream_id,
+            **trace_headers(),
         }
         if order.accept is not None:
             headers["Accept"] = order.accept

@@ -26,6 +26,7 @@ from gateway.telemetry.attempts import Attempts
 from gateway.telemetry.fleet_metrics import FleetCollector
 from gateway.telemetry.logs import log_request
 from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.tracing import make_tracing
 from handler.errors import ConfigError
 
 __all__ = ["Gateway", "open_session"]
@@ -70,8 +71,8 @@ class Gateway:
         sources += [FixedSource(each) for each in settings.instances]
         fleet = Fleet(sources, settings, WorkerCheck(open_session))
         session = open_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=30))
-        metrics = Metrics()
-        forwarder = Forwarder(fleet, session, settings.max_wait_s, Attempts(metrics))
+        metrics, tracing = Metrics(), make_tracing(settings.trace_endpoint)
+        forwarder = Forwarder(fleet, session, settings.max_wait_s, Attempts(metrics, tracing))
         pictures = PictureStore(
             state_dir / "pictures", settings.url_expires_s, settings.url_store_bytes
         )
@@ -84,8 +85,8 @@ class Gateway:
             Limiter(),
             bodies,
             keys_required=settings.keys_required,
-            on_begin=metrics.begun,
-            on_end=(metrics.ended, log_request),
+            on_begin=[metrics.begun, *([] if tracing is None else [tracing.begun])],
+            on_end=[metrics.ended, log_request, *([] if tracing is None else [tracing.ended])],
         )
         await fleet.start()
         try:
@@ -103,6 +104,8 @@ class Gateway:
             await forwarder.close()
             await fleet.close()
             await session.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     async def _keep_house(self) -> None:
         while True:

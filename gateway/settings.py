@@ -217,6 +217,12 @@ class Settings:
     drain_s: float = _key(
         30.0, allow.number(0.0, 86400.0), "seconds that requests may take to end when it stops"
     )
+    trace_endpoint: str | None = _key(
+        None,
+        allow.optional(allow.text()),
+        "where spans of requests go, OTLP over HTTP; left out: OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+        " of the environment, else none",
+    )
     log_format: str = _key(
         "text", allow.one_of("text", "json"), "of the log: lines of text, or one object a line"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["CURRENT", "Facts", "current_facts"]
 
@@ -35,6 +36,15 @@ class Facts:
     upstream_ids: list[str] = field(default_factory=list)
     """What its pictures were called towards the instances, whose logs have these ids."""
     num_resent: int = 0
+    traceparent: str = ""
+    """Of its own span where there are traces, else what its client sent."""
+    span: Any = None
+    """OpenTelemetry's, where there are traces."""
+
+    @property
+    def trace_id(self) -> str:
+        """Of the trace that it is part of; empty where there is none."""
+        return self.traceparent[3:35]
 
     @property
     def seconds(self) -> float:

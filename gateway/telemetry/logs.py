@@ -78,6 +78,8 @@ def _fields(facts: Facts) -> dict[str, Any]:
         fields["error"] = facts.code
     if facts.has_left:
         fields["client_left"] = True
+    if facts.trace_id:
+        fields["trace_id"] = facts.trace_id
     if facts.model:
         fields |= {
             "model": facts.model,

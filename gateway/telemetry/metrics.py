@@ -83,7 +83,7 @@ class Metrics:
             registry=registry,
         )
 
-    def begun(self) -> None:
+    def begun(self, facts: Facts) -> None:
         """Count a request as open."""
         self._open.inc()
 

@@ -15,7 +15,6 @@ import yaml
 
 from gateway.keys import KeyRing
 from gateway.settings import Settings
-from scripts import serve
 from scripts.cli import make_parser
 from scripts.repository import REPOSITORY
 from tests.deploy.manifests import check, pod_of
@@ -222,7 +221,6 @@ def test_the_gateway_knows_the_keys(tmp_path: Path) -> None:
     assert "everybody-knows" not in text
 
 
-@pytest.mark.skipif(not hasattr(serve, "run_in_foreground"), reason="serve has no --foreground yet")
 def test_the_command_line_takes_what_the_containers_run(rendered: list[dict[str, Any]]) -> None:
     pod, parser = pod_of(only(rendered, "Deployment")), make_parser()
     for container in (*pod["initContainers"], *pod["containers"]):

@@ -19,7 +19,6 @@ import yaml
 
 from deploy.requirements import main as print_requirements
 from gateway.settings import Settings
-from scripts import serve
 from scripts.cli import make_parser
 from scripts.repository import REPOSITORY
 
@@ -28,9 +27,6 @@ DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 FINAL = DOCKERFILE.rpartition("\nFROM ")[2]
-has_foreground = pytest.mark.skipif(
-    not hasattr(serve, "run_in_foreground"), reason="serve has no --foreground yet"
-)
 
 
 def hadolint(path: Path) -> subprocess.CompletedProcess[str]:
@@ -112,7 +108,6 @@ def test_requirements_of_the_extras(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(printed) == len(set(printed))
 
 
-@has_foreground
 def test_the_command_line_takes_what_is_run() -> None:
     commands = [
         shlex.split(" ".join(re.findall(r'"([^"]+)"', line)))

@@ -40,6 +40,7 @@ class Received:
     path: str
     upstream_id: str
     fields: dict[str, Any]
+    traceparent: str = ""
 
 
 @dataclass(slots=True)
@@ -80,7 +81,8 @@ class FakeInstance:
                 return web.json_response({"error": error}, status=404)
             return web.json_response({"cancelled": content["cancel"]})
         upstream_id = request.headers.get("X-Request-Id", "")
-        received = Received(request.path, upstream_id, content)
+        traceparent = request.headers.get("traceparent", "")
+        received = Received(request.path, upstream_id, content, traceparent)
         self.received.append(received)
         self.open_requests += 1
         try:
