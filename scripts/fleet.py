@@ -31,7 +31,6 @@ from scripts.torchserve.state import FLEET_LOG, FLEET_RECORD, StateDir
 from scripts.torchserve.supervisor import Supervision, Supervisor, request_stop
 
 __all__ = [
-    "add_fleet_arguments",
     "fleet_status",
     "is_fleet",
     "refuse_mixing",
@@ -43,19 +42,6 @@ __all__ = [
 
 _POLL_S = 0.2
 _END_S = 90.0
-
-
-def add_fleet_arguments(parser: argparse.ArgumentParser, *, foreground: bool) -> None:
-    """Let `parser` take what makes a fleet of one instance."""
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--gpus", help="an instance each: all, or a list such as 0,1; supervised")
-    which.add_argument("--instances", type=int, help="as many on the CPU, supervised")
-    if foreground:
-        parser.add_argument(
-            "--foreground",
-            action="store_true",
-            help="supervise here until a signal, for containers and systemd",
-        )
 
 
 def is_fleet(arguments: argparse.Namespace) -> bool:

@@ -15,7 +15,6 @@ from scripts.command import add_run_dir
 from scripts.console import run_command
 from scripts.errors import ServerError
 from scripts.fleet import (
-    add_fleet_arguments,
     fleet_status,
     is_fleet,
     refuse_mixing,
@@ -27,6 +26,7 @@ from scripts.fleet import (
 from scripts.gateway_process import GatewayProcess
 from scripts.haproxy_process import HaproxyProcess
 from scripts.hints import to_run
+from scripts.serve_arguments import add_drain, add_fleet_arguments, add_start_arguments
 from scripts.torchserve.curl import curl_line
 from scripts.torchserve.draining import DRAIN_S, drain
 from scripts.torchserve.fleet import FleetRecord, run_dirs
@@ -38,13 +38,11 @@ from scripts.torchserve.state import FLEET_LOG, StateDir
 
 __all__ = [
     "add_commands",
-    "add_start_arguments",
     "gateway_dir_of",
     "main",
     "start",
 ]
 
-MAX_DRAIN_S = 86400.0
 EXAMPLE_PROMPT = "A futuristic cityscape"
 # It closes its connections, and tells instances what it has cancelled.
 _GATEWAY_GRACE_S = 5.0
@@ -267,19 +265,6 @@ def _progress(what: str) -> Iterator[Callable[[float], None]]:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def seconds(text: str) -> float:
-    """Read a duration of a drain. Raises: ArgumentTypeError, ValueError."""
-    value = float(text)
-    if not 0 <= value <= MAX_DRAIN_S:
-        raise argparse.ArgumentTypeError(f"{text} is not within 0 to {MAX_DRAIN_S:.0f}")
-    return value
-
-
-def grpc_port(text: str) -> int | None:
-    """Read the port of gRPC; ``off`` is None."""
-    return None if text == "off" else int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="serve",
@@ -313,7 +298,7 @@ def add_commands(
     restarter = add(restart, "restart it; several instances one after another")
     restarter.add_argument("--timeout-s", type=float, default=READY_TIMEOUT_S, help="(1800)")
     for each in (server, stopper, restarter):
-        _add_drain(each)
+        add_drain(each)
     stopper.add_argument(
         "--gateway-dir", type=Path, help="of the gateway, which is stopped too (RUN_DIR-gateway)"
     )
@@ -323,27 +308,6 @@ def add_commands(
     viewer = add(logs, "show its log")
     viewer.add_argument("--lines", type=int, default=50, help="how many (50)")
     viewer.add_argument("--follow", action="store_true", help="go on until interrupted")
-
-
-def _add_drain(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--drain-s",
-        type=seconds,
-        default=DRAIN_S,
-        help=f"seconds for requests in flight; 0 resets them ({DRAIN_S:.0f})",
-    )
-
-
-def add_start_arguments(starter: argparse.ArgumentParser) -> None:
-    """Let `starter` take what `start` needs beside ``--run-dir``, ``--name`` and ``--brief``."""
-    starter.add_argument("--store", type=Path, default=Path("model-store"), help="archives' folder")
-    starter.add_argument("--port", type=int, default=8080, help="HTTP: this, +1, +2 (8080)")
-    starter.add_argument("--grpc-port", type=grpc_port, default=7070, help="gRPC; off: none (7070)")
-    starter.add_argument("--address", default=LOOPBACK, help="another needs --auth on (127.0.0.1)")
-    starter.add_argument("--auth", choices=("on", "off"), default="off", help="ask for a key (off)")
-    starter.add_argument(
-        "--timeout-s", type=float, default=READY_TIMEOUT_S, help="for the worker (1800)"
-    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from scripts.build_archive import pack_embedded
 from scripts.command import Command, add_run_dir
 from scripts.console import DONE
 from scripts.errors import ServerError
-from scripts.fleet import add_fleet_arguments
 from scripts.gateway_process import (
     DEFAULT_CONFIG,
     GatewayOptions,
@@ -21,7 +20,8 @@ from scripts.gateway_process import (
 )
 from scripts.haproxy_process import GrpcInstance, HaproxyOptions, HaproxyProcess
 from scripts.hints import to_run
-from scripts.serve import add_start_arguments, gateway_dir_of, start
+from scripts.serve import gateway_dir_of, start
+from scripts.serve_arguments import add_fleet_arguments, add_start_arguments
 from scripts.torchserve.draining import DRAIN_S
 from scripts.torchserve.fleet import run_dirs
 from scripts.torchserve.haproxy_socket import haproxy_dir_of, server_name
