@@ -6,12 +6,13 @@ SHELL := /bin/bash
 
 # These come from the command line alone: some shells export a NAME or a VERSION of their own.
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
-	FORCE SMOKE SBOM TO RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE GATEWAY_DIR GATEWAY_PORT GATEWAY_ADDRESS,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
+	FORCE SMOKE SBOM TO RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE GATEWAY_DIR GATEWAY_PORT GATEWAY_ADDRESS \
+	GPUS INSTANCES FOREGROUND HAPROXY HAPROXY_PORT HAPROXY_CERT HAPROXY_METRICS,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
 
 # The recipes put these between double quotes, where the shell would read such letters itself.
 unquotable := " ` \ $$
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY TO RUN_DIR STORE \
-	DEMO_PICTURE GATEWAY_DIR,\
+	DEMO_PICTURE GATEWAY_DIR GPUS HAPROXY_CERT,\
 	$(foreach letter,$(unquotable),$(if $(findstring $(letter),$(value $(variable))),\
 	$(error $(variable) may not have any of $(unquotable) in it; rename it or move it))))
 
@@ -29,7 +30,7 @@ PORT      ?= 8080
 GRPC_PORT ?= 7070
 ADDRESS   ?= 127.0.0.1
 AUTH      ?= off
-DRAIN_S   ?= 30
+DRAIN_S   ?= 60
 PIP_ARGS  ?=
 DEMO_PICTURE ?= demo.png
 # Test files that run at the same time, each process with models and servers of its own.
@@ -55,8 +56,10 @@ EMBEDDED        := $(STORE)/.embedded
 
 START = --run-dir "$(RUN_DIR)" --store "$(STORE)" --port $(PORT) --grpc-port $(GRPC_PORT) \
 	--address $(ADDRESS) --auth $(AUTH)
+# Several instances, one a GPU or so many on the CPU.
+FLEET = $(if $(GPUS),--gpus "$(GPUS)") $(if $(INSTANCES),--instances $(INSTANCES))
 
-.PHONY: help demo setup archive inspect verify push pull serve up down key stop status logs test test-fast gpu-check lint format bench clean
+.PHONY: help demo setup archive inspect verify push pull serve up down key restart stop status logs test test-fast chaos gpu-check lint format bench clean
 
 help: ## List the targets
 	@echo "make demo first; then your own curl."
@@ -105,12 +108,16 @@ pull: $(INSTALLED) ## Fetch an archive from one: FROM=registry/name@sha256:… [
 	@$(CHECK_ARGS)
 	@$(CLI) pull $(CHOSEN) --from "$(FROM)" $(if $(FORCE),--force) $(ARGS)
 
-serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]
-	@$(CLI) serve $(START) $(if $(NAME),--name "$(NAME)")
+serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT= AUTH=on ADDRESS=]; supervised: [GPUS=all|0,1 INSTANCES=2 FOREGROUND=1]
+	@$(if $(FOREGROUND),exec) $(CLI) serve $(START) $(if $(NAME),--name "$(NAME)") $(FLEET) \
+		--drain-s $(DRAIN_S) $(if $(FOREGROUND),--foreground)
 
-up: $(INSTALLED) ## Serve with the gateway in front: http://127.0.0.1:8000 [GATEWAY_PORT= GATEWAY_ADDRESS= NAME= …]
-	@$(CLI) up $(START) $(if $(NAME),--name "$(NAME)") --gateway-dir "$(GATEWAY_DIR)" \
-		$(if $(GATEWAY_PORT),--gateway-port $(GATEWAY_PORT)) $(if $(GATEWAY_ADDRESS),--gateway-address $(GATEWAY_ADDRESS))
+up: $(INSTALLED) ## Serve with the gateway in front: http://127.0.0.1:8000 [GATEWAY_PORT= GATEWAY_ADDRESS= NAME= GPUS= INSTANCES= HAPROXY=1 …]
+	@$(CLI) up $(START) $(if $(NAME),--name "$(NAME)") $(FLEET) --gateway-dir "$(GATEWAY_DIR)" \
+		$(if $(GATEWAY_PORT),--gateway-port $(GATEWAY_PORT)) $(if $(GATEWAY_ADDRESS),--gateway-address $(GATEWAY_ADDRESS)) \
+		$(if $(HAPROXY),--haproxy $(if $(HAPROXY_PORT),--haproxy-port $(HAPROXY_PORT)) \
+		$(if $(HAPROXY_CERT),--haproxy-cert "$(HAPROXY_CERT)") \
+		$(if $(HAPROXY_METRICS),--haproxy-metrics $(HAPROXY_METRICS)))
 
 down: stop ## Stop both; the same as make stop
 
@@ -118,7 +125,11 @@ key: $(INSTALLED) ## Make a key for the gateway, shown this once: NAME=… [ARGS
 	@$(CHECK_ARGS)
 	@$(PY) -m gateway.keys --name "$(NAME)" $(ARGS)
 
-stop: ## Stop the server once its requests are finished; those that take longer get 503 [DRAIN_S=30]
+restart: ## Restart it with the archive as it is now; several instances one after another [DRAIN_S=60]
+	@$(IS_INSTALLED)
+	@$(CLI) restart --run-dir "$(RUN_DIR)" --drain-s $(DRAIN_S)
+
+stop: ## Stop the server once its requests are finished; those that take longer get 503 [DRAIN_S=60]
 	@[ ! -x $(PY) ] || $(CLI) stop --run-dir "$(RUN_DIR)" --drain-s $(DRAIN_S) \
 		--gateway-dir "$(GATEWAY_DIR)"
 
@@ -135,6 +146,10 @@ test: $(INSTALLED) ## Everything that must pass, on the real TorchServe too [JOB
 
 test-fast: $(INSTALLED) ## The tests that need no server and little time
 	@$(PY) -m pytest $(PARALLEL) -m "not server and not slow"
+
+chaos: $(INSTALLED) ## Break a site of its own while clients draw: an hour, or five minutes [ARGS=--short]
+	@$(CHECK_ARGS)
+	@$(PY) -m tests.chaos $(ARGS)
 
 gpu-check: $(INSTALLED) ## On a machine with an NVIDIA GPU: its tests, a real server, short benchmarks; 8 minutes [ARGS=]
 	@$(PY) -m scripts.gpu_check $(ARGS)
@@ -154,13 +169,19 @@ bench: $(INSTALLED) ## Measure the README's figures: one UNet, then servers unde
 	@$(PY) -m benchmarks.gateway
 
 clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, your archives, the jobs nor keys)
-	@if grep -qsx '# This instance:' "$(RUN_DIR)/config.properties"; then \
-		cd "$(RUN_DIR)" && rm -rf tmp temp logs config.properties server.json sockets org; fi
+	@for folder in "$(RUN_DIR)" "$(RUN_DIR)"/[0-9] "$(RUN_DIR)"/[0-9][0-9]; do \
+		if grep -qsx '# This instance:' "$$folder/config.properties"; then \
+			(cd "$$folder" && rm -rf tmp temp logs config.properties server.json sockets org); \
+			[ "$$folder" = "$(RUN_DIR)" ] || rmdir -- "$$folder" 2>/dev/null || true; fi; done
+	@rm -f -- "$(RUN_DIR)/fleet.json" "$(RUN_DIR)/fleet.log" "$(RUN_DIR)/fleet-stop.json"
 	@[ ! -d "$(RUN_DIR)" ] || rmdir -- "$(RUN_DIR)" 2>/dev/null || true
 	@rm -f -- "$(DEMO_PICTURE)"
 	@if grep -qsE ' gateway listens at http|^gateway: error: ' "$(GATEWAY_DIR)/gateway.log"; then \
 		cd "$(GATEWAY_DIR)" && rm -rf pictures gateway.log gateway.log.1 gateway.json; fi
 	@[ ! -d "$(GATEWAY_DIR)" ] || rmdir -- "$(GATEWAY_DIR)" 2>/dev/null || true
+	@cd "$(RUN_DIR)-haproxy" 2>/dev/null && rm -f haproxy.log haproxy.json instances.cfg \
+		certificate.pem admin.sock || true
+	@[ ! -d "$(RUN_DIR)-haproxy" ] || rmdir -- "$(RUN_DIR)-haproxy" 2>/dev/null || true
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@[ ! -e "$(EMBEDDED)" ] || rm -f -- "$(EMBEDDED)" "$(DEFAULT_ARCHIVE)"
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -36,7 +36,7 @@ from scripts.gateway_process import environment
 from scripts.torchserve.options import Ports
 from scripts.torchserve.process import TorchServer
 
-__all__ = ["Clients", "main", "way_of"]
+__all__ = ["Clients", "gateway", "main", "way_of"]
 
 PIPELINE = Path("demo/pipeline")
 NUM_CLIENTS, NUM_WAITING = 24, 500

@@ -68,6 +68,8 @@ class _EventReply(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self._call.facts.has_left = not self._drawings.is_over
+            self._call.facts.code = self._drawings.code
             self._call.until_over.close()
             await self._drawings.close()
 
@@ -87,6 +89,10 @@ class _Drawings:
         self._request_id = request_id
         self._encode_error = encode_error
         self._end = end
+        self.is_over = False
+        """Whether every event has been taken."""
+        self.code = ""
+        """Of the error that ended it."""
         self._new: asyncio.Queue[bytes | RequestError | None] = asyncio.Queue()
         self._tasks = [
             asyncio.create_task(self._draw(forwarder.stream, order, index, encode))
@@ -112,6 +118,7 @@ class _Drawings:
                 comment_at_s = now_s() + _COMMENT_AFTER_S
                 continue
             if isinstance(new, RequestError):
+                self.code = new.code
                 yield self._encode_error(new)
                 break
             if new is None:
@@ -121,6 +128,7 @@ class _Drawings:
                 comment_at_s = now_s() + _COMMENT_AFTER_S
         if self._end:
             yield self._end
+        self.is_over = True
 
     def cancel(self) -> None:
         """End the reply with an error that says so."""

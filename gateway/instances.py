@@ -38,6 +38,8 @@ class Address:
     token: str | None = None
     management_token: str | None = None
     config: ModelConfig = field(default_factory=ModelConfig)
+    metrics: str | None = None
+    """Where TorchServe tells its metrics and its worker's."""
     started: str = ""
     """Differs between two servers that had the same address one after the other."""
 
@@ -94,6 +96,8 @@ class RunDirSource:
                 token=keys.get("inference", {}).get("key"),
                 management_token=keys.get("management", {}).get("key"),
                 config=read_model_config(Path(saved["archive"])),
+                # On loopback, wherever inference listens.
+                metrics=f"http://127.0.0.1:{saved['ports']['metrics']}/metrics",
                 started=f"{saved['pid']} {saved['created_s']}",
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -128,6 +132,7 @@ class FixedSource:
             token=token,
             management_token=management_token,
             config=self._config,
+            metrics=self._settings.metrics,
         )
 
 

@@ -125,6 +125,7 @@ EDIT_FIELDS: Mapping[str, Field] = field_table(
 WITHOUT_MEANING: Mapping[str, str] = {
     "request_id": "send it as the header X-Request-Id",
     "cancel": "a request is cancelled by DELETE /v1/requests/ID",
+    "describe": "GET /v1/fields says what a model has",
     "previews": "send partial_images with stream",
     "style": "say it in the prompt",
     "complexity": "diffusion models have none; leave it out",

@@ -239,6 +239,8 @@ def _paths() -> Iterator[tuple[str, dict[str, Any]]]:
         ("/pictures/{name}", "get", "A picture that was asked for as a URL"),
         ("/", "get", "The page to draw on"),
         ("/healthz", "get", "Whether the gateway lives"),
+        ("/metrics", "get", "For Prometheus: what the gateway counts"),
+        ("/metrics/instances", "get", "For Prometheus: what TorchServe and its workers count"),
         ("/readyz", "get", "Whether anything can be drawn"),
     ):
         operation = _operation(summary, described)

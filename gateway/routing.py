@@ -22,7 +22,7 @@ from gateway.settings import Settings
 from handler.errors import QueueFull
 from handler.messages import nearest, show
 
-__all__ = ["Fleet", "Lease", "Model"]
+__all__ = ["Fleet", "InstanceState", "Lease", "Model"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,20 @@ class Model:
     created_s: int
 
 
+@dataclass(frozen=True, slots=True)
+class InstanceState:
+    """One instance, as an operator sees it."""
+
+    name: str
+    model: str
+    is_ready: bool
+    num_requests: int
+    max_requests: int
+    max_rows: int
+    num_starts: int
+    """How often its worker became READY."""
+
+
 class Instance:
     """One TorchServe as the fleet sees it."""
 
@@ -54,6 +68,7 @@ class Instance:
         self.is_down = False
         """Known to have no worker: what was sent there is not being drawn."""
         self.paused_until_s = 0.0
+        self.num_starts = 0
         self.silent_checks = 0
         self.heard_s = -math.inf
         """When its worker was last heard of, or got something to draw when it had nothing."""
@@ -178,6 +193,10 @@ class Fleet:
             )
         return models[wanted]
 
+    def address(self, model: str) -> Address | None:
+        """Where an instance that serves `model` is reached; None while none is READY."""
+        return next((each.address for each in self._serving(model)), None)
+
     @property
     def is_ready(self) -> bool:
         """Whether any instance can take requests."""
@@ -187,6 +206,33 @@ class Fleet:
     def num_waiting(self) -> int:
         """Requests that have no instance yet."""
         return len(self._line)
+
+    def num_waiting_by_model(self) -> dict[str, int]:
+        """The same by model, those included for which nobody waits."""
+        counts = Counter(waiter.model for waiter in self._line)
+        return {model: counts[model] for model in [*self.models(), *counts]}
+
+    def instances(self) -> list[InstanceState]:
+        """Every instance that has been seen."""
+        return [
+            InstanceState(
+                each.source.name,
+                each.address.model,
+                each.is_ready,
+                len(each.leases),
+                self._max_requests(each.address),
+                each.address.config.handler.max_rows,
+                each.num_starts,
+            )
+            for each in self._instances
+            if each.address is not None
+        ]
+
+    def addresses(self) -> list[tuple[str, Address]]:
+        """Every instance that has been seen, by its name."""
+        return [
+            (each.source.name, each.address) for each in self._instances if each.address is not None
+        ]
 
     def retry_after_s(self, model: str) -> int:
         """How long the work that there is takes at the present pace."""
@@ -249,9 +295,12 @@ class Fleet:
 
     def _has_room(self, instance: Instance) -> bool:
         assert instance.address is not None
-        batch_size = instance.address.config.batch_size
-        limit = self._settings.max_in_flight or max(1, batch_size - _ROOM_FOR_CANCELS)
+        limit = self._max_requests(instance.address)
         return len(instance.leases) < limit and time.monotonic() >= instance.paused_until_s
+
+    def _max_requests(self, address: Address) -> int:
+        room = address.config.batch_size - _ROOM_FOR_CANCELS
+        return self._settings.max_in_flight or max(1, room)
 
     async def _wait(self, waiter: _Waiter, until_s: float) -> Lease:
         settings, key = self._settings, waiter.key
@@ -394,6 +443,9 @@ class Fleet:
     def _note(self, instance: Instance, *, is_ready: bool) -> None:
         if is_ready != instance.is_ready:
             logger.info("%s is %s", instance.source.name, "READY" if is_ready else "not READY")
+            instance.num_starts += is_ready
+            # What refused requests for a while, as one that is drained, is another one since.
+            instance.paused_until_s = 0.0
         instance.silent_checks = 0
         instance.is_ready, instance.is_down = is_ready, not is_ready
 

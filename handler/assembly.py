@@ -37,6 +37,8 @@ from handler.pipelines.tasks import pictures_of, pipeline_name, pipelines_of, sp
 from handler.service.generation import GenerationService
 from handler.service.lora_shelf import LoraNames, LoraShelf
 from handler.service.reading import read_requests
+from handler.service.records import Watcher, log_record
+from handler.service.tracing import make_tracing
 
 __all__ = ["assemble", "short_request"]
 
@@ -87,6 +89,7 @@ def assemble(
         model_name=model_name,
         checker=SafetyChecker.take_from(engine.pipelines.values()),
         shelf=_shelf(engine, loaded, config, loras),
+        watchers=_watchers(config, model_name),
     )
     if warm_up and plan.warm_up:
         _warm_up(speed_up, engine, requests, config, traits, loaded)
@@ -114,6 +117,14 @@ def _warm_up(
             raise
         problem = drawing_problem(device_memory(loaded.device), loaded.dtype)
         raise ConfigError(problem) from error
+
+
+def _watchers(config: HandlerConfig, model_name: str) -> list[Watcher]:
+    """Return who is told of requests that have ended."""
+    watchers: list[Watcher] = [log_record] if config.request_log == "json" else []
+    if (tracing := make_tracing(config, model_name)) is not None:
+        watchers.append(tracing)
+    return watchers
 
 
 def _lora_folder(config: HandlerConfig) -> Path | None:

@@ -274,6 +274,18 @@ class HandlerConfig:
         "threads that encode finished pictures, and as many that decode those that are sent",
     )
 
+    trace_endpoint: str | None = _key(
+        None,
+        allow.optional(allow.text()),
+        "where spans of every request go, OTLP over HTTP; needs the extra `tracing`",
+        left_out="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT of the environment, else none",
+        example="http://127.0.0.1:4318/v1/traces",
+        section="What is told of requests",
+    )
+    request_log: str = _key(
+        "none", allow.one_of("none", "json"), "one object a request in the log, without its prompt"
+    )
+
     def __post_init__(self) -> None:
         problems = [
             *_value_problems({f.name: getattr(self, f.name) for f in fields(self)}),

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-__all__ = ["end_process", "read_saved", "running_process", "save"]
+from scripts.interrupts import signals_held
+
+__all__ = [
+    "end_process",
+    "last_lines",
+    "read_saved",
+    "running_process",
+    "save",
+    "start_in_background",
+]
+
+_LOG_LINES = 15
+# Popen warns of one that is forgotten while it runs.
+_started: list[subprocess.Popen[bytes]] = []
 
 
 def save(path: Path, values: Mapping[str, object]) -> None:
@@ -57,3 +71,31 @@ def end_process(process: psutil.Process, timeout_s: float) -> None:
         except psutil.TimeoutExpired:
             process.kill()
             process.wait(10)
+
+
+def start_in_background(
+    command: Sequence[str], environment: Mapping[str, str], log_file: Path
+) -> tuple[subprocess.Popen[bytes], int]:
+    """Start `command` in a session of its own; what it says is added to `log_file`.
+
+    Returns the process, and where in the log its own words begin.
+    """
+    with log_file.open("ab") as log:
+        begins_at = log.tell()
+        with signals_held():
+            started = subprocess.Popen(
+                command,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C in the terminal that started it is not for it.
+            )
+    _started.append(started)
+    return started, begins_at
+
+
+def last_lines(log_file: Path, begins_at: int) -> str:
+    """Return the last lines of what a process has said since `begins_at`, indented."""
+    said = log_file.read_bytes()[begins_at:].decode("utf-8", "replace")
+    return "\n".join(f"    {line}" for line in said.splitlines()[-_LOG_LINES:])

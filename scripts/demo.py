@@ -16,7 +16,8 @@ from scripts.console import DONE
 from scripts.embedded import EMBEDDED_NAME
 from scripts.errors import ServerError
 from scripts.hints import to_run
-from scripts.serve import add_start_arguments, start
+from scripts.serve import start
+from scripts.serve_arguments import add_start_arguments
 from scripts.torchserve.curl import curl_line, post
 from scripts.torchserve.process import TorchServer
 

@@ -7,6 +7,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,10 +18,16 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from scripts.background import end_process, read_saved, running_process, save
+from scripts.background import (
+    end_process,
+    last_lines,
+    read_saved,
+    running_process,
+    save,
+    start_in_background,
+)
 from scripts.errors import ServerError
 from scripts.hints import to_run
-from scripts.interrupts import signals_held
 from scripts.repository import REPOSITORY
 
 __all__ = ["DEFAULT_CONFIG", "GatewayOptions", "GatewayProcess", "command_line", "environment"]
@@ -28,7 +35,8 @@ __all__ = ["DEFAULT_CONFIG", "GatewayOptions", "GatewayProcess", "command_line",
 DEFAULT_CONFIG = REPOSITORY / "config" / "gateway.yaml"
 _START_TIMEOUT_S = 60.0
 _POLL_S = 0.05
-_LOG_LINES = 15
+# In a line of text or of JSON.
+_LISTENS = re.compile(r"listens at (https?://[^\s\"]+)")
 # A log that is larger is put aside when the gateway starts.
 _MAX_LOG_BYTES = 64 * 1024**2
 
@@ -41,7 +49,8 @@ class GatewayOptions:
     config: Path = DEFAULT_CONFIG
     address: str | None = None
     port: int | None = None
-    run_dir: Path | None = None
+    run_dirs: tuple[Path, ...] = ()
+    """Of its instances; none: those that its configuration names."""
 
     def fingerprint(self) -> str:
         """Return a digest of all that a running gateway depends on."""
@@ -64,13 +73,14 @@ def command_line(options: GatewayOptions) -> list[str]:
     given = {
         "--config": options.config,
         "--state-dir": options.state_dir,
-        "--run-dir": options.run_dir,
         "--address": options.address,
         "--port": options.port,
     }
     arguments = [
         word for name, value in given.items() if value is not None for word in (name, str(value))
     ]
+    for run_dir in options.run_dirs:
+        arguments += ["--run-dir", str(run_dir)]
     return [sys.executable, "-m", "gateway", *arguments]
 
 
@@ -114,17 +124,7 @@ class GatewayProcess:
         saved_file = state_dir / "gateway.json"
         if log_file.exists() and log_file.stat().st_size > _MAX_LOG_BYTES:
             log_file.replace(state_dir / "gateway.log.1")
-        with log_file.open("ab") as log:
-            log_begins_at = log.tell()
-            with signals_held():
-                launched = subprocess.Popen(
-                    command,
-                    env=environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # Ctrl-C in the terminal that started it is not for it.
-                )
+        launched, log_begins_at = start_in_background(command, environment(), log_file)
         try:
             url = _wait_until_it_answers(launched, log_file, log_begins_at)
             process = psutil.Process(launched.pid)
@@ -157,20 +157,10 @@ def _wait_until_it_answers(
             log.seek(log_begins_at)
             said = log.read().decode("utf-8", "replace")
         if launched.poll() is not None:
-            lines = said.splitlines()[-_LOG_LINES:]
-            raise ServerError(
-                "the gateway did not start", "\n".join(f"    {line}" for line in lines)
-            )
-        url = next(
-            (
-                line.split(" at ", 1)[1].strip()
-                for line in said.splitlines()
-                if " listens at " in line
-            ),
-            None,
-        )
-        if url is not None and _is_alive(url):
-            return url
+            raise ServerError("the gateway did not start", last_lines(log_file, log_begins_at))
+        listens = _LISTENS.search(said)
+        if listens is not None and _is_alive(listens[1]):
+            return listens[1]
         time.sleep(_POLL_S)
     raise ServerError(f"the gateway did not answer; {log_file} says more, then `{to_run('up')}`")
 

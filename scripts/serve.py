@@ -14,18 +14,35 @@ from scripts.archive.store import choose_archive
 from scripts.command import add_run_dir
 from scripts.console import run_command
 from scripts.errors import ServerError
+from scripts.fleet import (
+    fleet_status,
+    is_fleet,
+    refuse_mixing,
+    restart_fleet,
+    run_in_foreground,
+    start_fleet,
+    stop_fleet,
+)
 from scripts.gateway_process import GatewayProcess
+from scripts.haproxy_process import HaproxyProcess
 from scripts.hints import to_run
+from scripts.serve_arguments import add_drain, add_fleet_arguments, add_start_arguments
 from scripts.torchserve.curl import curl_line
 from scripts.torchserve.draining import DRAIN_S, drain
+from scripts.torchserve.fleet import FleetRecord, run_dirs
+from scripts.torchserve.haproxy_socket import haproxy_dir_of
 from scripts.torchserve.launch import end_leftover
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
-from scripts.torchserve.state import StateDir
+from scripts.torchserve.state import FLEET_LOG, StateDir
 
-__all__ = ["add_commands", "add_start_arguments", "gateway_dir_of", "main", "start"]
+__all__ = [
+    "add_commands",
+    "gateway_dir_of",
+    "main",
+    "start",
+]
 
-MAX_DRAIN_S = 86400.0
 EXAMPLE_PROMPT = "A futuristic cityscape"
 # It closes its connections, and tells instances what it has cancelled.
 _GATEWAY_GRACE_S = 5.0
@@ -38,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(arguments: argparse.Namespace) -> int:
     """Serve an archive, unless this very instance runs already."""
+    if getattr(arguments, "foreground", False):
+        return run_in_foreground(arguments)
+    if is_fleet(arguments):
+        return start_fleet(arguments)
+    refuse_mixing(arguments)
     options = Options(
         archive=choose_archive(arguments.store, arguments.name),
         state_dir=arguments.run_dir,
@@ -66,26 +88,39 @@ def start(arguments: argparse.Namespace) -> int:
         print("The archive or the settings have changed: restarting.")
         _drain(running, DRAIN_S)
         running.stop()
+    _start(server, arguments.timeout_s)
+    _introduce(server, "is serving", brief=arguments.brief)
+    return 0
+
+
+def _start(server: TorchServer, timeout_s: float) -> None:
     try:
         with _progress("Starting TorchServe") as tell:
             server.start()
-            server.wait_until_ready(arguments.timeout_s, tell)
+            server.wait_until_ready(timeout_s, tell)
     except BaseException:
         server.stop()
         raise
-    _introduce(server, "is serving", brief=arguments.brief)
-    return 0
 
 
 def stop(arguments: argparse.Namespace) -> int:
     """Finish what is in flight, then stop the instance, and remove what a killed one left.
 
-    A gateway in front of it is stopped first: what it has sent still finishes.
+    HAProxy and a gateway in front of it are stopped first: what they have sent still finishes.
     """
+    haproxy = HaproxyProcess.find(haproxy_dir_of(arguments.run_dir).resolve())
+    if haproxy is not None:
+        print(f"Stopping HAProxy (process {haproxy.pid}) ...", flush=True)
+        haproxy.stop(arguments.drain_s + _GATEWAY_GRACE_S)
     gateway = GatewayProcess.find(gateway_dir_of(arguments).resolve())
     if gateway is not None:
         print(f"Stopping the gateway (process {gateway.pid}) ...", flush=True)
         gateway.stop(arguments.drain_s + _GATEWAY_GRACE_S)
+    if (fleet := FleetRecord.read(arguments.run_dir)) is not None:
+        print(f"Stopping {len(fleet.instances)} instances ...", flush=True)
+        stop_fleet(fleet, arguments.run_dir, arguments.drain_s)
+        print("Stopped.")
+        return 0
     server = TorchServer.find(arguments.run_dir)
     if server is None:
         state = StateDir(arguments.run_dir)
@@ -101,8 +136,26 @@ def stop(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def restart(arguments: argparse.Namespace) -> int:
+    """Restart what runs, with what the store has now: a fleet one instance after another."""
+    if (fleet := FleetRecord.read(arguments.run_dir)) is not None:
+        return restart_fleet(fleet, arguments.run_dir)
+    running = TorchServer.find(arguments.run_dir)
+    if running is None:
+        raise ServerError(f"no server is running; `{to_run('serve')}` starts one")
+    server = TorchServer(running.options)
+    server.check(running)
+    _drain(running, arguments.drain_s)
+    running.stop()
+    _start(server, arguments.timeout_s)
+    _introduce(server, "is serving", brief=True)
+    return 0
+
+
 def status(arguments: argparse.Namespace) -> int:
     """Say what is served, whether it draws, and if not why; 1 when it does not."""
+    if (fleet := FleetRecord.read(arguments.run_dir)) is not None:
+        return fleet_status(fleet, as_json=arguments.json)
     server = TorchServer.find(arguments.run_dir)
     if server is None:
         none = f"No server is running; `{to_run('serve')}` starts one."
@@ -138,11 +191,15 @@ def status(arguments: argparse.Namespace) -> int:
 
 def logs(arguments: argparse.Namespace) -> int:
     """Show the log, and go on showing it with --follow."""
-    log_file = arguments.run_dir / "logs" / "server.log"
-    if not log_file.exists():
-        raise ServerError(f"there is no log yet: {log_file}")
+    folders = run_dirs(arguments.run_dir)
+    files = [folder / "logs" / "server.log" for folder in folders]
+    if folders != (arguments.run_dir,):
+        files.insert(0, arguments.run_dir / FLEET_LOG)
+    there = [str(file) for file in files if file.exists()]
+    if not there:
+        raise ServerError(f"there is no log yet: {files[0]}")
     follow = ["-F"] if arguments.follow else []
-    tail = ["tail", "-n", str(arguments.lines), *follow, str(log_file)]
+    tail = ["tail", "-n", str(arguments.lines), *follow, *there]
     try:
         return subprocess.run(tail, check=False).returncode
     except KeyboardInterrupt:
@@ -208,19 +265,6 @@ def _progress(what: str) -> Iterator[Callable[[float], None]]:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def seconds(text: str) -> float:
-    """Read a duration of a drain. Raises: ArgumentTypeError, ValueError."""
-    value = float(text)
-    if not 0 <= value <= MAX_DRAIN_S:
-        raise argparse.ArgumentTypeError(f"{text} is not within 0 to {MAX_DRAIN_S:.0f}")
-    return value
-
-
-def grpc_port(text: str) -> int | None:
-    """Read the port of gRPC; ``off`` is None."""
-    return None if text == "off" else int(text)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="serve",
@@ -249,13 +293,12 @@ def add_commands(
     server.add_argument("--name", help="which archive, when there are several")
     server.add_argument("--brief", action="store_true", help="say no more than the address")
     add_start_arguments(server)
+    add_fleet_arguments(server, foreground=True)
     stopper = add(stop, "finish what is in flight, then stop it")
-    stopper.add_argument(
-        "--drain-s",
-        type=seconds,
-        default=DRAIN_S,
-        help="for requests in flight; 0 resets them (30)",
-    )
+    restarter = add(restart, "restart it; several instances one after another")
+    restarter.add_argument("--timeout-s", type=float, default=READY_TIMEOUT_S, help="(1800)")
+    for each in (server, stopper, restarter):
+        add_drain(each)
     stopper.add_argument(
         "--gateway-dir", type=Path, help="of the gateway, which is stopped too (RUN_DIR-gateway)"
     )
@@ -265,18 +308,6 @@ def add_commands(
     viewer = add(logs, "show its log")
     viewer.add_argument("--lines", type=int, default=50, help="how many (50)")
     viewer.add_argument("--follow", action="store_true", help="go on until interrupted")
-
-
-def add_start_arguments(starter: argparse.ArgumentParser) -> None:
-    """Let `starter` take what `start` needs beside ``--run-dir``, ``--name`` and ``--brief``."""
-    starter.add_argument("--store", type=Path, default=Path("model-store"), help="archives' folder")
-    starter.add_argument("--port", type=int, default=8080, help="HTTP: this, +1, +2 (8080)")
-    starter.add_argument("--grpc-port", type=grpc_port, default=7070, help="gRPC; off: none (7070)")
-    starter.add_argument("--address", default=LOOPBACK, help="another needs --auth on (127.0.0.1)")
-    starter.add_argument("--auth", choices=("on", "off"), default="off", help="ask for a key (off)")
-    starter.add_argument(
-        "--timeout-s", type=float, default=READY_TIMEOUT_S, help="for the worker (1800)"
-    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from scripts.build_archive import pack_embedded
 from scripts.command import Command, add_run_dir
@@ -17,9 +18,14 @@ from scripts.gateway_process import (
     command_line,
     environment,
 )
+from scripts.haproxy_process import GrpcInstance, HaproxyOptions, HaproxyProcess
 from scripts.hints import to_run
-from scripts.serve import add_start_arguments, gateway_dir_of, start
+from scripts.serve import gateway_dir_of, start
+from scripts.serve_arguments import add_fleet_arguments, add_start_arguments
 from scripts.torchserve.draining import DRAIN_S
+from scripts.torchserve.fleet import run_dirs
+from scripts.torchserve.haproxy_socket import haproxy_dir_of, server_name
+from scripts.torchserve.process import TorchServer
 
 __all__ = ["GATEWAY", "UP"]
 
@@ -27,14 +33,14 @@ __all__ = ["GATEWAY", "UP"]
 def _up(arguments: argparse.Namespace) -> int:
     if not arguments.name and not _has_archive(arguments.store):
         pack_embedded(arguments.store)
-    arguments.brief = True
+    arguments.brief, arguments.drain_s = True, DRAIN_S
     start(arguments)
     options = GatewayOptions(
         gateway_dir_of(arguments).resolve(),
         arguments.gateway_config.resolve(),
         arguments.gateway_address,
         arguments.gateway_port,
-        arguments.run_dir.resolve(),
+        tuple(each.resolve() for each in run_dirs(arguments.run_dir)),
     )
     running = GatewayProcess.find(options.state_dir)
     if running is not None and running.started_as != options.fingerprint():
@@ -50,7 +56,42 @@ def _up(arguments: argparse.Namespace) -> int:
         '      -d \'{"prompt": "a red ring", "response_format": "url"}\'\n\n'
         f"{running.url}/docs lists what it takes. {to_run('stop')} stops both."
     )
+    if arguments.haproxy:
+        _start_haproxy(arguments, running)
     return DONE
+
+
+def _start_haproxy(arguments: argparse.Namespace, gateway: GatewayProcess) -> None:
+    """Put HAProxy in front of the gateway, and of the instances for gRPC."""
+    servers = [TorchServer.find(each) for each in run_dirs(arguments.run_dir)]
+    options = HaproxyOptions(
+        haproxy_dir_of(arguments.run_dir).resolve(),
+        urlsplit(gateway.url).netloc,
+        tuple(
+            GrpcInstance(
+                server_name(index),
+                ports.grpc_inference,
+                ports.inference,
+                each.model_name,
+                each.token(),
+            )
+            for index, each in enumerate(servers)
+            if each is not None and (ports := each.options.ports).grpc_inference is not None
+        ),
+        arguments.haproxy_port,
+        arguments.haproxy_metrics,
+        arguments.haproxy_cert,
+    )
+    running = HaproxyProcess.find(options.state_dir)
+    if running is not None and running.started_as != HaproxyProcess.fingerprint(options):
+        print("HAProxy's settings have changed: restarting.")
+        running.stop(DRAIN_S)
+        running = None
+    verb = "is already there"
+    if running is None:
+        running, verb = HaproxyProcess.start(options), "answers"
+    trust = "" if arguments.haproxy_cert else f"\n\n  curl --cacert {running.certificate} …"
+    print(f"HAProxy {verb} at {running.url}, for HTTP and gRPC{trust}")
 
 
 def _has_archive(store: Path) -> bool:
@@ -64,7 +105,7 @@ def _gateway(arguments: argparse.Namespace) -> int:
         arguments.gateway_config,
         arguments.gateway_address,
         arguments.gateway_port,
-        arguments.run_dir,
+        () if arguments.run_dir is None else run_dirs(arguments.run_dir),
     )
     command = command_line(options)
     try:
@@ -91,7 +132,16 @@ def _add_up_arguments(parser: argparse.ArgumentParser) -> None:
     add_run_dir(parser)
     parser.add_argument("--name", help="which archive, when there are several")
     add_start_arguments(parser)
+    add_fleet_arguments(parser, foreground=False)
     _add_gateway_arguments(parser)
+    parser.add_argument("--haproxy", action="store_true", help="put HAProxy with TLS in front")
+    parser.add_argument("--haproxy-port", type=int, default=8443, help="its port (8443)")
+    parser.add_argument(
+        "--haproxy-cert", type=Path, help="certificate, chain and key in one file (one of its own)"
+    )
+    parser.add_argument(
+        "--haproxy-metrics", default="127.0.0.1:8405", help="for Prometheus (127.0.0.1:8405)"
+    )
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

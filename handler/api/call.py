@@ -27,7 +27,7 @@ from handler.config import HandlerConfig
 from handler.errors import InvalidRequest, RequestError
 from handler.messages import show, summarise
 
-__all__ = ["Call", "CancelCall", "Envelope", "read_call"]
+__all__ = ["Call", "CancelCall", "DescribeCall", "Envelope", "read_call"]
 
 _IMAGE_FORMATS = ("png", "jpeg", "webp")
 
@@ -61,6 +61,11 @@ class CancelCall:
     request_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class DescribeCall:
+    """``{"describe": true}``: say what the pipeline has."""
+
+
 def read_call(
     body: Mapping[str, object],
     headers: Mapping[str, str],
@@ -68,7 +73,7 @@ def read_call(
     traits: PipelineTraits,
     *,
     draw_seed: Callable[[], int],
-) -> Call | CancelCall:
+) -> Call | CancelCall | DescribeCall:
     """Read one item of TorchServe's data; `headers` have lower-cased names.
 
     Raises:
@@ -80,6 +85,8 @@ def read_call(
     reader = FieldReader(message.shared, allow_text=payload.is_form)
     if message.shared.get("cancel") is not None:
         return _read_cancel(reader, message)
+    if message.shared.get("describe") is not None and reader.boolean("describe") is True:
+        return _read_describe(reader, message)
     call = _read_reply_fields(reader, headers, message, config)
     problems = {**message.problems, **reader.problems}
     requests, paths = [], []
@@ -112,12 +119,23 @@ def read_call(
 
 def _read_cancel(reader: FieldReader, message: Message) -> CancelCall:
     request_id = reader.id("cancel")
-    wrapped = {Envelope.KSERVE_V1: ["instances"], Envelope.KSERVE_V2: ["inputs"]}
-    for name in [*reader.rest(), *wrapped.get(message.envelope, ()), *message.problems]:
-        reader.report("cancel", f"must be sent alone, without {show(name)}")
+    _check_alone("cancel", reader, message)
     if request_id is None or reader.problems:
         raise InvalidRequest(summarise(reader.problems), reader.problems)
     return CancelCall(request_id)
+
+
+def _read_describe(reader: FieldReader, message: Message) -> DescribeCall:
+    _check_alone("describe", reader, message)
+    if reader.problems:
+        raise InvalidRequest(summarise(reader.problems), reader.problems)
+    return DescribeCall()
+
+
+def _check_alone(field: str, reader: FieldReader, message: Message) -> None:
+    wrapped = {Envelope.KSERVE_V1: ["instances"], Envelope.KSERVE_V2: ["inputs"]}
+    for name in [*reader.rest(), *wrapped.get(message.envelope, ()), *message.problems]:
+        reader.report(field, f"must be sent alone, without {show(name)}")
 
 
 def _read_reply_fields(

@@ -200,7 +200,9 @@ class FieldReader:
             value = _FORM_BOOLEANS.get(value.strip().lower(), value)
         if value is None or isinstance(value, bool):
             return value
-        self.report(name, f"{show(value)} is neither true nor false")
+        quoted = isinstance(value, str) and value.strip().lower() in _FORM_BOOLEANS
+        hint = "; write it without quotes" if quoted else ""
+        self.report(name, f"{show(value)} is neither true nor false{hint}")
         return None
 
     def choice(

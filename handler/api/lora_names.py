@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping
 
@@ -84,10 +85,12 @@ def _entries(value: object) -> list[tuple[object, object]]:
                 f"is {len(value)} characters long; allowed are {_MAX_TEXT_CHARS}, which name up to"
                 f" {MAX_LORAS} LoRAs"
             )
+        if value.strip()[:1] in ("{", "["):
+            return _entries(_from_json(value))  # as forms must send what is no text
         return [_written(part) for part in value.split(",") if part.strip()]
     if isinstance(value, Mapping):
-        if set(value) <= {"name", "scale"} and "name" in value and not _is_scale(value["name"]):
-            return [(value["name"], value.get("scale", 1.0))]
+        if "name" in value and not _is_scale(value["name"]):
+            return [_listed(value)]
         if len(value) > MAX_LORAS:
             raise _too_many(len(value))
         return [(name, 1.0 if scale is None else scale) for name, scale in value.items()]
@@ -105,7 +108,10 @@ def _too_many(number: int) -> ValueError:
 def _listed(value: object) -> tuple[object, object]:
     if isinstance(value, str):
         return _written(value)
-    if isinstance(value, Mapping) and "name" in value and set(value) <= {"name", "scale"}:
+    if isinstance(value, Mapping) and "name" in value:
+        unknown = [key for key in value if key not in ("name", "scale")]
+        if unknown:
+            raise ValueError(f"{show(unknown[0])} says nothing of a LoRA; {_FORMS}")
         return value["name"], value.get("scale", 1.0)
     raise ValueError(f"{show(value)} names no LoRA; {_FORMS}")
 
@@ -116,9 +122,17 @@ def _written(text: str) -> tuple[object, object]:
     if not colon:
         return name, 1.0
     number = scale_in(scale)
-    if number is not None:
-        return name.strip(), number
-    return text.strip(), 1.0  # of which the name is wrong, whatever else is
+    if number is None and (not is_lora_name(name.strip()) or "/" in scale or "\\" in scale):
+        return text.strip(), 1.0  # no name of a LoRA: a path or a URL
+    return name.strip(), scale.strip() if number is None else number
+
+
+def _from_json(text: str) -> object:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{show(text)} is not JSON; {_FORMS}") from error
+    return value
 
 
 def _is_scale(value: object) -> bool:

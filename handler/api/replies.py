@@ -12,13 +12,15 @@ import numpy as np
 
 from handler.api.accept import MEDIA_TYPES
 from handler.api.call import Call, Envelope
+from handler.api.description import describe
 from handler.api.encoding import array_json, encode_image, npy_bytes, to_pixels
 from handler.api.metadata import ImageMetadata, request_parameters
 from handler.api.result import Result
+from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.errors import RequestError
 
-__all__ = ["FLAGGED", "Reply", "cancel_reply", "error_reply", "success_reply"]
+__all__ = ["FLAGGED", "Reply", "cancel_reply", "describe_reply", "error_reply", "success_reply"]
 
 FLAGGED = "X-Content-Flagged"
 """The header that says of each picture whether the safety checker flags it, where it flags one."""
@@ -89,6 +91,12 @@ def error_reply(error: RequestError, *, request_id: str) -> Reply:
 def cancel_reply(request_id_cancelled: str, *, request_id: str) -> Reply:
     """What the canceller gets; who was cancelled gets the error `Cancelled`."""
     body = _json_bytes({"cancelled": request_id_cancelled})
+    return Reply(200, "OK", _JSON, body, _printable({"X-Request-Id": request_id}))
+
+
+def describe_reply(traits: PipelineTraits, *, request_id: str) -> Reply:
+    """What the pipeline has."""
+    body = _json_bytes(describe(traits))
     return Reply(200, "OK", _JSON, body, _printable({"X-Request-Id": request_id}))
 
 

@@ -88,6 +88,7 @@ def parse_fields(
     request = GenerationRequest(**attributes, extra=extra, pictures=pictures)  # type: ignore[arg-type]
     check_shortcuts(reader, sent, extra, request.engine_task, request.sampler, config, traits)
     check_request(reader, request, parameters, config, traits)
+    check_shortcuts(reader, sent, extra, request.engine_task, request.sampler, config, traits)
     reader.refuse_rest(PICTURE_NAMES | REPLY_FIELDS.keys())
     if reader.problems:
         raise InvalidRequest(summarise(reader.problems), reader.problems)
@@ -172,7 +173,8 @@ def _refuse_what_the_pipeline_lacks(
             continue
         if _is_sent(name, fields) and is_lacking(each, parameters):
             others = [task for task, has in traits.tasks.items() if each.argument in has]
-            needed = f"; {', '.join(others)} has it" if others else ""
+            have = "have" if len(others) > 1 else "has"
+            needed = f"; {', '.join(others)} {have} it" if others else ""
             what = "this task" if others else "this pipeline"
             if name == "guidance_scale" and "true_cfg_scale" in parameters:
                 needed = "; its guidance is true_cfg_scale, with a negative_prompt"

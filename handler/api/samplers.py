@@ -123,7 +123,7 @@ def offered(compatible: Sequence[str]) -> list[str]:
 
 
 def sampler_problem(name: str, compatible: Sequence[str], sigmas: str | None = None) -> str:
-    """What to say of a name for which `find_sampler` finds nothing.
+    """What to say of a name for which `find_sampler` finds nothing, or of `sigmas` with it.
 
     It never names another solver than the one that was meant.
     """
@@ -133,12 +133,16 @@ def sampler_problem(name: str, compatible: Sequence[str], sigmas: str | None = N
     solver_name = parsed.solver
     if solver_name in ABSENT_SOLVERS:
         return f"{show(name)}: diffusers has no such solver; {allowed}"
+    earlier = parse_name(solver_name).schedule
+    if parsed.schedule is not None and earlier is not None:
+        return f"{show(name)} names two schedules of sigmas, {earlier} and {parsed.schedule}"
     alone = find_sampler(solver_name, compatible) if solver_name else None
     schedule = parsed.schedule if sigmas is None else SCHEDULES[sigmas].name
     if schedule is not None and alone is not None:
         kinds = [k for k in SCHEDULES if find_sampler(solver_name, compatible, k)]
         can = f"its sigmas may be {', '.join(kinds)}" if kinds else "a request cannot choose them"
-        return f"{show(name)}: {alone.name} has no {schedule} sigmas in diffusers; {can}"
+        sent = name if sigmas is None else sigmas
+        return f"{show(sent)}: {alone.name} has no {schedule} sigmas in diffusers; {can}"
     is_known = solver_name in _SOLVERS or solver_name in SCHEDULER_CLASSES
     match = None if is_known else _misspelt(solver_name, choices)
     hint = f"did you mean {match}? " if match else ""

@@ -300,8 +300,9 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             argument=None,
             label="Lora",
             meaning='the LoRAs to draw with, and no others: `{"style": 0.8}`, `["style"]`,'
-            ' `[{"name": "style", "scale": 0.8}]` or `"style:0.8, ink"`; `{}` is none. Names only:'
-            " of what is packed or in the server's `lora_dir`; an unknown name is told them all",
+            ' `[{"name": "style", "scale": 0.8}]` or `"style:0.8, ink"`, in a form as JSON'
+            " too; `{}` is none. Names only: of what is packed or in the server's `lora_dir`; an"
+            " unknown name is told them all",
         ),
         PictureField(
             name="height",
@@ -531,6 +532,13 @@ REPLY_FIELDS: Mapping[str, ReplyField] = _table(
             name="cancel",
             kind=Kind.ID,
             meaning="alone in a body: end the running request with this id",
+        ),
+        ReplyField(
+            name="describe",
+            kind=Kind.BOOLEAN,
+            default=False,
+            meaning="alone in a body: reply, as JSON, which fields the pipeline has, and its tasks,"
+            " LoRAs, ControlNets and samplers by name",
         ),
     ]
 )

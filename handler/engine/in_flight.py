@@ -37,7 +37,7 @@ from handler.engine.tick_times import Pace
 from handler.engine.ticket import State, StepEnd, Ticket
 from handler.engine.wrappers import UNANSWERED, ForwardWrapper, Wrappers
 from handler.errors import Cancelled, DeadlineExceeded
-from handler.pipelines.adapted_layers import LoraWeights
+from handler.pipelines.adapted_layers import LoraLayers
 from handler.pipelines.adapters import AdapterSets, PreparedLora
 from handler.pipelines.cost import Cost
 from handler.pipelines.placement import is_asynchronous
@@ -213,7 +213,7 @@ class InFlightEngine:
         tickets = [*self._waiting, *self._runs.parked]
         return frozenset[str]().union(*(ticket.lora_names for ticket in tickets))
 
-    def prepare_lora(self, layers: Mapping[str, Mapping[str, LoraWeights]]) -> PreparedLora:
+    def prepare_lora(self, layers: LoraLayers) -> PreparedLora:
         """A LoRA that adds to these layers, by component and the layer's path, to be attached.
 
         All that takes its time; in any thread, also during `step`.

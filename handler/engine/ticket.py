@@ -77,6 +77,8 @@ class Ticket:
 
     submitted_s: float = 0.0
     admitted_s: float | None = None
+    denoising_s: float | None = None
+    """When the denoiser was called for it first."""
     denoised_s: float | None = None
     ended_s: float | None = None
 

@@ -19,7 +19,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from handler.engine.ticket import StepEnd, Ticket
 from handler.pipelines.broken_pictures import watch_pictures
 from handler.pipelines.prompt_embeddings import read_prompts
-from handler.pipelines.schedulers import seed_noise
+from handler.pipelines.schedulers import seed_noise, start_at_the_first
 from handler.pipelines.signature import call_defaults
 
 __all__ = ["make_view"]
@@ -55,6 +55,7 @@ def make_view(pipeline: Any, ticket: Ticket) -> tuple[Any, dict[str, Any]]:
         read_prompts(view, ticket.prompts)
     kwargs = dict(ticket.kwargs)
     seed_noise(getattr(view, "scheduler", None), kwargs.get("generator"))
+    start_at_the_first(getattr(view, "scheduler", None))
     parameters = call_defaults(pipeline)
     if "callback_on_step_end" in parameters:
         theirs = kwargs.get("callback_on_step_end")

@@ -1,9 +1,10 @@
 """LoRAs on the modules that all requests share: each row of a merged forward under its own set.
 
 A set names LoRAs and their scales. What it adds to a layer is computed beside the layer, row by
-row, so that requests of different sets share forwards and nothing is switched. Other kinds of
-adapters (DoRA, LoHa …), and calls that scale their LoRAs for themselves, change the layers: theirs
-are forwards of one set, for which PEFT's layers are switched.
+row, so that requests of different sets share forwards and nothing is switched. Calls that scale
+their LoRAs for themselves change the layers, and what PEFT has put into the modules that is no
+plain LoRA (DoRA, LoKr …) is left to it: theirs are forwards of one set, for which PEFT's layers are
+switched.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Any
 
 import torch
 
-from handler.batching.low_rank import LowRank, Part, Scaled
+from handler.batching.low_rank import Adapter, Part, Scaled
 from handler.pipelines.adapted_layers import (
     AdaptedLayer,
-    LoraWeights,
-    low_rank_at,
+    LoraLayers,
+    adapter_at,
     low_rank_of,
     patched,
     peft_layers,
@@ -66,7 +67,7 @@ class AdapterSet:
 class PreparedLora:
     """A LoRA that was read, where the layers are that it adds to."""
 
-    components: Mapping[int, Mapping[AdaptedLayer, LowRank]]
+    components: Mapping[int, Mapping[AdaptedLayer, Adapter]]
     """What it adds to each layer, by the identity of the component that it is in."""
 
     @property
@@ -141,7 +142,7 @@ class AdapterSets:
             raise ValueError(f"{beside} do not go together with {sorted(names - set(beside))}")
         return chosen
 
-    def prepare(self, layers: Mapping[str, Mapping[str, LoraWeights]]) -> PreparedLora:
+    def prepare(self, layers: LoraLayers) -> PreparedLora:
         """Find these layers, by component and path, and put the weights where they are.
 
         Nothing of the modules is changed. In any thread, also while forwards run.
@@ -149,7 +150,7 @@ class AdapterSets:
         Raises:
             ValueError: a layer is not there, or takes no LoRA.
         """
-        found: dict[int, dict[AdaptedLayer, LowRank]] = {}
+        found: dict[int, dict[AdaptedLayer, Adapter]] = {}
         for component, paths in layers.items():
             for model in self._models(component):
                 modules = dict(getattr(model, "_orig_mod", model).named_modules())
@@ -157,7 +158,7 @@ class AdapterSets:
                     if path not in modules:
                         raise ValueError(f"{component} has no layer {path}")
                     layer = self._layer(modules[path])
-                    found.setdefault(id(model), {})[layer] = low_rank_at(layer, weights)
+                    found.setdefault(id(model), {})[layer] = adapter_at(layer, weights)
         return PreparedLora(found)
 
     def attach(self, name: str, lora: PreparedLora) -> None:
@@ -301,10 +302,10 @@ class AdapterSets:
             for component, layers in self._peft.items():
                 for layer in layers:
                     if name in layer.module.scaling:
-                        adapter = low_rank_of(layer.module, name)
-                        is_mixable &= adapter is not None
-                        if adapter is not None:
-                            add(component, layer, (adapter, adapter.factor(scale)))
+                        plain = low_rank_of(layer.module, name)
+                        is_mixable &= plain is not None
+                        if plain is not None:
+                            add(component, layer, (plain, plain.factor(scale)))
             for component, adapted in self._loaded.get(name, _NOTHING).components.items():
                 for layer, adapter in adapted.items():
                     add(component, layer, (adapter, adapter.factor(scale)))

@@ -15,16 +15,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from handler.api.call import Call, CancelCall, read_call
+from handler.api.call import Call, CancelCall, DescribeCall, read_call
 from handler.api.decoding import Pictures, decode_all
-from handler.api.replies import FLAGGED, Reply, cancel_reply, error_reply, success_reply
+from handler.api.replies import (
+    FLAGGED,
+    Reply,
+    cancel_reply,
+    describe_reply,
+    error_reply,
+    success_reply,
+)
 from handler.api.request import GenerationRequest
 from handler.api.result import Result
 from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
 from handler.engine.device_faults import is_device_lost
-from handler.engine.ticket import State, Ticket
+from handler.engine.ticket import State, StepEnd, Ticket
 from handler.errors import (
     Cancelled,
     Conflict,
@@ -45,6 +52,7 @@ from handler.service.lora_shelf import LoraShelf, named_by
 from handler.service.metrics import Load, Meter, Sample
 from handler.service.queueing import EngineQueue
 from handler.service.reading import draw_seed, read_requests
+from handler.service.records import Record, Watcher
 from handler.service.results import (
     as_request_error,
     device_lost,
@@ -68,7 +76,7 @@ class GenerationService:
     `pipeline` is what the engine serves. `checker` looks at its pictures in the threads that encode
     them, and is given back by `close`. `shelf` has the LoRAs of a folder. `model_name` and `config`
     go into the replies, which `encode` makes; `decode` makes the pictures that requests begin with;
-    `clock` is the engine's.
+    `watchers` are told of every request that has ended; `clock` is the engine's.
     """
 
     def __init__(
@@ -84,6 +92,7 @@ class GenerationService:
         decode: Callable[..., list[Pictures]] = decode_all,
         checker: SafetyChecker | None = None,
         shelf: LoraShelf | None = None,
+        watchers: Sequence[Watcher] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
@@ -100,6 +109,7 @@ class GenerationService:
         self._decoding = Decoding(config, clock, decode, shelf)
         self._encoding = Encoding(config, model_name, encode, checker)
         self._meter = Meter()
+        self._watchers = tuple(watchers)
         self._drain: Drain | None = None
         self.is_device_lost = False
         """Whether the device failed for good: this process can only tell so, and end."""
@@ -135,6 +145,8 @@ class GenerationService:
                 raise device_lost()
             if isinstance(sent, CancelCall):
                 self._replies[request_id] = self._cancel(request_id, sent.request_id)
+            elif isinstance(sent, DescribeCall):
+                self._replies[request_id] = describe_reply(self.traits, request_id=request_id)
             elif self._drain is not None:
                 seconds_left = max(0, math.ceil(self._drain.until_s - self._clock()))
                 raise Draining(
@@ -142,12 +154,12 @@ class GenerationService:
                     seconds_left + _BACK_AFTER_S,
                 )
             else:
-                self._accept(request_id, sent)
+                self._accept(request_id, sent, headers.get("traceparent", ""))
         except Exception as error:
             # An exception here would be TorchServe's answer to every live request.
             told = fault_of(error, "the request could not be taken in; the server's log says why")
             self._note(told)
-            self._refuse(request_id, told)
+            self._refuse(request_id, told, headers)
 
     def advance(self, budget_s: float | None = None, *, hold_s: float = 0.0) -> None:
         """Tick until a request can be answered or `budget_s` is used; None: until all can be.
@@ -191,6 +203,7 @@ class GenerationService:
         live = self._live.get(request_id)
         if live is not None:
             self._meter.request_ended("disconnected")
+            self._tell(live.record, "disconnected")
             self._release(live, Cancelled("the client closed the connection"))
 
     def read(self, bodies: Sequence[Mapping[str, object]]) -> list[GenerationRequest]:
@@ -230,7 +243,7 @@ class GenerationService:
         self._engine.close()
         self._encoding.give_checker_back()
 
-    def _accept(self, request_id: str, sent: Call) -> None:
+    def _accept(self, request_id: str, sent: Call, traceparent: str) -> None:
         if sent.request_id is not None and self._live.find(sent.request_id) is not None:
             raise Conflict(
                 f"the id {sent.request_id!r} belongs to a request that is still running; "
@@ -241,6 +254,10 @@ class GenerationService:
         if sent.stream:
             stream = EventStream(self._previewer, sent.preview_every, self._clock)
         live = LiveRequest(request_id, sent, self._clock(), stream)
+        if self._watchers:
+            live.record = Record(
+                request_id, live.opened_s, sent.request_id, traceparent, sent.requests
+            )
         missing = [] if self._shelf is None else self._shelf.missing(sent.requests)
         if missing or any(request.pictures for request in sent.requests):
             if self._live:
@@ -252,14 +269,21 @@ class GenerationService:
 
     def _submit(self, live: LiveRequest, pictures: Sequence[Pictures], *, is_limited: bool) -> None:
         """Queue a request; alone it is taken in however long a line it forms by itself."""
+        on_step: Callable[[StepEnd], None] | None = None
+        if live.stream is not None:
+            on_step = live.stream.on_step
+        if live.record is not None:
+            on_step = live.record.marking(self._clock, on_step)
         tickets = self._queue.submit(
             live.sent.requests,
             pictures,
             deadline_s=None if live.deadline is None else live.deadline - self._clock(),
-            on_step=None if live.stream is None else live.stream.on_step,
+            on_step=on_step,
             is_limited=is_limited,
         )
         self._live.add_tickets(live, tickets)
+        if live.record is not None:
+            live.record.tickets = tickets
 
     def _end_drained(self) -> None:
         """End what still runs when the time of a drain is up; what is drawn is delivered."""
@@ -314,6 +338,8 @@ class GenerationService:
             for result in results:
                 self._meter.images_drawn(result)
             self._encoding.start(live, results)
+            if live.record is not None:
+                live.record.encoding_s = self._clock()
 
     def _results(
         self, tickets: Sequence[Ticket], requests: Sequence[GenerationRequest]
@@ -381,12 +407,23 @@ class GenerationService:
 
     def _answer(self, live: LiveRequest, reply: Reply, outcome: str) -> None:
         self._meter.request_ended(outcome, total_s=self._clock() - live.opened_s)
+        self._tell(live.record, outcome)
         self._replies[live.request_id] = reply if live.stream is None else live.stream.close(reply)
 
-    def _refuse(self, request_id: str, error: RequestError) -> None:
+    def _refuse(self, request_id: str, error: RequestError, headers: Mapping[str, str]) -> None:
         """Answer a request that was not accepted."""
         self._meter.request_ended(error.code)
+        if self._watchers:
+            client_id, traceparent = headers.get("x-request-id"), headers.get("traceparent", "")
+            self._tell(Record(request_id, self._clock(), client_id, traceparent), error.code)
         self._replies[request_id] = _error_reply(error, request_id)
+
+    def _tell(self, record: Record | None, outcome: str) -> None:
+        if record is None:
+            return
+        record.ended_s, record.outcome = self._clock(), outcome
+        for watcher in self._watchers:
+            watcher(record)
 
     def _release(self, live: LiveRequest, reason: RequestError | None = None) -> None:
         """Forget the request; what still runs of it is cancelled."""

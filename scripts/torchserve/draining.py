@@ -14,12 +14,12 @@ from urllib.parse import urlsplit
 from handler.service.draining import Drain, num_live_in
 from scripts.torchserve.process import TorchServer
 
-__all__ = ["DRAIN_S", "drain"]
+__all__ = ["DRAIN_S", "GRACE_S", "drain"]
 
-DRAIN_S = 30.0
+DRAIN_S = 60.0
 """How long requests in flight may still take, unless told otherwise."""
-# The worker sees that the time is up between two steps; one step of large pictures takes seconds.
 GRACE_S = 10.0
+"""The worker sees that the time is up between two steps; one of large pictures takes seconds."""
 POLL_S, MAX_POLL_S = 0.1, 0.5
 # Netty's threads write replies; the kernel sends them.
 WRITE_S, MAX_SEND_S = 0.1, 5.0

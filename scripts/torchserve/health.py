@@ -83,7 +83,8 @@ class _Activity:
         return cls(
             _num_ticks(metrics_url),
             _cpu_seconds(frontend_pid),
-            sum(_cpu_seconds(pid) for pid in worker_pids),
+            # A forward that is being compiled waits for processes that compile.
+            sum(_cpu_seconds(pid, with_children=True) for pid in worker_pids),
         )
 
 
@@ -101,9 +102,11 @@ def _num_ticks(metrics_url: str) -> float:
         connection.close()
 
 
-def _cpu_seconds(pid: int) -> float:
+def _cpu_seconds(pid: int, *, with_children: bool = False) -> float:
     try:
-        times = psutil.Process(pid).cpu_times()
+        process = psutil.Process(pid)
+        children = process.children(recursive=True) if with_children else []
+        times = [each.cpu_times() for each in (process, *children)]
     except psutil.Error:
         return 0.0
-    return float(times.user + times.system)
+    return float(sum(each.user + each.system for each in times))

@@ -14,7 +14,7 @@ from handler.service.draining import DRAIN_FILE_VARIABLE
 from scripts.torchserve.options import Options
 from scripts.torchserve.state import StateDir
 
-__all__ = ["OPENMP_SPINS", "end_leftover", "environment", "launch"]
+__all__ = ["OPENMP_SPINS", "end_leftover", "end_orphans", "environment", "launch"]
 
 # How long torch's threads spin for their neighbours before they sleep. Spinning for long starves
 # them where cores are shared, sleeping at once costs a wake-up in every layer; benchmarks.cpu
@@ -39,7 +39,7 @@ def launch(options: Options, state: StateDir, model_name: str) -> subprocess.Pop
         return subprocess.Popen(
             command,
             cwd=state.path,  # The frontend writes its key file where it is started.
-            env=environment(state),
+            env={**environment(state), **options.environment},
             stdin=subprocess.DEVNULL,
             stdout=console,
             stderr=subprocess.STDOUT,
@@ -64,6 +64,28 @@ def end_leftover(state: StateDir, timeout_s: float = 30.0) -> bool:
             process.kill()
     psutil.wait_procs(family, timeout=timeout_s)
     return True
+
+
+def end_orphans(state: StateDir, timeout_s: float = 30.0) -> int:
+    """End what a frontend that is gone has left running; return how many processes that were.
+
+    A worker that hangs does not notice that its frontend has died: it keeps its memory, and the
+    next worker does not start beside it.
+    """
+    orphans = [process for process in psutil.process_iter() if _belongs_to(process, state)]
+    for process in orphans:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(orphans, timeout=timeout_s)
+    return len(orphans)
+
+
+def _belongs_to(process: psutil.Process, state: StateDir) -> bool:
+    """Whether `process` was started by a frontend of this state directory."""
+    try:
+        return bool(process.environ().get(DRAIN_FILE_VARIABLE) == str(state.drain_file))
+    except (psutil.Error, OSError):
+        return False
 
 
 def environment(state: StateDir) -> dict[str, str]:

@@ -92,8 +92,9 @@ class Ports:
 class Options:
     """What one instance serves, and where.
 
-    `properties` are written over those of `config`. Only inference listens on `address`: metrics
-    stay on loopback, management is a Unix socket in the state directory.
+    `properties` are written over those of `config`; `environment` over that of whoever starts it.
+    Only inference listens on `address`: metrics stay on loopback, management is a Unix socket in
+    the state directory.
     """
 
     archive: Path
@@ -105,6 +106,7 @@ class Options:
     log_config: Path = REPOSITORY / "config" / "log4j2.xml"
     metrics_config: Path = REPOSITORY / "config" / "metrics.yaml"
     properties: Mapping[str, str] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         """Return a digest of all that a running instance depends on, files' contents included.
@@ -121,6 +123,7 @@ class Options:
             self.properties_text(Path("/management.sock")),
             self.log_config.read_text(),
             self.metrics_config.read_text(),
+            sorted(self.environment.items()),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

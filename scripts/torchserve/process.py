@@ -26,7 +26,7 @@ from scripts.interrupts import signals_as_interrupts, signals_held
 from scripts.torchserve import health
 from scripts.torchserve.failures import has_failed_to_load, load_failure, refusal
 from scripts.torchserve.grpc_methods import withdraw_bidirectional_streaming
-from scripts.torchserve.launch import end_leftover, launch
+from scripts.torchserve.launch import end_leftover, end_orphans, launch
 from scripts.torchserve.management import ModelState, describe
 from scripts.torchserve.options import (
     LOOPBACK,
@@ -79,6 +79,7 @@ class TorchServer:
                 address=saved["address"],
                 auth=saved["auth"],
                 properties=saved["properties"],
+                environment=saved.get("environment", {}),
                 **{name: Path(saved[name]) for name in PATH_OPTIONS},
             )
             server = cls(options, (saved["model_name"], saved["model_version"]))
@@ -271,6 +272,12 @@ class TorchServer:
         self.state.clean()
         return True
 
+    def end_by_force(self) -> None:
+        """End the frontend and all that it has started, whatever state they are in."""
+        self._process = None
+        end_orphans(self.state)
+        self.state.clean()
+
     @contextmanager
     def running(self, timeout_s: float = READY_TIMEOUT_S) -> Iterator[TorchServer]:
         """Serve inside the block: READY when it begins, stopped when it ends, by a signal too."""
@@ -332,6 +339,7 @@ class TorchServer:
             "address": self.options.address,
             "auth": self.options.auth,
             "properties": dict(self.options.properties),
+            "environment": dict(self.options.environment),
             "management": self.management_address,
             "started_as": self.started_as,
             "log_offset": self._log_offset,

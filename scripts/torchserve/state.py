@@ -16,7 +16,11 @@ from pathlib import Path
 from scripts.errors import ServerError
 from scripts.torchserve.options import INSTANCE_MARK
 
-__all__ = ["MAX_SOCKETS_PATH_BYTES", "StateDir"]
+__all__ = ["FLEET_LOG", "FLEET_RECORD", "FLEET_STOP", "MAX_SOCKETS_PATH_BYTES", "StateDir"]
+
+FLEET_RECORD, FLEET_LOG, FLEET_STOP = "fleet.json", "fleet.log", "fleet-stop.json"
+"""What a supervisor keeps beside the directories of its instances."""
+_OF_THE_FLEET = (FLEET_RECORD, FLEET_LOG, FLEET_STOP)
 
 # A Unix socket's path may have 107 bytes. The longest of ours is the worker's, which the frontend
 # names `<TEMP>/.ts.sock.<port>`.
@@ -146,9 +150,12 @@ def _has_mark(path: Path) -> bool:
 def _is_empty_or_ours(path: Path) -> bool:
     """Whether an instance may live in `path`; RUN_DIR=.run/second makes .run as well."""
     return _has_mark(path) or all(
-        entry.is_dir(follow_symlinks=False)
-        and any(_entries(Path(entry.path)))
-        and _is_empty_or_ours(Path(entry.path))
+        (entry.name in _OF_THE_FLEET and entry.is_file(follow_symlinks=False))
+        or (
+            entry.is_dir(follow_symlinks=False)
+            and any(_entries(Path(entry.path)))
+            and _is_empty_or_ours(Path(entry.path))
+        )
         for entry in _entries(path)
     )
 

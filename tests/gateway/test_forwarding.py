@@ -231,6 +231,22 @@ def test_full_instances_are_asked_again(tmp_path: Path) -> None:
     run(check())
 
 
+def test_one_that_was_drained_is_asked_as_soon_as_it_is_back(tmp_path: Path) -> None:
+    draining = {"error": {"code": "draining", "message": "stops", "fields": {}}}
+
+    async def check() -> None:
+        async with fleet(tmp_path, 1) as (gateway, (fake,)):
+            fake.answer = lambda received: (503, draining, {"Retry-After": "60"})
+            sending = asyncio.create_task(gateway.forwarder.send(order()))
+            await eventually(lambda: len(fake.received) == 1)
+            fake.is_ready = False
+            await eventually(lambda: not gateway.fleet.is_ready)
+            fake.answer, fake.is_ready = None, True
+            assert (await sending).status == 200
+
+    run(check())
+
+
 def test_full_for_too_long(tmp_path: Path) -> None:
     async def check() -> None:
         async with fleet(tmp_path, 1, max_wait_s=0.3) as (gateway, (fake,)):

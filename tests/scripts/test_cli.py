@@ -10,7 +10,7 @@ from scripts.cli import main
 from scripts.console import DONE, FAILED, MISUSED
 
 COMMANDS = (
-    *("demo", "pack", "inspect", "verify", "serve", "stop", "status", "logs"),
+    *("demo", "pack", "inspect", "verify", "serve", "stop", "restart", "status", "logs"),
     *("up", "gateway", "key"),
     *("push", "pull", "download", "zip", "completion"),
 )

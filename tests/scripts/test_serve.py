@@ -153,7 +153,7 @@ def test_a_terminal_shows_how_many_requests_are_left(
     monkeypatch.setattr(serve, "drain", drain)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     assert main(["stop"]) == main(["stop", "--drain-s", "2.5"]) == 0
-    assert given_s == [30, 2.5]
+    assert given_s == [60, 2.5]
     shown = capsys.readouterr().err
     assert ("Finishing 3 requests ... 1 s" in shown) == is_terminal
     assert ("Finishing 1 request ... 2 s" in shown) == is_terminal

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from handler.api.call import Call, CancelCall, read_call
+from handler.api.call import Call, CancelCall, DescribeCall, read_call
 from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.errors import InvalidRequest
@@ -37,7 +37,7 @@ def read(
     row: dict[str, object],
     headers: dict[str, str] | None = None,
     config: HandlerConfig = CONFIG,
-) -> Call | CancelCall:
+) -> Call | CancelCall | DescribeCall:
     """What a row is."""
     return read_call(
         row, HTTP if headers is None else headers, config, TRAITS, draw_seed=lambda: 99

@@ -86,7 +86,7 @@ def grpc_predict(port: int, model_name: str, fields: dict[str, bytes]) -> bytes:
         reply: bytes = channel.unary_unary(f"{GRPC_SERVICE}/Predictions")(
             predictions_request(model_name, fields), timeout=60
         )
-    return _first_field(reply)
+    return first_field(reply)
 
 
 def grpc_stream_predict(port: int, model_name: str, fields: dict[str, bytes]) -> list[bytes]:
@@ -95,7 +95,7 @@ def grpc_stream_predict(port: int, model_name: str, fields: dict[str, bytes]) ->
         replies = channel.unary_stream(f"{GRPC_SERVICE}/StreamPredictions")(
             predictions_request(model_name, fields), timeout=60
         )
-        return [_first_field(reply) for reply in replies]
+        return [first_field(reply) for reply in replies]
 
 
 def predictions_request(model_name: str, fields: dict[str, bytes]) -> bytes:
@@ -121,7 +121,7 @@ def _varint(number: int) -> bytes:
     return bytes([*encoded, number])
 
 
-def _first_field(message: bytes) -> bytes:
+def first_field(message: bytes) -> bytes:
     """Decode PredictionResponse: bytes prediction = 1, and nothing else."""
     if not message:
         return b""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from handler.api.body import HOW_TO_SEND
-from handler.api.call import CancelCall, Envelope
+from handler.api.call import CancelCall, DescribeCall, Envelope
 from handler.api.schema import REPLY_FIELDS, default_of
 from handler.config import OUTPUT_FORMATS, HandlerConfig
 from handler.errors import InvalidRequest
@@ -182,6 +182,14 @@ def test_what_is_no_request_id(request_id: object) -> None:
     assert "cancel" in problems({"body": {"cancel": request_id}})
     if isinstance(request_id, str):
         assert "X-Request-Id" in problems(body(), {"x-request-id": request_id})
+
+
+def test_describing_goes_alone() -> None:
+    assert read({"body": {"describe": True}}) == DescribeCall()
+    assert read({"describe": b"true"}) == DescribeCall()
+    assert "'prompt'" in problems(body(describe=True))["describe"]
+    assert "describe" in problems({"body": {"describe": "yes"}})
+    assert call(body(describe=False)).requests
 
 
 def test_cancelling_goes_alone() -> None:

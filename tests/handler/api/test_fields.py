@@ -83,7 +83,10 @@ def test_booleans(value: str, meant: bool) -> None:
     assert typed(b=meant).boolean("b") is meant
     reader = typed(b=value)
     assert reader.boolean("b") is None
-    assert reader.problems["b"].endswith("is neither true nor false")
+    assert reader.problems["b"].endswith("is neither true nor false; write it without quotes")
+    reader = typed(b="yes")
+    assert reader.boolean("b") is None
+    assert reader.problems["b"] == "'yes' is neither true nor false"
 
 
 def test_text_is_stripped_and_checked() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 
 import pytest
@@ -63,3 +64,29 @@ def test_sixteen_of_the_longest_names_fit_into_text() -> None:
 def test_text_of_any_length_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="is 10000000 characters long; allowed are 2048"):
         read_loras("a," * 5_000_000, low=-10, high=10)
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("ink:1e1", "the scale of ink is '1e1', not a number"),
+        ("ink:0.5:0.4", "the scale of ink is '0.5:0.4', not a number"),
+        ("https://example.org/ink", "'https://example.org/ink' is not the name of a LoRA"),
+        ("C:\\ink", "is not the name of a LoRA"),
+        ({"name": "ink", "weight": 1}, "'weight' says nothing of a LoRA"),
+        ([{"name": "ink", "weight": 1}], "'weight' says nothing of a LoRA"),
+        ('{"ink": "x"}', "the scale of ink is 'x', not a number"),
+        ('{"ink": 1', "is not JSON; send"),
+        ("[" * 2000, "is not JSON; send"),
+    ],
+)
+def test_what_is_wrong_is_said_of_what_it_is_of(value: object, problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        read_loras(value, low=-10, high=10)
+
+
+@pytest.mark.parametrize(
+    "text", ['{"ink": 0.5}', '["ink:0.5"]', ' [{"name": "ink", "scale": 0.5}]', "ink:0.5"]
+)
+def test_a_form_may_hold_json(text: str) -> None:
+    assert read_loras(text, low=-10, high=10) == {"ink": 0.5}

@@ -43,8 +43,11 @@ def test_sigmas_that_contradict_the_name_or_that_a_sampler_has_not() -> None:
         "sigmas"
     }
     assert refusal({"prompt": "a", "sampler_name": "Euler a", "scheduler": "Karras"}) == {
-        "sigmas": "'Euler a': Euler a has no Karras sigmas in diffusers; its sigmas may be"
+        "sigmas": "'karras': Euler a has no Karras sigmas in diffusers; its sigmas may be"
         " sgm_uniform, simple, normal, ddim_uniform"
+    }
+    assert refusal({"prompt": "a", "scheduler": "Euler Karras Beta"}) == {
+        "scheduler": "'Euler Karras Beta' names two schedules of sigmas, Karras and Beta"
     }
     found = refusal({"prompt": "a", "scheduler": "DPM++ 2M KL Optimal"})
     assert "DPM++ 2M has no KL-optimal sigmas in diffusers" in found["scheduler"]

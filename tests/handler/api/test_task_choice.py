@@ -124,7 +124,7 @@ def test_the_task_follows_from_the_pictures(fields: dict[str, Any], task: str) -
             {"strength": 0.5},
             {
                 "strength": "this task has no such parameter; image-to-image, inpainting,"
-                " image-to-image+control has it"
+                " image-to-image+control have it"
             },
         ),
         ({"control": "canny"}, {"control": "needs control_image, the picture that it follows"}),

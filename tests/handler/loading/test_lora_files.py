@@ -27,6 +27,7 @@ PREFIXES = {
         "lora_te2": "text_encoder_2",
     },
 }
+PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
@@ -183,11 +184,13 @@ def with_other(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
             "lora_unet_other",
         ),
         (lambda: with_other(stray=torch.ones(3, 3, 3)), "stray"),
+        (lambda: {f"unet.{PATH}.lora_magnitude_vector": torch.ones(8)}, "it does not fit"),
         (
-            lambda: {f"unet.{KEY}.lora_magnitude_vector": torch.ones(8)},
-            "it is a DoRA, which is not applied",
+            lambda: {f"{KEY}.lokr_w1": torch.ones(2, 2)},
+            "not applied to a StableDiffusionPipeline (",
         ),
-        (lambda: {f"{KEY}.lokr_w1": torch.ones(2, 2)}, "it is a LoKr of LyCORIS"),
+        (lambda: {f"{KEY}.lokr_w1": torch.ones(2, 2)}, f"its keys are {KEY}.lokr_w1"),
+        (lambda: {f"{KEY}.hada_w1_a": torch.ones(2, 2)}, "it is a LoHa of LyCORIS"),
         (dict, "it is"),
     ],
 )

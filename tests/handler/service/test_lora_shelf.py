@@ -134,7 +134,7 @@ def test_a_lora_that_comes_while_others_draw_changes_nothing_of_theirs(folder: P
         ("../style", "'../style' is not the name of a LoRA"),
         (["https://example.org/a"], "is not the name of a LoRA"),
         (7, "7 names no LoRAs; send"),
-        ([{"name": "style", "weight": 1}], "names no LoRA; send"),
+        ([{"name": "style", "weight": 1}], "'weight' says nothing of a LoRA; send"),
         ({f"l{i}": 1 for i in range(17)}, "17 LoRAs are named; allowed are 16"),
     ],
 )
