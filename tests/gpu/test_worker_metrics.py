@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from handler.config import HandlerConfig
 from handler.service.worker_metrics import WorkerMetrics
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 
 def kinds(worker: WorkerMetrics) -> dict[str, float]:
