@@ -25,7 +25,6 @@ CHECK_ARGS = bash -nc "true $$MAKE_ARGS" 2>/dev/null || { \
 VENV      ?= .venv
 RUN_DIR   ?= .run
 GATEWAY_DIR ?= $(RUN_DIR)-gateway
-GATEWAY_PORT ?= 8000
 STORE     ?= model-store
 PORT      ?= 8080
 GRPC_PORT ?= 7070
@@ -115,7 +114,7 @@ serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT=
 
 up: $(INSTALLED) ## Serve with the gateway in front: http://127.0.0.1:8000 [GATEWAY_PORT= GATEWAY_ADDRESS= NAME= GPUS= INSTANCES= HAPROXY=1 …]
 	@$(CLI) up $(START) $(if $(NAME),--name "$(NAME)") $(FLEET) --gateway-dir "$(GATEWAY_DIR)" \
-		--gateway-port $(GATEWAY_PORT) $(if $(GATEWAY_ADDRESS),--gateway-address $(GATEWAY_ADDRESS)) \
+		$(if $(GATEWAY_PORT),--gateway-port $(GATEWAY_PORT)) $(if $(GATEWAY_ADDRESS),--gateway-address $(GATEWAY_ADDRESS)) \
 		$(if $(HAPROXY),--haproxy $(if $(HAPROXY_PORT),--haproxy-port $(HAPROXY_PORT)) \
 		$(if $(HAPROXY_CERT),--haproxy-cert "$(HAPROXY_CERT)") \
 		$(if $(HAPROXY_METRICS),--haproxy-metrics $(HAPROXY_METRICS)))
@@ -169,7 +168,7 @@ bench: $(INSTALLED) ## Measure the README's figures: one UNet, then servers unde
 	@$(PY) -m benchmarks.load --speed max
 	@$(PY) -m benchmarks.gateway
 
-clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, nor your archives)
+clean: stop ## Stop the server; remove its state, caches and the embedded archive (not .venv, your archives, the jobs nor keys)
 	@for folder in "$(RUN_DIR)" "$(RUN_DIR)"/[0-9] "$(RUN_DIR)"/[0-9][0-9]; do \
 		if grep -qsx '# This instance:' "$$folder/config.properties"; then \
 			(cd "$$folder" && rm -rf tmp temp logs config.properties server.json sockets org); \
@@ -177,7 +176,8 @@ clean: stop ## Stop the server; remove its state, caches and the embedded archiv
 	@rm -f -- "$(RUN_DIR)/fleet.json" "$(RUN_DIR)/fleet.log" "$(RUN_DIR)/fleet-stop.json"
 	@[ ! -d "$(RUN_DIR)" ] || rmdir -- "$(RUN_DIR)" 2>/dev/null || true
 	@rm -f -- "$(DEMO_PICTURE)"
-	@cd "$(GATEWAY_DIR)" 2>/dev/null && rm -rf pictures gateway.log gateway.json || true
+	@if grep -qsE ' gateway listens at http|^gateway: error: ' "$(GATEWAY_DIR)/gateway.log"; then \
+		cd "$(GATEWAY_DIR)" && rm -rf pictures gateway.log gateway.log.1 gateway.json; fi
 	@[ ! -d "$(GATEWAY_DIR)" ] || rmdir -- "$(GATEWAY_DIR)" 2>/dev/null || true
 	@cd "$(RUN_DIR)-haproxy" 2>/dev/null && rm -f haproxy.log haproxy.json instances.cfg \
 		certificate.pem admin.sock || true

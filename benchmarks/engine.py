@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from benchmarks.lora_loading import measure_loading
 from benchmarks.loras import measure_loras
 from benchmarks.report import Figure, Spread, write_report
 from demo.build import build_pipeline
@@ -267,6 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     if arguments.loras:
         of_loras = measure_loras(mixed_requests(), arguments.rounds)
+        of_loras += measure_loading(arguments.rounds)
         threads: dict[str, object] = {"torch_threads": torch.get_num_threads()}
         print(f"\n{write_report('engine', of_loras, threads, file_name='engine-loras')}")
         return 0

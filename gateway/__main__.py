@@ -16,8 +16,11 @@ import uvicorn
 
 from gateway.app import make_app
 from gateway.http_protocol import HttpProtocol
-from gateway.keys import read_keys
-from gateway.settings import Settings, read_settings
+from gateway.jobs.service import check_jobs
+from gateway.keys import HOW_TO_MAKE, read_keys
+from gateway.settings import EVERYBODY, NOBODY, Settings, read_settings
+from gateway.telemetry.logs import set_up_logs
+from gateway.telemetry.tracing import check_tracing
 from handler.errors import ConfigError
 
 __all__ = ["main"]
@@ -31,11 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
     try:
         settings = read_settings(
             arguments.config,
@@ -43,8 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             port=arguments.port,
             run_dirs=arguments.run_dir,
         )
+        set_up_logs(settings.log_format)
         _check_keys(settings)
+        check_tracing(settings.trace_endpoint)
         arguments.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        asyncio.run(check_jobs(settings.jobs, arguments.state_dir))
         listener = _listen(settings)
     except (ConfigError, OSError) as error:
         print(f"gateway: error: {error}", file=sys.stderr)
@@ -72,12 +73,17 @@ class _Server(uvicorn.Server):
 
 
 def _check_keys(settings: Settings) -> None:
-    """Raise ConfigError where keys are needed and there is none."""
+    """Raise ConfigError where keys are needed and there is none, or one is named and missing."""
     keys = read_keys(Path(settings.keys_file))
     if settings.keys_required and not keys:
         raise ConfigError(
             f"{settings.address} asks for keys, and {settings.keys_file} has none:"
-            " make key NAME=… makes one"
+            f" {HOW_TO_MAKE} makes one"
+        )
+    reader = settings.metrics_for
+    if reader not in (None, EVERYBODY, NOBODY) and all(key.name != reader for key in keys):
+        raise ConfigError(
+            f"metrics_for: {settings.keys_file} has no key {reader!r}: {HOW_TO_MAKE} makes one"
         )
 
 

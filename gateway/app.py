@@ -28,6 +28,7 @@ from gateway.errors import BadMethod, RouteNotFound, error_response
 from gateway.gateway import Gateway
 from gateway.jobs import routes as jobs
 from gateway.settings import Settings
+from gateway.telemetry import routes as telemetry
 from handler.errors import RequestError
 from handler.messages import show
 
@@ -42,6 +43,7 @@ _ROOMS = (
     models,
     picture_urls,
     health,
+    telemetry,
     openapi,
     page,
 )

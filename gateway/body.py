@@ -69,12 +69,17 @@ class BodyBudget:
     def __init__(self, max_bytes: int, max_total_bytes: int, timeout_s: float) -> None:
         self.max_bytes = max_bytes
         self.timeout_s = timeout_s
-        self._max_total_bytes = max_total_bytes
+        self.max_total_bytes = max_total_bytes
         self._held: dict[int, int] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """How many are held now."""
+        return sum(self._held.values())
 
     def hold(self, request: Request, num_bytes: int) -> None:
         """Count the body of `request`. Raises: QueueFull."""
-        if sum(self._held.values()) + num_bytes > self._max_total_bytes:
+        if self.num_bytes + num_bytes > self.max_total_bytes:
             raise QueueFull("too many large requests are being served; try again a little later")
         self._held[id(request)] = num_bytes
 

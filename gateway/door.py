@@ -17,9 +17,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.body import BodyBudget, ClientGone, read_body
-from gateway.errors import Unauthorized, error_response
+from gateway.errors import Refused, Unauthorized, error_response
 from gateway.keys import Key, KeyRing
 from gateway.limits import Limiter
+from gateway.telemetry.facts import CURRENT, Facts
+from gateway.telemetry.tracing import sent_traceparent
 from handler.errors import (
     Cancelled,
     Conflict,
@@ -31,8 +33,7 @@ from handler.errors import (
 
 __all__ = ["Call", "Door", "Endpoint"]
 
-logger = logging.getLogger("gateway.access")
-_problems = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _T = TypeVar("_T")
@@ -43,12 +44,17 @@ class Call:
     """One request of a client's, on its way through."""
 
     request: Request
-    request_id: str
+    facts: Facts
     key: Key | None
     until_over: ExitStack = field(default_factory=ExitStack)
     """What counts until the reply is sent: limits, the id, the bytes of the body."""
     is_streaming: bool = False
     """Whether the reply closes `until_over` itself, when its last event is sent."""
+
+    @property
+    def request_id(self) -> str:
+        """What the client calls it, or is told to call it."""
+        return self.facts.request_id
 
     @property
     def key_name(self) -> str:
@@ -63,12 +69,21 @@ class Door:
     """Lets requests in, and remembers those that draw, to cancel them by their id."""
 
     def __init__(
-        self, keys: KeyRing, limiter: Limiter, bodies: BodyBudget, *, keys_required: bool
+        self,
+        keys: KeyRing,
+        limiter: Limiter,
+        bodies: BodyBudget,
+        *,
+        keys_required: bool,
+        on_begin: Sequence[Callable[[Facts], object]] = (),
+        on_end: Sequence[Callable[[Facts], object]] = (),
     ) -> None:
         self._keys = keys
         self._limiter = limiter
         self._bodies = bodies
         self._keys_required = keys_required
+        self._on_begin = on_begin
+        self._on_end = on_end
         self._running: dict[str, tuple[str, Callable[[], object]]] = {}
 
     def route(
@@ -78,11 +93,23 @@ class Door:
         methods: Sequence[str] = ("GET",),
         *,
         keyless: bool = False,
+        takes_place: bool = True,
     ) -> Route:
-        """A route to `endpoint`; `keyless`: for everybody, even where others need a key."""
+        """A route to `endpoint`.
+
+        Args:
+            path: may have parameters.
+            endpoint: replies.
+            methods: that it knows.
+            keyless: for everybody, even where others need a key.
+            takes_place: counts as one of the requests that a key may have open. What asks about a
+                request, or cancels it, does not: it is there for a key that has all of them open.
+        """
 
         async def enter(request: Request) -> Response:
-            return await self._enter(request, endpoint, keyless=keyless)
+            return await self._enter(
+                request, endpoint, path, keyless=keyless, takes_place=takes_place
+            )
 
         return Route(path, enter, methods=list(methods))
 
@@ -134,43 +161,75 @@ class Door:
             raise NotFound(f"no request with the id {request_id!r} is running", {"id": "unknown"})
         end()
 
-    async def _enter(self, request: Request, endpoint: Endpoint, *, keyless: bool) -> Response:
-        started_s = time.monotonic()
-        request_id, key = f"req_{secrets.token_hex(12)}", None
+    async def _enter(
+        self,
+        request: Request,
+        endpoint: Endpoint,
+        route: str,
+        *,
+        keyless: bool,
+        takes_place: bool,
+    ) -> Response:
+        request_id, path = f"req_{secrets.token_hex(12)}", request.url.path
+        facts = Facts(request_id, request.method, path, route, is_keyless=keyless)
+        CURRENT.set(facts)  # of the task of this request alone
+        facts.traceparent = sent_traceparent(request.headers)
+        for tell in self._on_begin:
+            tell(facts)
         call: Call | None = None
         try:
-            sent_id = request.headers.get("x-request-id")
-            if sent_id is not None:
-                if not _ID.fullmatch(sent_id):
-                    problem = "is not 1 to 128 of the characters A-Z a-z 0-9 . _ : -"
-                    raise InvalidRequest(f"X-Request-Id {problem}", {"X-Request-Id": problem})
-                request_id = sent_id
-            key = None if keyless else self._identify(request)
-            call = Call(request, request_id, key)
-            call.until_over.callback(self._bodies.release, request)
-            call.until_over.enter_context(self._limiter.admit(key))
+            call = self._admit(request, facts, takes_place=takes_place)
             response = await endpoint(call)
         except RequestError as error:
+            facts.code = error.code
             response = error_response(error)
         except ClientGone:
+            facts.has_left = True
             response = Response(status_code=499)
         except Exception:
-            _problems.exception("request %s", request_id)
-            response = error_response(EngineFault("the gateway failed; its log says why"))
-        finally:
-            if call is not None and not call.is_streaming:
-                call.until_over.close()
-        elapsed_ms = round(1000 * (time.monotonic() - started_s))
-        response.headers["x-request-id"] = request_id
-        response.headers["openai-processing-ms"] = str(elapsed_ms)
-        if not keyless:
-            name = "-" if key is None else key.name
-            logger.info(
-                "%s %s %s %d %d ms key %s",
-                *(request_id, request.method, request.url.path),
-                *(response.status_code, elapsed_ms, name),
-            )
+            logger.exception("request %s", facts.request_id)
+            fault = EngineFault("the gateway failed; its log says why")
+            facts.code = fault.code
+            response = error_response(fault)
+        except BaseException:
+            facts.has_left = True
+            self._end(call, facts)
+            raise
+        facts.status = response.status_code
+        if facts.status >= 400 and not (facts.code or facts.has_left):
+            # An instance's reply, passed on.
+            facts.code = Refused.from_reply(facts.status, bytes(response.body)).code
+        if call is not None and call.is_streaming:
+            call.until_over.callback(self._end, None, facts)
+        else:
+            self._end(call, facts)
+        response.headers["x-request-id"] = facts.request_id
+        response.headers["openai-processing-ms"] = str(round(1000 * facts.seconds))
         return response
+
+    def _admit(self, request: Request, facts: Facts, *, takes_place: bool) -> Call:
+        """Let a request in. Raises: RequestError."""
+        sent_id = request.headers.get("x-request-id")
+        if sent_id is not None:
+            if not _ID.fullmatch(sent_id):
+                problem = "is not 1 to 128 of the characters A-Z a-z 0-9 . _ : -"
+                raise InvalidRequest(f"X-Request-Id {problem}", {"X-Request-Id": problem})
+            facts.request_id = sent_id
+        key = None if facts.is_keyless else self._identify(request)
+        facts.key_name = "" if key is None else key.name
+        call = Call(request, facts, key)
+        with ExitStack() as until_over:
+            until_over.callback(self._bodies.release, request)
+            until_over.enter_context(self._limiter.admit(key, takes_place=takes_place))
+            call.until_over = until_over.pop_all()
+        return call
+
+    def _end(self, call: Call | None, facts: Facts) -> None:
+        if call is not None:
+            call.until_over.close()
+        facts.ended_s = time.monotonic()
+        for tell in self._on_end:
+            tell(facts)
 
     def _identify(self, request: Request) -> Key | None:
         """The key that a request sent; None where none is asked for."""

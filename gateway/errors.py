@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from starlette.responses import Response
 
+from gateway.json_replies import json_response
 from handler.errors import RequestError
 
 __all__ = [
@@ -166,6 +167,4 @@ def error_headers(error: RequestError) -> dict[str, str]:
 
 def error_response(error: RequestError) -> Response:
     """The reply that an error stands for."""
-    body = json.dumps(error_body(error)).encode("ascii")
-    headers = error_headers(error)
-    return Response(body, error.status, headers, media_type="application/json")
+    return json_response(error_body(error), error.status, error_headers(error))

@@ -7,6 +7,7 @@ event. What counts for a request (its id, its key's limits, its body) counts unt
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from gateway.forwarding import Forwarder, Order
 from handler.errors import Cancelled, EngineFault, RequestError
 
 __all__ = ["Encode", "EncodeError", "reply_with_events"]
+
+logger = logging.getLogger(__name__)
 
 Encode = Callable[[int, str, Mapping[str, Any]], bytes]
 """From a drawing's index and an event of its instance's to what the client gets, or nothing."""
@@ -43,7 +46,7 @@ async def reply_with_events(
         RequestError: the first that is taken or refused is refused.
         ClientGone: the client left before.
     """
-    drawings = _Drawings(forwarder, orders, encode, encode_error, end)
+    drawings = _Drawings(call.request_id, forwarder, orders, encode, encode_error, end)
     try:
         call.until_over.enter_context(door.cancellable(call, drawings.cancel))
         await door.unless_gone(call, drawings.until_accepted())
@@ -65,6 +68,8 @@ class _EventReply(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self._call.facts.has_left = not self._drawings.is_over
+            self._call.facts.code = self._drawings.code
             self._call.until_over.close()
             await self._drawings.close()
 
@@ -74,14 +79,20 @@ class _Drawings:
 
     def __init__(
         self,
+        request_id: str,
         forwarder: Forwarder,
         orders: Sequence[Order],
         encode: Encode,
         encode_error: EncodeError,
         end: bytes,
     ) -> None:
+        self._request_id = request_id
         self._encode_error = encode_error
         self._end = end
+        self.is_over = False
+        """Whether every event has been taken."""
+        self.code = ""
+        """Of the error that ended it."""
         self._new: asyncio.Queue[bytes | RequestError | None] = asyncio.Queue()
         self._tasks = [
             asyncio.create_task(self._draw(forwarder.stream, order, index, encode))
@@ -107,6 +118,7 @@ class _Drawings:
                 comment_at_s = now_s() + _COMMENT_AFTER_S
                 continue
             if isinstance(new, RequestError):
+                self.code = new.code
                 yield self._encode_error(new)
                 break
             if new is None:
@@ -116,6 +128,7 @@ class _Drawings:
                 comment_at_s = now_s() + _COMMENT_AFTER_S
         if self._end:
             yield self._end
+        self.is_over = True
 
     def cancel(self) -> None:
         """End the reply with an error that says so."""
@@ -138,7 +151,6 @@ class _Drawings:
             self._new.put_nowait(None)
         except RequestError as error:
             self._new.put_nowait(error)
-        except Exception as error:
-            fault = EngineFault("the gateway failed; its log says why")
-            fault.__cause__ = error
-            self._new.put_nowait(fault)
+        except Exception:
+            logger.exception("request %s", self._request_id)
+            self._new.put_nowait(EngineFault("the gateway failed; its log says why"))

@@ -14,16 +14,19 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import aiohttp
 from yarl import URL
 
+from gateway.descriptions import Description, ask_for_description
 from gateway.errors import InstanceDied, Refused
 from gateway.events import read_events
 from gateway.routing import Fleet, Lease
+from gateway.telemetry.attempts import Attempts, trace_headers
 from handler.errors import RequestError
 
 __all__ = ["Forwarder", "Order", "Reply"]
@@ -39,6 +42,7 @@ _DEATHS = (500, 507)
 _TRY_LATER_S = 1.0
 _KEPT_HEADERS = ("x-seed", "warning", "server-timing", "retry-after")
 OnEvent = Callable[[str, dict[str, Any]], None]
+_Send = Callable[[Lease, str], Awaitable[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,8 @@ class Order:
     """One request to an instance; the id that it is cancelled by goes into a header."""
 
     model: str
-    content: bytes
+    content: Callable[[], bytes]
+    """Writes the body, once there is a place for it: what waits holds no copy of its own."""
     work: float
     key: str = ""
     """Whose place in line it takes."""
@@ -54,7 +59,6 @@ class Order:
     accept: str | None = None
     route: str | None = None
     """The path to post to; None: the model's predictions."""
-    created_s: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +75,13 @@ class Reply:
 class _Died(Exception):
     """The instance ended before its reply did."""
 
+    outcome = "died"
+
 
 class _NotTaken(Exception):
     """The instance takes nothing now."""
+
+    outcome = "not_taken"
 
     def __init__(self, error: Refused) -> None:
         super().__init__(error.message)
@@ -83,10 +91,17 @@ class _NotTaken(Exception):
 class Forwarder:
     """Sends orders to the instances of a fleet, through one pool of connections."""
 
-    def __init__(self, fleet: Fleet, session: aiohttp.ClientSession, max_wait_s: float) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        session: aiohttp.ClientSession,
+        max_wait_s: float,
+        attempts: Attempts,
+    ) -> None:
         self._fleet = fleet
         self._session = session
         self._max_wait_s = max_wait_s
+        self._attempts = attempts
         self._cancelling: set[asyncio.Task[None]] = set()
 
     async def send(self, order: Order) -> Reply:
@@ -97,11 +112,14 @@ class Forwarder:
         """
         reply: list[Reply] = []
 
-        async def attempt(lease: Lease, upstream_id: str) -> None:
+        async def attempt(lease: Lease, upstream_id: str) -> str:
             async with self._post(lease, order, upstream_id) as response:
                 reply.append(await _read(response))
-                if response.status == 200:
-                    lease.drew()
+                lease.heard()
+                if response.status != 200:
+                    return "error"
+                lease.drew()
+                return "ok"
 
         await self._until_taken(order, attempt)
         return reply[-1]
@@ -116,7 +134,7 @@ class Forwarder:
         """
         is_accepted = False
 
-        async def attempt(lease: Lease, upstream_id: str) -> None:
+        async def attempt(lease: Lease, upstream_id: str) -> str:
             nonlocal is_accepted
             async with self._post(lease, order, upstream_id) as response:
                 if response.status != 200:
@@ -128,6 +146,7 @@ class Forwarder:
                     is_accepted = True
                     on_event("accepted", {})
                 async for name, data in read_events(response.content):
+                    lease.heard()
                     if name == "error":
                         raise _refused_in_stream(data)
                     if name == "step" and data.get("num_steps"):
@@ -135,25 +154,32 @@ class Forwarder:
                     on_event(name, data)
                     if name == "image":
                         lease.drew()
-                        return
+                        return "ok"
                 raise _Died("the stream ended before the picture came")
 
         await self._until_taken(order, attempt)
+
+    async def describe(self, model: str) -> Description | None:
+        """What a model has; None where no instance says."""
+        address = self._fleet.address(model)
+        return None if address is None else await ask_for_description(self._session, address)
 
     async def close(self) -> None:
         """Wait until instances have been told what was cancelled."""
         if self._cancelling:
             await asyncio.wait(self._cancelling, timeout=5)
 
-    async def _until_taken(self, order: Order, attempt: Callable[[Lease, str], Any]) -> None:
+    async def _until_taken(self, order: Order, attempt: _Send) -> None:
         num_died, until_s = 0, time.monotonic() + self._max_wait_s
         while True:
-            async with self._fleet.lease(order.model, order.work, order.key, until_s) as lease:
+            async with self._lease(order, until_s) as lease:
                 try:
-                    await self._try(lease, attempt)
+                    await self._try(order.model, lease, attempt)
                     return
                 except _Died as died:
                     num_died += 1
+                    if num_died < _MAX_SENT:
+                        self._attempts.resent(order.model)
                     lease.is_lost = True
                     lease.instance_died()
                     self._fleet.look_now()
@@ -172,12 +198,25 @@ class Forwarder:
             # What has died once may wait for its instance to come back as long as a new one.
             until_s = max(until_s, time.monotonic() + self._max_wait_s) if num_died else until_s
 
-    async def _try(self, lease: Lease, attempt: Callable[[Lease, str], Any]) -> None:
+    @asynccontextmanager
+    async def _lease(self, order: Order, until_s: float) -> AsyncIterator[Lease]:
+        async with AsyncExitStack() as stack:
+            with self._attempts.waiting(order.model):
+                place = self._fleet.lease(order.model, order.work, order.key, until_s)
+                lease = await stack.enter_async_context(place)
+            yield lease
+
+    async def _try(self, model: str, lease: Lease, send: _Send) -> None:
         """One attempt. Raises: _Died, _NotTaken, RequestError."""
         upstream_id = f"gateway-{secrets.token_hex(12)}"
+        with self._attempts.attempt(model, lease.instance.source.name, upstream_id) as attempt:
+            attempt.outcome = await self._send(lease, upstream_id, send)
+
+    async def _send(self, lease: Lease, upstream_id: str, send: _Send) -> str:
+        """What came of it: ok or error. Raises: _Died, _NotTaken, RequestError."""
         try:
             async with lease.guard():
-                await attempt(lease, upstream_id)
+                return await send(lease, upstream_id)
         except TimeoutError:
             self._cancel(lease, upstream_id)
             raise _Died("its worker is not READY any more") from None
@@ -186,7 +225,10 @@ class Forwarder:
         except Refused as error:
             _judge(error)
             raise
-        except asyncio.CancelledError:
+        except (_Died, _NotTaken):
+            raise
+        except BaseException:
+            # Whoever waited for it has left, or failed over an event of it.
             self._cancel(lease, upstream_id)
             raise
 
@@ -196,13 +238,14 @@ class Forwarder:
             **address.headers,
             "Content-Type": order.content_type,
             "X-Request-Id": upstream_id,
+            **trace_headers(),
         }
         if order.accept is not None:
             headers["Accept"] = order.accept
         url = address.predictions
         if order.route is not None:
             url = URL(address.url + order.route, encoded=True)
-        return self._session.post(url, data=order.content, headers=headers)
+        return self._session.post(url, data=order.content(), headers=headers)
 
     def _cancel(self, lease: Lease, upstream_id: str) -> None:
         """Tell the instance in the background that nobody waits for a request any more."""

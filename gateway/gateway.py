@@ -22,6 +22,11 @@ from gateway.limits import Limiter
 from gateway.picture_store import PictureStore
 from gateway.routing import Fleet
 from gateway.settings import Settings
+from gateway.telemetry.attempts import Attempts
+from gateway.telemetry.fleet_metrics import FleetCollector
+from gateway.telemetry.logs import log_request
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.tracing import make_tracing
 from handler.errors import ConfigError
 
 __all__ = ["Gateway", "open_session"]
@@ -54,6 +59,8 @@ class Gateway:
     forwarder: Forwarder
     pictures: PictureStore
     jobs: Jobs
+    metrics: Metrics
+    session: aiohttp.ClientSession
 
     @classmethod
     @asynccontextmanager
@@ -64,18 +71,29 @@ class Gateway:
         sources += [FixedSource(each) for each in settings.instances]
         fleet = Fleet(sources, settings, WorkerCheck(open_session))
         session = open_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=30))
-        forwarder = Forwarder(fleet, session, settings.max_wait_s)
+        metrics, tracing = Metrics(), make_tracing(settings.trace_endpoint)
+        forwarder = Forwarder(fleet, session, settings.max_wait_s, Attempts(metrics, tracing))
         pictures = PictureStore(
             state_dir / "pictures", settings.url_expires_s, settings.url_store_bytes
         )
         bodies = BodyBudget(
             settings.max_body_bytes, settings.max_bodies_bytes, settings.body_timeout_s
         )
-        door = Door(keys, Limiter(), bodies, keys_required=settings.keys_required)
+        metrics.registry.register(FleetCollector(fleet, bodies, settings.max_waiting))
+        door = Door(
+            keys,
+            Limiter(),
+            bodies,
+            keys_required=settings.keys_required,
+            on_begin=[metrics.begun, *([] if tracing is None else [tracing.begun])],
+            on_end=[metrics.ended, log_request, *([] if tracing is None else [tracing.ended])],
+        )
         await fleet.start()
         try:
             async with Jobs.running(settings, state_dir, fleet, forwarder) as jobs:
-                gateway = cls(settings, keys, door, fleet, forwarder, pictures, jobs)
+                gateway = cls(
+                    settings, keys, door, fleet, forwarder, pictures, jobs, metrics, session
+                )
                 housekeeping = asyncio.create_task(gateway._keep_house(), name="housekeeping")
                 try:
                     yield gateway
@@ -86,6 +104,8 @@ class Gateway:
             await forwarder.close()
             await fleet.close()
             await session.close()
+            if tracing is not None:
+                await asyncio.to_thread(tracing.close)
 
     async def _keep_house(self) -> None:
         while True:

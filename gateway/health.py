@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import json
-
 from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.door import Call
 from gateway.gateway import Gateway
+from gateway.json_replies import json_response
 
 __all__ = ["routes"]
+
+_HEADERS = {"Cache-Control": "no-store"}
 
 
 def routes(gateway: Gateway) -> list[Route]:
     """The routes of this module."""
 
     async def alive(call: Call) -> Response:
-        return _json({"live": True}, 200)
+        return json_response({"live": True}, 200, _HEADERS)
 
     async def ready(call: Call) -> Response:
         is_ready = gateway.fleet.is_ready
-        return _json({"ready": is_ready}, 200 if is_ready else 503)
+        return json_response({"ready": is_ready}, 200 if is_ready else 503, _HEADERS)
 
     route = gateway.door.route
     return [
@@ -30,8 +31,3 @@ def routes(gateway: Gateway) -> list[Route]:
         route("/readyz", ready, keyless=True),
         route("/v2/health/ready", ready, keyless=True),
     ]
-
-
-def _json(content: object, status: int) -> Response:
-    headers = {"Cache-Control": "no-store"}
-    return Response(json.dumps(content).encode(), status, headers, media_type="application/json")

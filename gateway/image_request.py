@@ -16,11 +16,13 @@ from typing import cast
 
 from gateway.body import Sent
 from gateway.keys import Key
-from gateway.limits import check_model, check_picture
+from gateway.limits import check_model
+from gateway.measuring import measure
 from gateway.openai_fields import OPENAI_FIELDS, WITHOUT_MEANING
 from gateway.routing import Fleet, Model
 from gateway.settings import Settings
 from handler.api.fields import FieldReader
+from handler.api.images import SentPicture
 from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, Field, Kind, Value
 from handler.config import HandlerConfig
 from handler.errors import InvalidRequest
@@ -88,7 +90,7 @@ def read_image_request(
     *,
     fields: Mapping[str, Field] = OPENAI_FIELDS,
     pictures: Mapping[str, str] | None = None,
-    picture_px: tuple[int, int] | None = None,
+    picture: SentPicture | None = None,
 ) -> ImageRequest:
     """Read what a client sent.
 
@@ -99,7 +101,7 @@ def read_image_request(
         key: may use some of them.
         fields: OpenAI's, of this route.
         pictures: in base64, by the fields of the instance; they beat those in `sent`.
-        picture_px: width and height that count where the client says none.
+        picture: the one to begin with, where it is read already.
 
     Raises:
         InvalidRequest: with every problem, by field.
@@ -140,21 +142,16 @@ def read_image_request(
     if values["output_compression"] is not None and output_format != "png":
         rest["jpeg_quality"] = max(1, int(cast(int, values["output_compression"])))
         renamed["jpeg_quality"] = "output_compression"
-    own_width, own_height = picture_px or (config.width, config.height)
-    height_px = _count(rest.get("height"), own_height)
-    width_px = _count(rest.get("width"), own_width)
-    sent_steps = next((rest[name] for name in _STEPS if name in rest), None)
-    num_steps = _count(sent_steps, config.num_inference_steps)
-    check_picture(key, height_px, width_px, num_steps)
+    extent = measure(rest, config, key, picture=picture)
     seed = _take_seed(rest)
     return ImageRequest(
         model=model,
         fields=rest,
         seed=seed,
         num_images=int(cast(int, values["n"])),
-        height_px=height_px,
-        width_px=width_px,
-        num_steps=num_steps,
+        height_px=extent.height_px,
+        width_px=extent.width_px,
+        num_steps=extent.num_steps,
         size="auto" if size is None else f"{size[0]}x{size[1]}",
         quality=quality,
         output_format=output_format,
@@ -196,12 +193,6 @@ def _steps_of(quality: str, config: HandlerConfig, settings: Settings) -> int:
         return settings.quality_steps[quality]
     share = _STEP_SHARES[_SYNONYMS.get(quality, quality)]
     return max(1, min(round(share * config.num_inference_steps), config.max_num_inference_steps))
-
-
-def _count(sent: object, default: int) -> int:
-    """A number that work is measured by; what is none is refused by the instance."""
-    is_count = isinstance(sent, int) and not isinstance(sent, bool) and 0 < sent <= 16384
-    return sent if is_count else default  # type: ignore[return-value]
 
 
 def _take_seed(rest: dict[str, object]) -> object:

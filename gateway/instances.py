@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import aiohttp
 from yarl import URL
 
+from gateway.file_stamps import file_stamp
 from gateway.model_config import ModelConfig, read_model_config
 from gateway.settings import InstanceSettings
 
@@ -37,6 +38,8 @@ class Address:
     token: str | None = None
     management_token: str | None = None
     config: ModelConfig = field(default_factory=ModelConfig)
+    metrics: str | None = None
+    """Where TorchServe tells its metrics and its worker's."""
     started: str = ""
     """Differs between two servers that had the same address one after the other."""
 
@@ -76,7 +79,7 @@ class RunDirSource:
 
     def read(self) -> Address | None:
         """Its address now; None while no server has the folder."""
-        seen = (_stamp(self._saved), _stamp(self._keys))
+        seen = (file_stamp(self._saved), file_stamp(self._keys))
         if seen != self._seen:
             self._address, self._seen = self._parse(), seen
         return self._address
@@ -93,6 +96,8 @@ class RunDirSource:
                 token=keys.get("inference", {}).get("key"),
                 management_token=keys.get("management", {}).get("key"),
                 config=read_model_config(Path(saved["archive"])),
+                # On loopback, wherever inference listens.
+                metrics=f"http://127.0.0.1:{saved['ports']['metrics']}/metrics",
                 started=f"{saved['pid']} {saved['created_s']}",
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -113,7 +118,7 @@ class FixedSource:
 
     def read(self) -> Address | None:
         """Its address, with the key that its file holds now."""
-        seen = None if self._token_file is None else _stamp(self._token_file)
+        seen = None if self._token_file is None else file_stamp(self._token_file)
         if seen != self._seen:
             self._address, self._seen = self._parse(), seen
         return self._address
@@ -127,15 +132,8 @@ class FixedSource:
             token=token,
             management_token=management_token,
             config=self._config,
+            metrics=self._settings.metrics,
         )
-
-
-def _stamp(path: Path) -> object:
-    try:
-        stat = path.stat()
-    except OSError:
-        return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
 
 
 def _tokens(path: Path | None) -> tuple[str | None, str | None]:
@@ -170,6 +168,13 @@ class WorkerCheck:
         except TimeoutError:
             return None
         except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError):
+            return False
+
+    async def hears(self, address: Address) -> bool:
+        """Wait until the worker answers; False where it cannot be asked, or has died over it."""
+        try:
+            return await self._asks_worker(address)
+        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
 
     async def close(self) -> None:

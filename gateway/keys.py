@@ -20,13 +20,21 @@ from pathlib import Path
 
 import yaml
 
+from gateway.file_stamps import file_stamp
+from gateway.setting_tables import SettingProblems, read_checked
 from handler import config_checks as allow
 from handler.config_checks import Check
 from handler.errors import ConfigError
-from handler.messages import nearest, show
+from handler.messages import show
 
-__all__ = ["Key", "KeyRing", "add_key", "main", "read_keys"]
+__all__ = ["HOW_TO_MAKE", "Key", "KeyRing", "add_key", "main", "read_keys"]
 
+HOW_TO_MAKE = (
+    "make key NAME=…"
+    if (Path(__file__).parents[1] / "Makefile").is_file()
+    else "diffusers-torchserve key --name …"
+)
+"""The command that makes a key: in a clone, or where this is installed."""
 _PREFIX = "dts-"
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
@@ -46,6 +54,11 @@ class Key:
     """Height × width of one picture."""
     max_steps: int | None = None
     models: tuple[str, ...] | None = None
+
+    @property
+    def limits_pictures(self) -> bool:
+        """Whether a picture must be measured before it is drawn."""
+        return self.max_pixels is not None or self.max_steps is not None
 
 
 def _texts() -> Check:
@@ -104,22 +117,13 @@ def _read_key(name: object, entry: object, problems: list[str]) -> Key | None:
         problems.append(f"{show(name)}: is not a name; allowed are A-Z a-z 0-9 . _ @ -")
         return None
     if not isinstance(entry, Mapping) or "hash" not in entry:
-        problems.append(f"{name}: must have a hash, which `make key` writes")
+        problems.append(f"{name}: must have a hash, which `{HOW_TO_MAKE}` writes")
         return None
-    values: dict[str, object] = {}
-    for field, value in entry.items():
-        if field not in _CHECKS:
-            match = nearest(str(field), _CHECKS)
-            hint = f"did you mean {match}?" if match else f"known are {', '.join(_CHECKS)}"
-            problems.append(f"{name}: {field}: unknown; {hint}")
-            continue
-        try:
-            values[str(field)] = _CHECKS[field].convert(value)
-        except ValueError:
-            problems.append(
-                f"{name}: {field}: {show(value)} is not allowed; must be {_CHECKS[field].allowed}"
-            )
-    return None if "hash" not in values else Key(name, **values)  # type: ignore[arg-type]
+    try:
+        return Key(name, **read_checked(_CHECKS, entry))
+    except SettingProblems as wrong:
+        problems += [f"{name}: {problem}" for problem in wrong.problems]
+        return None
 
 
 class KeyRing:
@@ -133,11 +137,7 @@ class KeyRing:
 
     def refresh(self) -> None:
         """Read the file if it has changed. Raises: ConfigError, and the keys stay as they were."""
-        try:
-            stat = self._path.stat()
-            seen: object = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        except OSError:
-            seen = None
+        seen = file_stamp(self._path)
         if seen != self._seen:
             self._seen = seen
             self._keys = read_keys(self._path)
@@ -150,9 +150,6 @@ class KeyRing:
             if hmac.compare_digest(key.hash, digest):
                 found = key
         return found
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 def add_key(path: Path, name: str, limits: Mapping[str, object]) -> str:

@@ -23,8 +23,8 @@ class Limiter:
         self._buckets: dict[str, tuple[float, float]] = {}
 
     @contextmanager
-    def admit(self, key: Key | None) -> Iterator[None]:
-        """Count a request of `key` as open inside the block.
+    def admit(self, key: Key | None, *, takes_place: bool = True) -> Iterator[None]:
+        """Count a request of `key`, which `takes_place` as an open one inside the block.
 
         Raises:
             RateLimited: the key has too many open, or sent too many in the last minute.
@@ -32,13 +32,17 @@ class Limiter:
         if key is None:
             yield
             return
-        if key.concurrency is not None and self._open[key.name] >= key.concurrency:
+        is_full = key.concurrency is not None and self._open[key.name] >= key.concurrency
+        if takes_place and is_full:
             raise RateLimited(
                 f"{self._open[key.name]} requests of this key are open; allowed are"
                 f" {key.concurrency} at a time",
                 retry_after_s=1,
             )
         self._take_from_bucket(key)
+        if not takes_place:
+            yield
+            return
         self._open[key.name] += 1
         try:
             yield

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.door import Call
 from gateway.gateway import Gateway
+from gateway.json_replies import json_response
 from gateway.limits import check_model
 from gateway.routing import Model
 from handler.errors import RequestError
@@ -26,17 +25,17 @@ def routes(gateway: Gateway) -> list[Route]:
             for each in gateway.fleet.models().values()
             if allowed is None or each.name in allowed
         ]
-        return _json({"object": "list", "data": models})
+        return json_response({"object": "list", "data": models})
 
     async def one(call: Call) -> Response:
         model = gateway.fleet.model(call.request.path_params["name"])
         check_model(call.key, model.name)
-        return _json(_described(model))
+        return json_response(_described(model))
 
     async def metadata(call: Call) -> Response:
         model = gateway.fleet.model(call.request.path_params["name"])
         check_model(call.key, model.name)
-        return _json(
+        return json_response(
             {
                 "name": model.name,
                 "platform": "torchserve",
@@ -53,14 +52,14 @@ def routes(gateway: Gateway) -> list[Route]:
         try:
             ready = gateway.fleet.model(name).is_ready
         except RequestError as error:
-            return _json({"name": name, "ready": False}, error.status)
-        return _json({"name": name, "ready": ready}, 200 if ready else 503)
+            return json_response({"name": name, "ready": False}, error.status)
+        return json_response({"name": name, "ready": ready}, 200 if ready else 503)
 
     route = gateway.door.route
     return [
-        route("/v1/models", listed),
-        route("/v1/models/{name}", one),
-        route("/v2/models/{name}", metadata),
+        route("/v1/models", listed, takes_place=False),
+        route("/v1/models/{name}", one, takes_place=False),
+        route("/v2/models/{name}", metadata, takes_place=False),
         route("/v2/models/{name}/ready", is_ready, keyless=True),
     ]
 
@@ -75,7 +74,3 @@ def _described(model: Model) -> dict[str, object]:
         "name": model.name,
         "ready": model.is_ready,
     }
-
-
-def _json(content: object, status: int = 200) -> Response:
-    return Response(json.dumps(content).encode(), status, media_type="application/json")

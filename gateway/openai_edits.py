@@ -6,7 +6,6 @@ import asyncio
 import base64
 import binascii
 import io
-import math
 from collections.abc import Mapping
 
 from PIL import Image
@@ -20,6 +19,8 @@ from gateway.image_request import ImageRequest, read_image_request
 from gateway.keys import Key
 from gateway.openai_fields import EDIT_FIELDS, OPENAI_FIELDS
 from gateway.openai_images import reply_with_images
+from gateway.routing import Fleet, Model
+from handler.api.images import SentPicture
 from handler.api.picture_headers import PictureHeader, read_header
 from handler.config import HandlerConfig
 from handler.errors import InvalidRequest
@@ -45,7 +46,7 @@ def routes(gateway: Gateway) -> list[Route]:
 async def read_edit(gateway: Gateway, sent: Sent, key: Key | None) -> ImageRequest:
     """Read what a client sent to have a picture drawn over. Raises: as `read_image_request`."""
     sent, image, mask = _take_pictures(sent)
-    config = HandlerConfig()
+    config = _model_of(sent, gateway.fleet).config.handler
     header = _check("image", image, config)
     pictures = {"image": _base64(image)}
     if mask is not None:
@@ -58,8 +59,14 @@ async def read_edit(gateway: Gateway, sent: Sent, key: Key | None) -> ImageReque
         key,
         fields={**OPENAI_FIELDS, **EDIT_FIELDS},
         pictures=pictures,
-        picture_px=_drawn_size(header, config),
+        picture=SentPicture(image, header),
     )
+
+
+def _model_of(sent: Sent, fleet: Fleet) -> Model:
+    """The model whose limits count for the pictures; what is wrong with its name is told later."""
+    name = sent.fields.get("model")
+    return fleet.model(name.strip() or None if isinstance(name, str) else None)
 
 
 def is_edit(sent: Sent) -> bool:
@@ -149,13 +156,6 @@ def instance_mask(mask: bytes) -> bytes:
     written = io.BytesIO()
     inverted.save(written, "PNG", compress_level=1)
     return written.getvalue()
-
-
-def _drawn_size(header: PictureHeader, config: HandlerConfig) -> tuple[int, int]:
-    """About what an instance makes of it: its own size, scaled into the limits."""
-    width, height = header.size_px
-    scale = min(1.0, math.sqrt(config.max_pixels / (width * height)))
-    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def _base64(content: bytes) -> str:

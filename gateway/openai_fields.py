@@ -12,9 +12,9 @@ from types import MappingProxyType
 from gateway.settings import QUALITIES
 from handler.api.schema import Field, Kind
 
-__all__ = ["EDIT_FIELDS", "IMAGE_FORMATS", "OPENAI_FIELDS", "WITHOUT_MEANING"]
+__all__ = ["EDIT_FIELDS", "OPENAI_FIELDS", "WITHOUT_MEANING", "field_table"]
 
-IMAGE_FORMATS = ("png", "jpeg", "webp")
+_IMAGE_FORMATS = ("png", "jpeg", "webp")
 _MAX_IMAGES = 10
 _MAX_PARTIAL_IMAGES = 3
 
@@ -23,11 +23,12 @@ def _choices(*names: str) -> Mapping[str, str]:
     return {name: name for name in names}
 
 
-def _table(*fields: Field) -> Mapping[str, Field]:
+def field_table(*fields: Field) -> Mapping[str, Field]:
+    """Fields by their names."""
     return MappingProxyType({each.name: each for each in fields})
 
 
-OPENAI_FIELDS: Mapping[str, Field] = _table(
+OPENAI_FIELDS: Mapping[str, Field] = field_table(
     Field(
         name="model",
         kind=Kind.TEXT,
@@ -64,7 +65,7 @@ OPENAI_FIELDS: Mapping[str, Field] = _table(
     Field(
         name="output_format",
         kind=Kind.CHOICE,
-        choices={**_choices(*IMAGE_FORMATS), "jpg": "jpeg"},
+        choices={**_choices(*_IMAGE_FORMATS), "jpg": "jpeg"},
         default="png",
         meaning="how the picture is encoded",
     ),
@@ -112,7 +113,7 @@ OPENAI_FIELDS: Mapping[str, Field] = _table(
         meaning="how many small previews a stream has",
     ),
 )
-EDIT_FIELDS: Mapping[str, Field] = _table(
+EDIT_FIELDS: Mapping[str, Field] = field_table(
     Field(
         name="input_fidelity",
         kind=Kind.CHOICE,
@@ -124,6 +125,7 @@ EDIT_FIELDS: Mapping[str, Field] = _table(
 WITHOUT_MEANING: Mapping[str, str] = {
     "request_id": "send it as the header X-Request-Id",
     "cancel": "a request is cancelled by DELETE /v1/requests/ID",
+    "describe": "GET /v1/fields says what a model has",
     "previews": "send partial_images with stream",
     "style": "say it in the prompt",
     "complexity": "diffusion models have none; leave it out",

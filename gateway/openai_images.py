@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from starlette.responses import Response
@@ -27,6 +27,7 @@ from gateway.image_replies import (
     picture_of_event,
 )
 from gateway.image_request import ImageRequest, read_image_request
+from gateway.json_replies import MEDIA_TYPE, json_response
 from gateway.picture_urls import picture_url
 from handler.errors import RequestError
 
@@ -44,11 +45,11 @@ def routes(gateway: Gateway) -> list[Route]:
     async def cancel(call: Call) -> Response:
         request_id = call.request.path_params["id"]
         gateway.door.cancel(call, request_id)
-        return _json({"cancelled": request_id})
+        return json_response({"cancelled": request_id})
 
     return [
         gateway.door.route("/v1/images/generations", generate, ["POST"]),
-        gateway.door.route("/v1/requests/{id}", cancel, ["DELETE"]),
+        gateway.door.route("/v1/requests/{id}", cancel, ["DELETE"], takes_place=False),
     ]
 
 
@@ -65,7 +66,7 @@ async def reply_with_images(
         names = [await store.add(each.content, request.output_format) for each in pictures]
         urls = [picture_url(gateway.settings, call.request, name) for name in names]
     content = images_json(request, pictures, urls)
-    return Response(content, media_type="application/json")
+    return Response(content, media_type=MEDIA_TYPE)
 
 
 async def draw(gateway: Gateway, request: ImageRequest, key_name: str) -> list[Picture]:
@@ -119,7 +120,7 @@ async def _reply_with_events(
 
 
 def _order(request: ImageRequest, index: int, key_name: str) -> Order:
-    content = request.content(index)
+    content = partial(request.content, index)
     return Order(request.model.name, content, request.work, key_name)
 
 
@@ -127,7 +128,3 @@ async def _end(tasks: list[asyncio.Task[Any]]) -> None:
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _json(content: object) -> Response:
-    return Response(json.dumps(content).encode("ascii"), media_type="application/json")

@@ -13,6 +13,7 @@ from starlette.routing import Route
 from gateway.door import Call
 from gateway.gateway import Gateway
 from gateway.jobs.requests import JOB_FIELDS
+from gateway.json_replies import json_response
 from gateway.openai_fields import EDIT_FIELDS, OPENAI_FIELDS
 from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, Field, Kind, bounds_of, default_of
 from handler.config import HandlerConfig
@@ -60,7 +61,7 @@ def routes(gateway: Gateway) -> list[Route]:
         return document(config, list(models))
 
     async def as_json(call: Call) -> Response:
-        return Response(json.dumps(current()).encode(), media_type="application/json")
+        return json_response(current())
 
     async def as_page(call: Call) -> Response:
         headers = {"Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'"}
@@ -238,6 +239,8 @@ def _paths() -> Iterator[tuple[str, dict[str, Any]]]:
         ("/pictures/{name}", "get", "A picture that was asked for as a URL"),
         ("/", "get", "The page to draw on"),
         ("/healthz", "get", "Whether the gateway lives"),
+        ("/metrics", "get", "For Prometheus: what the gateway counts"),
+        ("/metrics/instances", "get", "For Prometheus: what TorchServe and its workers count"),
         ("/readyz", "get", "Whether anything can be drawn"),
     ):
         operation = _operation(summary, described)

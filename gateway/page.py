@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from gateway.descriptions import Description
 from gateway.door import Call
 from gateway.gateway import Gateway
+from gateway.json_replies import json_response
 from gateway.limits import check_model
 from gateway.openai_fields import OPENAI_FIELDS
 from gateway.routing import Model
@@ -84,24 +85,39 @@ def routes(gateway: Gateway) -> list[Route]:
     async def fields(call: Call) -> Response:
         model = gateway.fleet.model(call.request.query_params.get("model"))
         check_model(call.key, model.name)
-        content = json.dumps(_form(model)).encode("ascii")
-        return Response(
-            content, headers={"Cache-Control": "no-store"}, media_type="application/json"
-        )
+        description = await gateway.forwarder.describe(model.name)
+        return json_response(_form(model, description), headers={"Cache-Control": "no-store"})
 
     return [
         gateway.door.route("/", index, keyless=True),
         gateway.door.route("/page/{name}", file, keyless=True),
-        gateway.door.route("/v1/fields", fields),
+        gateway.door.route("/v1/fields", fields, takes_place=False),
     ]
 
 
-def fields_of(config: HandlerConfig) -> list[dict[str, Any]]:
-    """What a form needs to know of each field, for a model with the limits of `config`."""
-    return [_described(each, config) for each in _FORM_FIELDS]
+def fields_of(
+    config: HandlerConfig, description: Description | None = None
+) -> list[dict[str, Any]]:
+    """What a form needs to know of each field.
+
+    Args:
+        config: the model's limits.
+        description: says what the model has; None: every field that any model has.
+    """
+    if description is None:
+        return [_described(each, config) for each in _FORM_FIELDS]
+    lacking = PICTURE_FIELDS.keys() - description.fields
+    described = []
+    for each in _FORM_FIELDS:
+        if each.name in lacking:
+            continue
+        described.append(_described(each, config))
+        if names := description.suggestions.get(each.name):
+            described[-1]["suggestions"] = names
+    return described
 
 
-def _form(model: Model) -> dict[str, Any]:
+def _form(model: Model, description: Description | None) -> dict[str, Any]:
     config = model.config.handler
     return {
         "model": model.name,
@@ -111,7 +127,7 @@ def _form(model: Model) -> dict[str, Any]:
             "max_picture_bytes": config.max_picture_bytes,
             "max_picture_pixels": config.max_picture_pixels,
         },
-        "fields": fields_of(config),
+        "fields": fields_of(config, description),
     }
 
 

@@ -12,13 +12,17 @@ from gateway.picture_store import MEDIA_TYPES
 from gateway.settings import Settings
 from handler.errors import NotFound
 
-__all__ = ["picture_url", "routes"]
+__all__ = ["base_url", "picture_url", "routes"]
+
+
+def base_url(settings: Settings, request: Request) -> str:
+    """How the client of `request` reaches the gateway, without a slash at the end."""
+    return (settings.public_url or str(request.base_url)).rstrip("/")
 
 
 def picture_url(settings: Settings, request: Request, name: str) -> str:
     """Where a kept picture is fetched, as the client of `request` reaches the gateway."""
-    base = settings.public_url or str(request.base_url)
-    return f"{base.rstrip('/')}/pictures/{name}"
+    return f"{base_url(settings, request)}/pictures/{name}"
 
 
 def routes(gateway: Gateway) -> list[Route]:

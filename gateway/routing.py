@@ -22,7 +22,7 @@ from gateway.settings import Settings
 from handler.errors import QueueFull
 from handler.messages import nearest, show
 
-__all__ = ["Fleet", "Lease", "Model"]
+__all__ = ["Fleet", "InstanceState", "Lease", "Model"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,20 @@ class Model:
     created_s: int
 
 
+@dataclass(frozen=True, slots=True)
+class InstanceState:
+    """One instance, as an operator sees it."""
+
+    name: str
+    model: str
+    is_ready: bool
+    num_requests: int
+    max_requests: int
+    max_rows: int
+    num_starts: int
+    """How often its worker became READY."""
+
+
 class Instance:
     """One TorchServe as the fleet sees it."""
 
@@ -54,7 +68,13 @@ class Instance:
         self.is_down = False
         """Known to have no worker: what was sent there is not being drawn."""
         self.paused_until_s = 0.0
+        self.num_starts = 0
         self.silent_checks = 0
+        self.heard_s = -math.inf
+        """When its worker was last heard of, or got something to draw when it had nothing."""
+        self.is_silent = False
+        """Not heard of for too long: nothing is sent there until its worker answers a probe."""
+        self.probe: asyncio.Task[None] | None = None
         self.drew_s = -math.inf
         """When it last sent a picture: then nobody need ask whether it can."""
         self.seen_s = int(time.time())
@@ -96,8 +116,13 @@ class Lease:
         if self._scope is not None:
             self._scope.reschedule(asyncio.get_running_loop().time())
 
+    def heard(self) -> None:
+        """Note that its worker has sent something."""
+        self.instance.heard_s = time.monotonic()
+
     def drew(self) -> None:
         """Note that its worker has sent a picture."""
+        self.heard()
         self.instance.drew_s = time.monotonic()
 
     def instance_died(self) -> None:
@@ -168,6 +193,10 @@ class Fleet:
             )
         return models[wanted]
 
+    def address(self, model: str) -> Address | None:
+        """Where an instance that serves `model` is reached; None while none is READY."""
+        return next((each.address for each in self._serving(model)), None)
+
     @property
     def is_ready(self) -> bool:
         """Whether any instance can take requests."""
@@ -177,6 +206,33 @@ class Fleet:
     def num_waiting(self) -> int:
         """Requests that have no instance yet."""
         return len(self._line)
+
+    def num_waiting_by_model(self) -> dict[str, int]:
+        """The same by model, those included for which nobody waits."""
+        counts = Counter(waiter.model for waiter in self._line)
+        return {model: counts[model] for model in [*self.models(), *counts]}
+
+    def instances(self) -> list[InstanceState]:
+        """Every instance that has been seen."""
+        return [
+            InstanceState(
+                each.source.name,
+                each.address.model,
+                each.is_ready,
+                len(each.leases),
+                self._max_requests(each.address),
+                each.address.config.handler.max_rows,
+                each.num_starts,
+            )
+            for each in self._instances
+            if each.address is not None
+        ]
+
+    def addresses(self) -> list[tuple[str, Address]]:
+        """Every instance that has been seen, by its name."""
+        return [
+            (each.source.name, each.address) for each in self._instances if each.address is not None
+        ]
 
     def retry_after_s(self, model: str) -> int:
         """How long the work that there is takes at the present pace."""
@@ -224,6 +280,8 @@ class Fleet:
             return None
         chosen = min(free, key=lambda each: each.work)
         assert chosen.address is not None
+        if not chosen.leases:
+            chosen.heard_s = time.monotonic()
         lease = Lease(chosen, chosen.address, work)
         chosen.leases.add(lease)
         return lease
@@ -237,9 +295,12 @@ class Fleet:
 
     def _has_room(self, instance: Instance) -> bool:
         assert instance.address is not None
-        batch_size = instance.address.config.batch_size
-        limit = self._settings.max_in_flight or max(1, batch_size - _ROOM_FOR_CANCELS)
+        limit = self._max_requests(instance.address)
         return len(instance.leases) < limit and time.monotonic() >= instance.paused_until_s
+
+    def _max_requests(self, address: Address) -> int:
+        room = address.config.batch_size - _ROOM_FOR_CANCELS
+        return self._settings.max_in_flight or max(1, room)
 
     async def _wait(self, waiter: _Waiter, until_s: float) -> Lease:
         settings, key = self._settings, waiter.key
@@ -307,6 +368,9 @@ class Fleet:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
+        for probe in [each.probe for each in self._instances if each.probe is not None]:
+            probe.cancel()
+            await asyncio.gather(probe, return_exceptions=True)
         await self._check.close()
 
     def look_now(self) -> None:
@@ -335,11 +399,14 @@ class Fleet:
             self._note(instance, is_ready=False)
             return
         if instance.address is None or address.started != instance.address.started:
-            instance.seen_s = int(time.time())
+            instance.seen_s, instance.is_silent = int(time.time()), False
         has_just_drawn = time.monotonic() - instance.drew_s < self._settings.poll_s
         if instance.is_ready and has_just_drawn and address == instance.address:
             return
         instance.address = address
+        if self._is_silent(instance, address):
+            self._note(instance, is_ready=False)
+            return
         is_ready = await self._check.is_ready(address)
         if is_ready is None:
             instance.silent_checks += 1
@@ -348,9 +415,35 @@ class Fleet:
             return
         self._note(instance, is_ready=is_ready)
 
+    def _is_silent(self, instance: Instance, address: Address) -> bool:
+        """Whether the worker has stood still for too long: it takes requests and never answers."""
+        limit_s, silent_s = self._settings.silence_s, time.monotonic() - instance.heard_s
+        if silent_s > limit_s / 2 and (instance.leases or instance.is_silent):
+            self._ask(instance, address)
+        is_silent = silent_s > limit_s and bool(instance.leases or instance.is_silent)
+        if is_silent != instance.is_silent:
+            said = f"said nothing for {limit_s:g} s" if is_silent else "answers again"
+            logger.warning("%s %s", instance.source.name, said)
+        instance.is_silent = is_silent
+        return is_silent
+
+    def _ask(self, instance: Instance, address: Address) -> None:
+        """Ask the worker in the background whether it lives, unless it is being asked."""
+
+        async def probe() -> None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.silence_s):
+                    if await self._check.hears(address):
+                        instance.heard_s = time.monotonic()
+                        self.look_now()
+
+        if instance.probe is None or instance.probe.done():
+            instance.probe = asyncio.create_task(probe(), name="probe")
+
     def _note(self, instance: Instance, *, is_ready: bool) -> None:
         if is_ready != instance.is_ready:
             logger.info("%s is %s", instance.source.name, "READY" if is_ready else "not READY")
+            instance.num_starts += is_ready
             # What refused requests for a while, as one that is drained, is another one since.
             instance.paused_until_s = 0.0
         instance.silent_checks = 0

@@ -10,7 +10,7 @@ from handler.config_checks import Check
 from handler.errors import ConfigError
 from handler.messages import nearest, show
 
-__all__ = ["SettingProblems", "is_table", "read_values", "setting"]
+__all__ = ["SettingProblems", "is_table", "read_checked", "read_values", "setting"]
 
 _T = TypeVar("_T")
 
@@ -54,7 +54,15 @@ def read_values(table: type[_Table], section: object) -> dict[str, Any]:
         section = {}
     if not isinstance(section, Mapping):
         raise SettingProblems([f"must be keys and values, not {show(section)}"])
-    checks: dict[str, Check] = {each.name: each.metadata["check"] for each in fields(table)}
+    return read_checked({each.name: each.metadata["check"] for each in fields(table)}, section)
+
+
+def read_checked(checks: Mapping[str, Check], section: Mapping[Any, object]) -> dict[str, Any]:
+    """The values of a section, each by its check.
+
+    Raises:
+        SettingProblems: names every unknown key, every bad value and what is allowed.
+    """
     problems: list[str] = []
     values: dict[str, Any] = {}
     for name, value in section.items():

@@ -22,10 +22,20 @@ from handler.config_checks import Check
 from handler.errors import ConfigError
 from handler.messages import show
 
-__all__ = ["QUALITIES", "InstanceSettings", "Settings", "is_loopback", "read_settings"]
+__all__ = [
+    "EVERYBODY",
+    "NOBODY",
+    "QUALITIES",
+    "InstanceSettings",
+    "Settings",
+    "is_loopback",
+    "read_settings",
+]
 
 QUALITIES = ("low", "medium", "high", "xhigh", "max", "standard", "hd")
 """OpenAI's qualities beside `auto`, which is the model's own number of steps."""
+EVERYBODY, NOBODY = "everybody", "nobody"
+"""Who may read the metrics, beside the name of a key."""
 
 _URL = re.compile(r"https?://[A-Za-z0-9.\-\[\]:]+(:[0-9]+)?/?")
 _ORIGIN = re.compile(r"\*|https?://[A-Za-z0-9.\-\[\]:]+")
@@ -45,6 +55,8 @@ class InstanceSettings:
     """TorchServe's key_file.json, or a file that holds the inference key alone."""
     model_config: str | None = None
     """The model-config.yaml that it runs with, for limits and defaults. None: the shipped ones."""
+    metrics: str | None = None
+    """Where TorchServe tells its metrics, ``http://host:port/metrics``. None: not passed on."""
 
 
 def _list_of(what: str, is_allowed: re.Pattern[str], example: str) -> Check:
@@ -98,13 +110,16 @@ def _instances() -> Check:
             raise ValueError
         if not _URL.fullmatch(entry["url"]) or not _NAME.fullmatch(entry["model"]):
             raise ValueError
+        if "metrics" in entry and not re.fullmatch(r"https?://.+", entry["metrics"]):
+            raise ValueError
         management = entry.get("management")
         if management is not None and not re.fullmatch(r"unix:/.+|https?://.+", management):
             raise ValueError
         return InstanceSettings(**{**entry, "url": entry["url"].rstrip("/")})
 
     return Check(
-        "a list of objects with url and model, and perhaps management, token_file and model_config",
+        "a list of objects with url and model, and perhaps management, token_file, model_config and"
+        " metrics",
         "",
         convert,
     )
@@ -151,6 +166,12 @@ class Settings:
         allow.optional(allow.boolean()),
         "ask every request for a key; left out: where the address is not loopback",
     )
+    metrics_for: str | None = _key(
+        None,
+        allow.optional(allow.text()),
+        "who may read /metrics: everybody, nobody or the name of a key; left out: everybody where"
+        " no key is needed, else nobody",
+    )
     cors_origins: tuple[str, ...] = _key(
         (), _list_of("origins", _ORIGIN, "https://app.example"), "web pages that may call it"
     )
@@ -187,8 +208,23 @@ class Settings:
     poll_s: float = _key(
         1.0, allow.number(0.05, 60.0), "seconds between two looks at an instance's worker"
     )
+    silence_s: float = _key(
+        180.0,
+        allow.number(0.1, 86400.0),
+        "seconds without a word from a worker that draws, after which it counts as dead: more than"
+        " its longest forward takes",
+    )
     drain_s: float = _key(
         30.0, allow.number(0.0, 86400.0), "seconds that requests may take to end when it stops"
+    )
+    trace_endpoint: str | None = _key(
+        None,
+        allow.optional(allow.text()),
+        "where spans of requests go, OTLP over HTTP; left out: OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+        " of the environment, else none",
+    )
+    log_format: str = _key(
+        "text", allow.one_of("text", "json"), "of the log: lines of text, or one object a line"
     )
 
     url_expires_s: float = _key(

@@ -24,3 +24,5 @@ Imports go downward only: ``diffusers_handler → assembly → service, accelera
 pipelines, batching → api → errors``, and ``loading → zips, errors, config``; `loading` and `api`
 never meet.
 """
+
+__version__ = "0.1.0"

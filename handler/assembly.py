@@ -9,18 +9,21 @@ from __future__ import annotations
 import base64
 import io
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from handler.acceleration.guidance_interval import GuidanceInterval
 from handler.acceleration.speed import SpeedUp, make_plan
+from handler.acceleration.step_cache import StepCache
 from handler.api.decoding import decode_pictures
-from handler.api.request import GenerationRequest, check_against_pipeline
+from handler.api.request import GenerationRequest
+from handler.api.request_checks import check_against_pipeline
 from handler.api.traits import PipelineTraits
-from handler.config import HandlerConfig
+from handler.config import MAX_LORAS, HandlerConfig
 from handler.engine import BUCKETS, InFlightEngine
 from handler.engine.forward import is_out_of_memory
 from handler.errors import ConfigError, RequestError
@@ -34,6 +37,8 @@ from handler.pipelines.tasks import pictures_of, pipeline_name, pipelines_of, sp
 from handler.service.generation import GenerationService
 from handler.service.lora_shelf import LoraNames, LoraShelf
 from handler.service.reading import read_requests
+from handler.service.records import Watcher, log_record
+from handler.service.tracing import make_tracing
 
 __all__ = ["assemble", "short_request"]
 
@@ -58,6 +63,11 @@ def assemble(
     traits = replace(describe(loaded.pipeline, pipelines), loras=loras)
     logger.info("%s serves %s", type(loaded.pipeline).__name__, ", ".join(pipelines))
     if config.default_loras is None and loaded.loras:
+        if len(loaded.loras) > MAX_LORAS:
+            raise ConfigError(
+                f"model-config.yaml: default_loras: {len(loaded.loras)} LoRAs are packed, and at"
+                f" most {MAX_LORAS} may be on; say which, with their scales ({{}}: none)"
+            )
         config = replace(config, default_loras=dict.fromkeys(loaded.loras, 1.0))
     check_against_pipeline(config, traits)
     requests = _warm_up_requests(config, traits, pipelines)
@@ -69,7 +79,7 @@ def assemble(
         max_pixels=config.max_pixels_in_flight,
         exact=config.exact,
         buckets=speed_up.buckets or (BUCKETS if config.pad_to_buckets else ()),
-        wrappers=speed_up.wrappers,
+        wrappers=[*speed_up.wrappers, GuidanceInterval(), StepCache()],
     )
     service = GenerationService(
         engine,
@@ -79,21 +89,42 @@ def assemble(
         model_name=model_name,
         checker=SafetyChecker.take_from(engine.pipelines.values()),
         shelf=_shelf(engine, loaded, config, loras),
+        watchers=_watchers(config, model_name),
     )
-    if warm_up:
-        calls = [
-            pipeline_arguments(each, traits.tasks[each.engine_task], decode_pictures(each, config))
-            for each in requests
-        ]
-        names = [pipeline_name(each.engine_task, each.extra.get("control")) for each in requests]
-        try:
-            speed_up.warm_up(engine, calls, names)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            problem = drawing_problem(device_memory(loaded.device), loaded.dtype)
-            raise ConfigError(problem) from error
+    if warm_up and plan.warm_up:
+        _warm_up(speed_up, engine, requests, config, traits, loaded)
     return service
+
+
+def _warm_up(
+    speed_up: SpeedUp,
+    engine: InFlightEngine,
+    requests: Sequence[GenerationRequest],
+    config: HandlerConfig,
+    traits: PipelineTraits,
+    loaded: LoadedPipeline,
+) -> None:
+    """Draw `requests`. Raises: ConfigError, where the memory is too small for one of them."""
+    calls = [
+        pipeline_arguments(each, traits.tasks[each.engine_task], decode_pictures(each, config))
+        for each in requests
+    ]
+    names = [pipeline_name(each.engine_task, each.extra.get("control")) for each in requests]
+    try:
+        speed_up.warm_up(engine, calls, names)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        problem = drawing_problem(device_memory(loaded.device), loaded.dtype)
+        raise ConfigError(problem) from error
+
+
+def _watchers(config: HandlerConfig, model_name: str) -> list[Watcher]:
+    """Return who is told of requests that have ended."""
+    watchers: list[Watcher] = [log_record] if config.request_log == "json" else []
+    if (tracing := make_tracing(config, model_name)) is not None:
+        watchers.append(tracing)
+    return watchers
 
 
 def _lora_folder(config: HandlerConfig) -> Path | None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 from handler import config_checks as allow
-from handler.config_checks import Check
+from handler.config_checks import MAX_LORA_SCALE, MAX_LORAS, Check
 from handler.errors import ConfigError
 from handler.messages import nearest, show
 
-__all__ = ["OUTPUT_FORMATS", "HandlerConfig", "Key", "keys"]
+__all__ = ["MAX_LORAS", "MAX_LORA_SCALE", "OUTPUT_FORMATS", "HandlerConfig", "Key", "keys"]
 
 OUTPUT_FORMATS = ("png", "jpeg", "webp", "npy", "json", "array")
 # Two prompts of 8000 characters are the most that fit the 64 KB that JPEG gives to its EXIF data.
@@ -168,6 +168,13 @@ class HandlerConfig:
         left_out="all that are packed, at 1",
         example='{"style":0.8}',
     )
+    step_cache: float = _key(
+        0.0,
+        allow.number(0.0, 1.0, off=True),
+        "the part of the denoising steps that may be predicted instead of computed, see"
+        " docs/performance.md",
+        note="0 is `off`; pictures change a little",
+    )
     default_output: str = _key(
         "png",
         allow.one_of(*OUTPUT_FORMATS),
@@ -267,6 +274,18 @@ class HandlerConfig:
         "threads that encode finished pictures, and as many that decode those that are sent",
     )
 
+    trace_endpoint: str | None = _key(
+        None,
+        allow.optional(allow.text()),
+        "where spans of every request go, OTLP over HTTP; needs the extra `tracing`",
+        left_out="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT of the environment, else none",
+        example="http://127.0.0.1:4318/v1/traces",
+        section="What is told of requests",
+    )
+    request_log: str = _key(
+        "none", allow.one_of("none", "json"), "one object a request in the log, without its prompt"
+    )
+
     def __post_init__(self) -> None:
         problems = [
             *_value_problems({f.name: getattr(self, f.name) for f in fields(self)}),
@@ -344,6 +363,8 @@ def _cross_problems(config: HandlerConfig) -> Iterator[str]:
             "exact: true computes as the pipeline does when it is called alone, which speed: max"
             " does not; choose one of them"
         )
+    if config.exact and config.step_cache:
+        yield "exact: true computes every step, and step_cache predicts some; choose one of them"
     if len(config.negative_prompt or "") > config.max_prompt_chars:
         yield f"negative_prompt: longer than max_prompt_chars, {config.max_prompt_chars}"
     if 2 * config.max_images > config.max_rows:

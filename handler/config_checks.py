@@ -10,6 +10,8 @@ from typing import cast
 from handler.messages import number_range
 
 __all__ = [
+    "MAX_LORAS",
+    "MAX_LORA_SCALE",
     "Check",
     "boolean",
     "device",
@@ -21,6 +23,12 @@ __all__ = [
     "sizes",
     "text",
 ]
+
+
+MAX_LORAS = 16
+"""How many LoRAs a picture may be drawn with."""
+MAX_LORA_SCALE = 10.0
+"""How far from nothing the scale of each may be, to either side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +54,13 @@ def integer(low: int, high: int) -> Check:
     return Check(f"an integer from {low} to {high}", f"{low} to {high}", convert)
 
 
-def number(low: float, high: float) -> Check:
-    """A number from `low` to `high`; integers become floats."""
+def number(low: float, high: float, *, off: bool = False) -> Check:
+    """A number from `low` to `high`; integers become floats. With `off`, that word is a zero."""
 
     def convert(value: object) -> object:
+        # YAML reads a bare `off` as false.
+        if off and (value is False or value == "off"):
+            return 0.0
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         # A NaN is in no range.
         if not is_number or not low <= cast(float, value) <= high:
@@ -57,6 +68,8 @@ def number(low: float, high: float) -> Check:
         return float(cast(float, value))
 
     span = number_range(low, high)
+    if off:
+        return Check(f"off or a number from {span}", f"`off`, or {span}", convert)
     return Check(f"a number from {span}", span, convert)
 
 
@@ -115,16 +128,22 @@ def loras() -> Check:
 
     def convert(value: object) -> object:
         if isinstance(value, (list, tuple)):
+            if not all(isinstance(name, str) for name in value):
+                raise ValueError
             value = dict.fromkeys(value, 1.0)
-        if not isinstance(value, Mapping) or len(value) > 16:
+        if not isinstance(value, Mapping) or len(value) > MAX_LORAS:
             raise ValueError
         for name, scale in value.items():
             is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-            if not isinstance(name, str) or not name or not is_number or not -10 <= scale <= 10:
+            is_in_range = is_number and -MAX_LORA_SCALE <= scale <= MAX_LORA_SCALE
+            if not isinstance(name, str) or not name or not is_in_range:
                 raise ValueError
         return {name: float(scale) for name, scale in value.items()}
 
-    return Check("up to 16 names with scales, -10 to 10", "up to 16, scales -10 to 10", convert)
+    span = number_range(-MAX_LORA_SCALE, MAX_LORA_SCALE)
+    return Check(
+        f"up to {MAX_LORAS} names with scales, {span}", f"up to {MAX_LORAS}, scales {span}", convert
+    )
 
 
 def sizes() -> Check:

@@ -33,10 +33,12 @@ from handler.cycle_pace import MIN_BYTES, CyclePace
 from handler.cycle_replies import CycleReplies, http_headers
 from handler.errors import ConfigError, ServingError
 from handler.library_logs import quiet_for_good
+from handler.loading.contents import MANIFEST_NAME
 from handler.loading.pipeline import load_pipeline
 from handler.service.draining import DRAIN_FILE_VARIABLE, Drain
 from handler.service.generation import GenerationService
 from handler.service.metrics import emit
+from handler.service.worker_metrics import WorkerMetrics, archive_labels
 from handler.single_worker import hold_model
 from handler.torchserve_logs import shorten_torchserve_logs
 from handler.watchdog import Watchdog
@@ -74,6 +76,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._is_continuous = False
         self._emitted_s = time.monotonic()
         self._ending: threading.Timer | None = None
+        self._worker_metrics: WorkerMetrics | None = None
 
     @property
     def service(self) -> GenerationService:
@@ -96,6 +99,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             logger.error("cannot serve this model: %s", error)
             raise
         self.initialized = True
+        self._emit_metrics(context)
         logger.info(
             "%s is ready on %s after %.1f s",
             type(self.pipeline).__name__,
@@ -117,6 +121,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._service = assemble(loaded, self.config, model_name=context.model_name or "model")
         self.traits = self._service.traits
         self.pipeline, self.device = loaded.pipeline, loaded.device
+        manifest = Path(properties["model_dir"]) / MANIFEST_NAME
+        self._worker_metrics = WorkerMetrics(self.config, archive_labels(manifest), self.device)
         if drain_file := os.environ.get(DRAIN_FILE_VARIABLE):
             self._drain_file = Path(drain_file)
         if self._is_continuous:
@@ -229,7 +235,10 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         if self.service.live_ids and now_s - self._emitted_s < _EMIT_EVERY_S:
             return
         self._emitted_s = now_s
-        emit(self.service.samples(), context.metrics, context.model_name)
+        samples = self.service.samples()
+        if self._worker_metrics is not None:
+            samples += self._worker_metrics.samples()
+        emit(samples, context.metrics, context.model_name)
 
 
 def _has_data(connection: socket.socket) -> bool:

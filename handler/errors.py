@@ -143,34 +143,33 @@ class PipelineFailed(EngineFault):
     code = "pipeline_failed"
 
 
-class QueueFull(RequestError):
+class _Unavailable(RequestError):
+    """What is asked for may be had later: the header Retry-After says in how many seconds."""
+
+    status, phrase = 503, "Service Unavailable"
+    default_retry_after_s: int
+
+    def __init__(self, message: str, retry_after_s: int | None = None) -> None:
+        seconds = self.default_retry_after_s if retry_after_s is None else retry_after_s
+        super().__init__(message, retry_after_s=seconds)
+
+
+class QueueFull(_Unavailable):
     """Too many requests are waiting; the header Retry-After says in how many seconds to retry."""
 
-    status, phrase, code = 503, "Service Unavailable", "queue_full"
-
-    def __init__(self, message: str, retry_after_s: int = 1) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
+    code, default_retry_after_s = "queue_full", 1
 
 
-class Draining(RequestError):
-    """The server is about to stop, and takes nothing new or had no time to finish the request.
+class Draining(_Unavailable):
+    """The server is about to stop, and takes nothing new or had no time to finish the request."""
 
-    `retry_after_s` goes into the header Retry-After.
-    """
-
-    status, phrase, code = 503, "Service Unavailable", "draining"
-
-    def __init__(self, message: str, retry_after_s: int = 10) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
+    code, default_retry_after_s = "draining", 10
 
 
-class DeviceLost(RequestError):
+class DeviceLost(_Unavailable):
     """The device failed under some request; the worker ends and starts again."""
 
-    status, phrase, code = 503, "Service Unavailable", "device_lost"
-
-    def __init__(self, message: str, retry_after_s: int = 60) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
+    code, default_retry_after_s = "device_lost", 60
 
 
 class DeadlineExceeded(RequestError):
@@ -180,6 +179,6 @@ class DeadlineExceeded(RequestError):
 
 
 class OutOfMemory(RequestError):
-    """The picture does not fit into the device's memory, even alone."""
+    """The request does not fit into the memory, even alone."""
 
     status, phrase, code = 507, "Insufficient Storage", "out_of_memory"

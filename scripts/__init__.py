@@ -1,3 +1,5 @@
 """What runs beside the server: download, pack, inspect and verify. Imports only ``handler``."""
 
-__version__ = "0.1.0"
+from handler import __version__
+
+__all__ = ["__version__"]

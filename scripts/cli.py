@@ -14,6 +14,7 @@ from scripts.console import DONE, run_command
 from scripts.demo import DEMO
 from scripts.download_weights import DOWNLOAD
 from scripts.inspect_archive import INSPECT
+from scripts.keys import KEY
 from scripts.pull_archive import PULL
 from scripts.push_archive import PUSH
 from scripts.up import GATEWAY, UP
@@ -55,7 +56,7 @@ def make_parser(prog: str = _PROGRAM) -> argparse.ArgumentParser:
     for each in (DEMO, PACK, INSPECT, VERIFY):
         each.add_to(commands.add_parser)
     serve.add_commands(commands.add_parser)
-    for each in (UP, GATEWAY):
+    for each in (UP, GATEWAY, KEY):
         each.add_to(commands.add_parser)
     for each in (PUSH, PULL, DOWNLOAD, ZIP, _COMPLETION):
         each.add_to(commands.add_parser)

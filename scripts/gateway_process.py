@@ -7,6 +7,7 @@ import http.client
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,14 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from scripts.background import last_lines, start_in_background
+from scripts.background import (
+    end_process,
+    last_lines,
+    read_saved,
+    running_process,
+    save,
+    start_in_background,
+)
 from scripts.errors import ServerError
 from scripts.hints import to_run
 from scripts.repository import REPOSITORY
@@ -27,6 +35,10 @@ __all__ = ["DEFAULT_CONFIG", "GatewayOptions", "GatewayProcess", "command_line",
 DEFAULT_CONFIG = REPOSITORY / "config" / "gateway.yaml"
 _START_TIMEOUT_S = 60.0
 _POLL_S = 0.05
+# In a line of text or of JSON.
+_LISTENS = re.compile(r"listens at (https?://[^\s\"]+)")
+# A log that is larger is put aside when the gateway starts.
+_MAX_LOG_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,14 +103,9 @@ class GatewayProcess:
     def find(cls, state_dir: Path) -> GatewayProcess | None:
         """Return the gateway that runs with this state folder, if any."""
         try:
-            saved = json.loads((state_dir / "gateway.json").read_text())
-            process = psutil.Process(saved["pid"])
-            # The PID alone may have been given to somebody else since.
-            if process.create_time() != saved["created_s"]:
-                return None
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return None
-            return cls(process, saved, state_dir)
+            saved = read_saved(state_dir / "gateway.json")
+            process = running_process(saved)
+            return None if process is None else cls(process, saved, state_dir)
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return None
 
@@ -115,6 +122,8 @@ class GatewayProcess:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         log_file = state_dir / "gateway.log"
         saved_file = state_dir / "gateway.json"
+        if log_file.exists() and log_file.stat().st_size > _MAX_LOG_BYTES:
+            log_file.replace(state_dir / "gateway.log.1")
         launched, log_begins_at = start_in_background(command, environment(), log_file)
         try:
             url = _wait_until_it_answers(launched, log_file, log_begins_at)
@@ -125,7 +134,7 @@ class GatewayProcess:
                 "url": url,
                 "started_as": options.fingerprint(),
             }
-            saved_file.write_text(json.dumps(saved, indent=2) + "\n")
+            save(saved_file, saved)
         except BaseException:
             launched.kill()
             launched.wait()
@@ -134,12 +143,7 @@ class GatewayProcess:
 
     def stop(self, timeout_s: float) -> None:
         """End it once its requests are finished, by force after `timeout_s`."""
-        self._process.terminate()
-        try:
-            self._process.wait(timeout_s)
-        except psutil.TimeoutExpired:
-            self._process.kill()
-            self._process.wait(10)
+        end_process(self._process, timeout_s)
         (self._state_dir / "gateway.json").unlink(missing_ok=True)
 
 
@@ -149,19 +153,14 @@ def _wait_until_it_answers(
     """Return its URL, which it logs; whether anything can be drawn is not asked."""
     until_s = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < until_s:
-        said = log_file.read_bytes()[log_begins_at:].decode("utf-8", "replace")
+        with log_file.open("rb") as log:
+            log.seek(log_begins_at)
+            said = log.read().decode("utf-8", "replace")
         if launched.poll() is not None:
             raise ServerError("the gateway did not start", last_lines(log_file, log_begins_at))
-        url = next(
-            (
-                line.split(" at ", 1)[1].strip()
-                for line in said.splitlines()
-                if " listens at " in line
-            ),
-            None,
-        )
-        if url is not None and _is_alive(url):
-            return url
+        listens = _LISTENS.search(said)
+        if listens is not None and _is_alive(listens[1]):
+            return listens[1]
         time.sleep(_POLL_S)
     raise ServerError(f"the gateway did not answer; {log_file} says more, then `{to_run('up')}`")
 

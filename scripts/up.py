@@ -29,8 +29,6 @@ from scripts.torchserve.process import TorchServer
 
 __all__ = ["GATEWAY", "UP"]
 
-_GATEWAY_PORT = 8000
-
 
 def _up(arguments: argparse.Namespace) -> int:
     if not arguments.name and not _has_archive(arguments.store):
@@ -116,7 +114,7 @@ def _gateway(arguments: argparse.Namespace) -> int:
         raise ServerError(f"the gateway cannot be started: {error.strerror}") from error
 
 
-def _add_gateway_arguments(parser: argparse.ArgumentParser, port: int | None) -> None:
+def _add_gateway_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gateway-dir", type=Path, help="the gateway's state (default: RUN_DIR with -gateway)"
     )
@@ -127,8 +125,7 @@ def _add_gateway_arguments(parser: argparse.ArgumentParser, port: int | None) ->
         help="its settings (config/gateway.yaml)",
     )
     parser.add_argument("--gateway-address", help="where it listens; any but loopback needs keys")
-    shown = "its port" if port is None else f"its port ({port})"
-    parser.add_argument("--gateway-port", type=int, default=port, help=shown)
+    parser.add_argument("--gateway-port", type=int, help="in place of its settings' port")
 
 
 def _add_up_arguments(parser: argparse.ArgumentParser) -> None:
@@ -136,7 +133,7 @@ def _add_up_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="which archive, when there are several")
     add_start_arguments(parser)
     add_fleet_arguments(parser, foreground=False)
-    _add_gateway_arguments(parser, _GATEWAY_PORT)
+    _add_gateway_arguments(parser)
     parser.add_argument("--haproxy", action="store_true", help="put HAProxy with TLS in front")
     parser.add_argument("--haproxy-port", type=int, default=8443, help="its port (8443)")
     parser.add_argument(
@@ -151,7 +148,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run-dir", type=Path, help="of the one instance; left out: run_dirs of its settings"
     )
-    _add_gateway_arguments(parser, None)
+    _add_gateway_arguments(parser)
 
 
 UP = Command(

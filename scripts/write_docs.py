@@ -16,7 +16,7 @@ from pathlib import Path
 from handler import errors
 from handler.api.accept import MEDIA_TYPES
 from handler.api.foreign_names import FOREIGN_NAMES
-from handler.api.samplers import SAMPLERS, SCHEDULER_CLASSES, SCHEDULES
+from handler.api.sampler_table import SAMPLERS, SCHEDULER_CLASSES, SCHEDULES
 from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, Field, Kind, Setting, Value
 from handler.config import HandlerConfig, keys
 from handler.errors import RequestError
@@ -91,7 +91,8 @@ def _allowed(field: Field) -> str:
     span = f"{_bound(field.minimum)} to {_bound(field.maximum)}"
     if field.kind is Kind.TEXT:
         return f"text, {span} characters"
-    return f"{'an integer' if field.kind is Kind.INTEGER else 'a number'}, {span}"
+    words = "".join(f", or `{word}`" for word in field.words)
+    return f"{'an integer' if field.kind is Kind.INTEGER else 'a number'}, {span}{words}"
 
 
 def _bound(bound: Value | Setting) -> str:
@@ -131,16 +132,30 @@ def _schedulers() -> Iterable[list[str]]:
     yield ["`scheduler`", "also", "diffusers class", "its options", "`sigmas`"]
     for solver in SAMPLERS.values():
         options = ", ".join(f"`{name}={value!r}`" for name, value in solver.options.items())
-        sigmas = [k for k, each in SCHEDULES.items() if each.options_for(solver.class_names[0])]
         yield [
             f"`{solver.name}`",
             ", ".join(f"`{alias}`" for alias in solver.aliases),
             " or ".join(f"`{class_name}`" for class_name in solver.class_names),
             options,
-            ", ".join(sigmas),
+            _sigmas(solver.class_names),
         ]
     for short, class_name in SCHEDULER_CLASSES.items():
         yield [f"`{short}`", "", f"`{class_name}`", "as the pipeline's own is configured", ""]
+
+
+def _sigmas(class_names: Sequence[str]) -> str:
+    """The schedules of a solver, class by class where these differ."""
+    found = {
+        class_name: ", ".join(
+            key
+            for key, schedule in SCHEDULES.items()
+            if schedule.options_for(class_name) is not None
+        )
+        for class_name in class_names
+    }
+    if len(set(found.values())) == 1:
+        return found[class_names[0]]
+    return "; ".join(f"`{name}`: {sigmas or 'none'}" for name, sigmas in found.items())
 
 
 def _foreign_names() -> Iterable[list[str]]:
@@ -158,7 +173,10 @@ def _errors() -> Iterable[list[str]]:
     kinds = [
         each
         for each in vars(errors).values()
-        if isinstance(each, type) and issubclass(each, RequestError) and each is not RequestError
+        if isinstance(each, type)
+        and issubclass(each, RequestError)
+        and each is not RequestError
+        and each.__name__ in errors.__all__
     ]
     for kind in sorted(kinds, key=lambda kind: kind.status):
         meaning = (kind.__doc__ or "").partition("\n")[0].rstrip(".")

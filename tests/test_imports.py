@@ -50,9 +50,11 @@ TOP_MAY_IMPORT = {
     "benchmarks": {"handler", "scripts", "demo"},
     "diffusers_torchserve": {"scripts"},
 }
-# The table of fields, its reader and the checks of settings: plain data, nothing of torch.
+# What reads requests, and the checks of settings: plain data, nothing of torch.
 GATEWAY_MAY_IMPORT = {
-    *("handler.api.fields", "handler.api.picture_headers", "handler.api.schema"),
+    *("handler.api.body", "handler.api.fields", "handler.api.images", "handler.api.kserve"),
+    *("handler.api.picture_headers", "handler.api.picture_sizes", "handler.api.schema"),
+    "handler.api.translation",
     *("handler.config", "handler.config_checks", "handler.errors", "handler.messages"),
 }
 

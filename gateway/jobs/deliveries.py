@@ -21,8 +21,10 @@ class Deliveries:
         self._database = database
         self._settings = settings
 
-    async def take(self) -> list[Delivery]:
+    async def take(self, max_num: int = _MAX_DELIVERIES) -> list[Delivery]:
         """Webhooks that are due; those whose end is not told in time are due again."""
+        if max_num < 1:
+            return []
         async with self._database.transaction() as transaction:
             now_s = self._database.now_s()
             rows = await transaction.execute(
@@ -32,12 +34,13 @@ class Deliveries:
                 WHERE webhook_state = 'pending' AND webhook_due_s <= :now_s AND id IN (
                     SELECT id FROM gateway_jobs
                     WHERE webhook_state = 'pending' AND webhook_due_s <= :now_s
-                    ORDER BY webhook_due_s LIMIT {_MAX_DELIVERIES}
+                    ORDER BY webhook_due_s LIMIT :max_num
                 )
                 RETURNING {COLUMNS}
                 """,
                 now_s=now_s,
                 until_s=now_s + _DELIVERY_S,
+                max_num=min(max_num, _MAX_DELIVERIES),
             )
         return [Delivery(job_of(row), row["webhook_url"]) for row in rows]
 

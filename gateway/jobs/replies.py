@@ -10,9 +10,7 @@ from typing import Any
 from gateway.jobs.job import ENDED, Drawn, Job, Progress
 from gateway.jobs.kept import read_summary
 
-__all__ = ["MEDIA_TYPE", "job_json"]
-
-MEDIA_TYPE = "application/json"
+__all__ = ["job_json"]
 
 
 def job_json(

@@ -8,7 +8,6 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import cast
 
 from gateway.body import Sent
@@ -19,6 +18,7 @@ from gateway.jobs.kept import Summary, keep_request, keep_summary
 from gateway.jobs.webhook_targets import WebhookTargets
 from gateway.keys import Key
 from gateway.openai_edits import is_edit, read_edit
+from gateway.openai_fields import field_table
 from handler.api.fields import FieldReader
 from handler.api.schema import Field, Kind
 from handler.config import HandlerConfig
@@ -31,26 +31,21 @@ _MAX_PREVIEWS = 3
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _BOUNDS = HandlerConfig()
 
-JOB_FIELDS: Mapping[str, Field] = MappingProxyType(
-    {
-        each.name: each
-        for each in (
-            Field(
-                name="webhook_url",
-                kind=Kind.TEXT,
-                minimum=1,
-                maximum=2000,
-                meaning="the job is posted there when it has ended; its host must be allowed",
-            ),
-            Field(
-                name="partial_images",
-                kind=Kind.INTEGER,
-                maximum=_MAX_PREVIEWS,
-                default=_MAX_PREVIEWS,
-                meaning="how many previews each picture has while it is drawn",
-            ),
-        )
-    }
+JOB_FIELDS: Mapping[str, Field] = field_table(
+    Field(
+        name="webhook_url",
+        kind=Kind.TEXT,
+        minimum=1,
+        maximum=2000,
+        meaning="the job is posted there when it has ended; its host must be allowed",
+    ),
+    Field(
+        name="partial_images",
+        kind=Kind.INTEGER,
+        maximum=_MAX_PREVIEWS,
+        default=_MAX_PREVIEWS,
+        meaning="how many previews each picture has while it is drawn",
+    ),
 )
 
 

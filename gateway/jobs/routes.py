@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 from starlette.responses import Response
 from starlette.routing import Route
 
@@ -12,9 +10,11 @@ from gateway.door import Call
 from gateway.gateway import Gateway
 from gateway.jobs.job import ENDED, Job, State
 from gateway.jobs.kept import read_summary
-from gateway.jobs.replies import MEDIA_TYPE, job_json
+from gateway.jobs.replies import job_json
 from gateway.jobs.requests import check_idempotency_key, fingerprint, read_job
+from gateway.json_replies import json_response
 from gateway.picture_store import MEDIA_TYPES
+from gateway.picture_urls import base_url
 from handler.errors import NotFound
 
 __all__ = ["routes"]
@@ -40,7 +40,7 @@ def routes(gateway: Gateway) -> list[Route]:
             sent,
             call.key,
             jobs.targets,
-            base_url=gateway.settings.public_url or str(call.request.base_url),
+            base_url=base_url(gateway.settings, call.request),
             idempotency_key=idempotency_key,
         )
         job, is_new = await jobs.store.add(new)
@@ -51,7 +51,7 @@ def routes(gateway: Gateway) -> list[Route]:
     def _accepted(job: Job) -> Response:
         content = job_json(job, expires_s=gateway.settings.jobs.expires_s)
         headers = {"Location": f"/v1/jobs/{job.id}", "Retry-After": str(_POLL_AFTER_S)}
-        return Response(json.dumps(content).encode("ascii"), 202, headers, MEDIA_TYPE)
+        return json_response(content, 202, headers)
 
     async def show(call: Call) -> Response:
         return await _reply(call, await _own(call))
@@ -93,18 +93,18 @@ def routes(gateway: Gateway) -> list[Route]:
         content = job_json(
             job,
             expires_s=gateway.settings.jobs.expires_s,
-            base_url=gateway.settings.public_url or str(call.request.base_url),
+            base_url=base_url(gateway.settings, call.request),
             pictures=pictures,
             progress=jobs.runner.progress(job.id),
         )
         headers = {} if job.state in ENDED else {"Retry-After": str(_POLL_AFTER_S)}
-        return Response(json.dumps(content).encode("ascii"), 200, headers, MEDIA_TYPE)
+        return json_response(content, 200, headers)
 
     route = gateway.door.route
     return [
         route("/v1/jobs", create, ["POST"]),
-        route("/v1/jobs/{id}", show),
-        route("/v1/jobs/{id}", cancel, ["DELETE"]),
+        route("/v1/jobs/{id}", show, takes_place=False),
+        route("/v1/jobs/{id}", cancel, ["DELETE"], takes_place=False),
         # Its name is unguessable: whoever knows the URL may fetch it.
         route("/v1/jobs/{id}/pictures/{name}", picture, keyless=True),
     ]

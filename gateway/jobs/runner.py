@@ -55,8 +55,9 @@ class JobRunner:
         self._on_end = on_end
         self._room = asyncio.Semaphore(settings.concurrency)
         self._new = asyncio.Event()
-        self._progress: dict[str, Progress] = {}
-        self._drawing: dict[str, asyncio.Task[None]] = {}
+        # By claim: a job whose lease ended may be claimed here again while it still ends here.
+        self._progress: dict[Claim, Progress] = {}
+        self._drawing: dict[Claim, asyncio.Task[None]] = {}
         self._loops: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -79,12 +80,14 @@ class JobRunner:
 
     def progress(self, job_id: str) -> Progress | None:
         """How far a job is, where it is drawn here."""
-        return self._progress.get(job_id)
+        newest_first = reversed(self._progress.items())
+        return next((each for claim, each in newest_first if claim.id == job_id), None)
 
     def stop(self, job_id: str) -> None:
         """Draw a job no more, where it is drawn here: it was cancelled."""
-        if (task := self._drawing.get(job_id)) is not None:
-            task.cancel()
+        for claim, task in self._drawing.items():
+            if claim.id == job_id:
+                task.cancel()
 
     async def _take_jobs(self) -> None:
         while True:
@@ -102,7 +105,7 @@ class JobRunner:
                         await self._new.wait()
                 continue
             task = asyncio.create_task(self._draw_or_put_back(claim), name=claim.id)
-            self._drawing[claim.id] = task
+            self._drawing[claim] = task
             task.add_done_callback(partial(self._over, claim))
 
     async def _take(self) -> Claim | None:
@@ -128,8 +131,8 @@ class JobRunner:
                 logger.exception("the jobs could not be looked through")
 
     def _over(self, claim: Claim, task: asyncio.Task[None]) -> None:
-        del self._drawing[claim.id]
-        self._progress.pop(claim.id, None)
+        del self._drawing[claim]
+        self._progress.pop(claim, None)
         self._room.release()
         self._on_end()
 
@@ -149,7 +152,7 @@ class JobRunner:
                 await self._store.fail(claim, EngineFault("the gateway failed; its log says why"))
 
     async def _draw_while_ours(self, claim: Claim) -> None:
-        self._progress[claim.id] = Progress()
+        self._progress[claim] = Progress()
         request = to_draw(claim.request)
         drawing = asyncio.create_task(self._draw(claim, request))
         renewing = asyncio.create_task(self._renew_until_lost(claim))
@@ -204,7 +207,7 @@ class JobRunner:
             await asyncio.sleep(lease_s / _RENEWALS_A_LEASE)
             try:
                 now_s = loop.time()
-                if not await self._store.renew(claim, self._progress[claim.id]):
+                if not await self._store.renew(claim, self._progress[claim]):
                     return
                 until_s = now_s + lease_s
             except StoreUnavailable as error:
@@ -221,23 +224,26 @@ class JobRunner:
 
     async def _draw_one(self, claim: Claim, request: ImageRequest, index: int) -> Picture:
         drawn: list[Picture] = []
-        self._progress[claim.id] = Progress(picture=index)
+        self._progress[claim] = Progress(picture=index)
 
         def on_event(name: str, data: Mapping[str, Any]) -> None:
-            before = self._progress[claim.id]
+            before = self._progress[claim]
             if name == "step":
-                self._progress[claim.id] = replace(
+                self._progress[claim] = replace(
                     before, step=int(data["step"]), num_steps=int(data["num_steps"])
                 )
             elif name == "preview":
                 preview = base64.b64decode(data["image"])
-                self._progress[claim.id] = replace(before, preview=preview)
+                self._progress[claim] = replace(before, preview=preview)
             elif name == "image":
                 drawn.append(picture_of_event(data))
 
         # Its own place in line: what its key waits for itself does not keep it out.
         order = Order(
-            request.model.name, request.content(index), request.work, f"{claim.key_name} jobs"
+            request.model.name,
+            partial(request.content, index),
+            request.work,
+            f"{claim.key_name} jobs",
         )
         await self._forwarder.stream(order, on_event)
         return drawn[-1]

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.forwarding import Forwarder
-from gateway.jobs.database import JobDatabase
+from gateway.jobs.database import JobDatabase, StoreUnavailable
 from gateway.jobs.deliveries import Deliveries
 from gateway.jobs.runner import JobRunner
+from gateway.jobs.settings import JobSettings
 from gateway.jobs.sqlite import SqliteDatabase
 from gateway.jobs.store import JobStore
 from gateway.jobs.webhook_targets import WebhookTargets
@@ -19,7 +20,7 @@ from gateway.routing import Fleet
 from gateway.settings import Settings
 from handler.errors import ConfigError
 
-__all__ = ["Jobs", "open_database"]
+__all__ = ["Jobs", "check_jobs", "open_database"]
 
 
 def open_database(setting: str | None, state_dir: Path) -> JobDatabase:
@@ -38,6 +39,24 @@ def open_database(setting: str | None, state_dir: Path) -> JobDatabase:
             " pip install 'diffusers-torchserve[postgresql]'"
         ) from error
     return PostgresDatabase(setting)
+
+
+async def check_jobs(settings: JobSettings, state_dir: Path) -> None:
+    """Raise ConfigError where the secret or the database that is named cannot be used."""
+    if settings.webhook_hosts:
+        read_secret(_secret_file(settings, state_dir))
+    database = open_database(settings.database, state_dir)
+    try:
+        await database.open()
+    except StoreUnavailable as error:
+        raise ConfigError(f"jobs.database: {error}") from error
+    finally:
+        await database.close()
+
+
+def _secret_file(settings: JobSettings, state_dir: Path) -> Path:
+    named = settings.webhook_secret_file
+    return state_dir / "webhook_secret" if named is None else Path(named)
 
 
 @dataclass(slots=True)
@@ -66,8 +85,7 @@ class Jobs:
         targets = WebhookTargets(of_jobs.webhook_hosts)
         webhooks = None
         if of_jobs.webhook_hosts:
-            file = of_jobs.webhook_secret_file
-            secret = read_secret(state_dir / "webhook_secret" if file is None else Path(file))
+            secret = read_secret(_secret_file(of_jobs, state_dir))
             deliveries = Deliveries(database, of_jobs)
             webhooks = WebhookSender(deliveries, of_jobs, targets, secret, settings.public_url)
         await store.open()

@@ -48,7 +48,12 @@ class SqliteDatabase(JobDatabase):
 
     async def open(self) -> bool:
         """Open or make the file; its folder must be there."""
-        return await self._run(self._open)
+        try:
+            return await self._run(self._open)
+        except (OSError, sqlite3.Error) as error:
+            # An OSError names the file.
+            text = str(error) if isinstance(error, OSError) else f"{error}: {self._path}"
+            raise StoreUnavailable(f"the jobs cannot be read or kept: {text}") from error
 
     async def close(self) -> None:
         """Close the file."""
@@ -64,15 +69,15 @@ class SqliteDatabase(JobDatabase):
         """A transaction; all of them are alone."""
         async with self._one_at_a_time:
             try:
-                await self._run(self._execute, "BEGIN IMMEDIATE", {})
                 try:
+                    # Whoever is cancelled waits for the statement: it may have begun one.
+                    await self._run(self._execute, "BEGIN IMMEDIATE", {})
                     yield _Transaction(self)
+                    await self._run(self._execute, "COMMIT", {})
                 except BaseException:
                     await self._run(self._rollback)
                     raise
-                await self._run(self._execute, "COMMIT", {})
             except sqlite3.OperationalError as error:
-                await self._run(self._rollback)
                 raise StoreUnavailable(
                     f"the jobs cannot be read or kept now: {error}", retry_after_s=5
                 ) from error

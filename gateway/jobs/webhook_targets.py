@@ -98,9 +98,14 @@ def _is_public(address: IPv4Address | IPv6Address) -> bool:
     if isinstance(address, IPv6Address):
         # Both hold an address of IPv4's that is reached in the end.
         inner = address.sixtofour or (address.teredo[1] if address.teredo else None)
-        if inner is not None or address in _NAT64:
+        if inner is not None or any(address in network for network in _NOT_PUBLIC):
             return False
     return address.is_global and not address.is_multicast
 
 
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+# What Python calls global, and is not, or holds an address of IPv4's: NAT64's two, IPv4-compatible
+# and IPv4-translated addresses, and site-local ones.
+_NOT_PUBLIC = tuple(
+    ipaddress.IPv6Network(each)
+    for each in ("64:ff9b::/96", "64:ff9b:1::/48", "::/96", "::ffff:0:0:0/96", "fec0::/10")
+)

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 1.0
 _TIMEOUT_S = 10.0
+_MAX_SENDING = 64
+# How long a gateway that stops waits for receivers to answer.
+_CLOSE_S = 2.0
 _PREFIX = "whsec_"
 _MIN_SECRET_BYTES = 16
 
@@ -89,13 +92,14 @@ class WebhookSender:
         self._public_url = public_url
         self._due = asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
+        self._sending: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
         """Begin to send."""
         self._loop = asyncio.create_task(self._send_due(), name="webhooks")
 
     async def close(self) -> None:
-        """Stop; what is not told to be received is sent again later."""
+        """Stop, a moment after; what is not told to be received is sent again later."""
         if self._loop is not None:
             self._loop.cancel()
             await asyncio.gather(self._loop, return_exceptions=True)
@@ -113,27 +117,55 @@ class WebhookSender:
             timeout=aiohttp.ClientTimeout(total=_TIMEOUT_S),
             cookie_jar=aiohttp.DummyCookieJar(),
         ) as session:
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_POLL_S):
-                        await self._due.wait()
-                self._due.clear()
-                try:
-                    due = await self._deliveries.take()
-                    await asyncio.gather(*(self._deliver(session, each) for each in due))
-                except StoreUnavailable as error:
-                    logger.error("%s", error)
-                except Exception:  # webhooks go on when whatever it was is over
-                    logger.exception("webhooks could not be sent")
+            try:
+                while True:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(_POLL_S):
+                            await self._due.wait()
+                    self._due.clear()
+                    await self._begin(session)
+            finally:
+                if self._sending:
+                    await asyncio.wait(self._sending, timeout=_CLOSE_S)
+                for task in self._sending:
+                    task.cancel()
+                await asyncio.gather(*self._sending, return_exceptions=True)
+
+    async def _begin(self, session: aiohttp.ClientSession) -> None:
+        """Begin to send what is due: each in a task, so that no receiver holds up another's."""
+        try:
+            due = await self._deliveries.take(_MAX_SENDING - len(self._sending))
+        except StoreUnavailable as error:
+            logger.error("%s", error)
+            return
+        except Exception:  # webhooks go on when whatever it was is over
+            logger.exception("webhooks could not be read")
+            return
+        for each in due:
+            task = asyncio.create_task(self._deliver(session, each))
+            self._sending.add(task)
+            task.add_done_callback(self._sent)
+        if due:
+            self.wake()  # there may be more
+
+    def _sent(self, task: asyncio.Task[None]) -> None:
+        if len(self._sending) == _MAX_SENDING:
+            self.wake()
+        self._sending.discard(task)
 
     async def _deliver(self, session: aiohttp.ClientSession, delivery: Delivery) -> None:
-        problem = await self._send(session, delivery)
-        if problem is not None:
-            logger.warning(
-                "the webhook of %s, try %d: %s",
-                *(delivery.job.id, delivery.job.webhook_tries, problem),
-            )
-        await self._deliveries.end(delivery, is_received=problem is None)
+        try:
+            problem = await self._send(session, delivery)
+            if problem is not None:
+                logger.warning(
+                    "the webhook of %s, try %d: %s",
+                    *(delivery.job.id, delivery.job.webhook_tries, problem),
+                )
+            await self._deliveries.end(delivery, is_received=problem is None)
+        except StoreUnavailable as error:
+            logger.error("%s", error)
+        except Exception:  # it is due again later
+            logger.exception("the webhook of %s could not be sent", delivery.job.id)
 
     async def _send(self, session: aiohttp.ClientSession, delivery: Delivery) -> str | None:
         """Send one; return why it was not received, without what the receiver said."""

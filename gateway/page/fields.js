@@ -255,10 +255,11 @@ class SwitchControl extends FieldControl {
   }
 }
 
-/** Text with suggestions: the names that the help gives. */
+/** Text with suggestions: what the model has, else the names that the help gives. */
 class SuggestedText extends FieldControl {
   body() {
-    const names = this.field.help.split("`").filter((_, index) => index % 2);
+    const names = this.field.suggestions
+      ?? this.field.help.split("`").filter((_, index) => index % 2);
     const list = make("datalist", { id: `${this.id}-names` },
       ...names.map((name) => make("option", { value: name })));
     this.input.setAttribute("list", list.id);
@@ -266,12 +267,33 @@ class SuggestedText extends FieldControl {
   }
 }
 
-/** LoRAs by name, as text: the server that does not know one names those that it has. */
+/** LoRAs by name, as text, with a button for each that the model has. */
 class LorasControl extends FieldControl {
   makeInput() {
     const byDefault = defaultText(this.field);
     const placeholder = byDefault && !byDefault.includes(" ") ? byDefault : "style:0.8, ink";
     return make("input", { type: "text", autocomplete: "off", spellcheck: false, placeholder });
+  }
+
+  body() {
+    const buttons = (this.field.suggestions ?? []).map((name) => {
+      const button = make("button", { type: "button", className: "small" }, name);
+      button.addEventListener("click", () => {
+        this.value = withOrWithout(this.input.value, name);
+      });
+      return [name, button];
+    });
+    const show = () => {
+      const named = writtenLoras(this.input.value).map(([name]) => name);
+      for (const [name, button] of buttons) {
+        button.setAttribute("aria-pressed", String(named.includes(name)));
+      }
+    };
+    this.input.addEventListener("input", show);
+    show();
+    const list = make("div", { className: "shapes", role: "group", "aria-label": "LoRAs there are" },
+      ...buttons.map(([, button]) => button));
+    return buttons.length ? [list, this.input] : [this.input];
   }
 
   set value(value) {
@@ -283,10 +305,25 @@ class LorasControl extends FieldControl {
   }
 }
 
+/** [name, its text] of each LoRA in `text`. */
+function writtenLoras(text) {
+  return text.split(",").map((each) => each.trim()).filter(Boolean)
+    .map((each) => [each.split(":")[0].trim(), each]);
+}
+
+/** `text` without the LoRA `name`, or with it where it is not there. */
+function withOrWithout(text, name) {
+  const written = writtenLoras(text);
+  const others = written.filter(([each]) => each !== name).map(([, each]) => each);
+  return (others.length < written.length ? others : [...others, `${name}:1`]).join(", ");
+}
+
 /** The control for a field that is not a picture. */
 export function makeControl(field) {
   if (field.name === "seed") return new SeedControl(field);
-  if (field.name === "scheduler") return new SuggestedText(field);
+  if (field.name === "scheduler" || (field.suggestions && field.kind === "text")) {
+    return new SuggestedText(field);
+  }
   if (field.kind === "loras") return new LorasControl(field);
   if (field.kind === "integer" || field.kind === "number") return new NumberControl(field);
   if (field.kind === "choice") return new ChoiceControl(field);

@@ -2,7 +2,8 @@
 
 Converted weights are a copy. Mapped weights are shared by all workers that map the same archive, so
 large ones stay as they are; decoders of pictures then get their inputs converted instead, which is
-where the format gains most.
+where the format gains most. On CUDA decoders are left as they are: they take longer in it, as their
+group norms copy what they get (`python -m benchmarks.gpu_forward`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ def put_channels_last(modules: Mapping[str, torch.nn.Module]) -> None:
     for name, module in modules.items():
         # `Module.to` would fail at the weights of 3-d convolutions.
         if not _convolutions(module) or any(weight.ndim > 4 for weight in module.parameters()):
+            continue
+        if name in _DECODERS and any(weight.is_cuda for weight in module.parameters()):
             continue
         if _mapped_bytes(module) <= _MOST_COPIED_BYTES:
             module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -37,6 +37,7 @@ from handler.engine.device_faults import is_device_lost
 from handler.engine.forward import is_out_of_memory
 from handler.engine.parking import find_slots
 from handler.engine.wrappers import CompiledForwards, ForwardWrapper
+from handler.pipelines.placement import modules_of
 from handler.pipelines.shared_state import SharedState
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def make_plan(
     # A precision that the operator chose stays. Without a text encoder the denoiser's precision
     # becomes that of the latents, which the VAE would not take.
     first = _several(pipelines)[0]
-    has_encoder = any(name.startswith("text_encoder") for name in _modules(first))
+    has_encoder = any(name.startswith("text_encoder") for name in modules_of(first))
     halves = on_cpu and has_bfloat16 and config.dtype is None and has_encoder
     return Plan(
         channels_last=True,
@@ -136,7 +137,7 @@ def _obstacle(pipeline: Any) -> str | None:
     """Why forwards that are compiled once would be wrong later; None where they would not."""
     if SharedState(pipeline).is_exclusive:
         return "calls of this pipeline replace parts of its modules"
-    for name, module in _modules(pipeline).items():
+    for name, module in modules_of(pipeline).items():
         if getattr(module, "peft_config", None):
             return f"{name} has LoRA adapters, which may be switched"
     return None
@@ -277,7 +278,7 @@ def _apply(pipelines: Sequence[Any], plan: Plan) -> None:
     if plan.channels_last:
         done = set[int]()
         for pipeline in pipelines:
-            modules = {name: m for name, m in _modules(pipeline).items() if id(m) not in done}
+            modules = {name: m for name, m in modules_of(pipeline).items() if id(m) not in done}
             put_channels_last(modules)
             done |= {id(module) for module in modules.values()}
     first = pipelines[0]
@@ -298,11 +299,6 @@ def _apply(pipelines: Sequence[Any], plan: Plan) -> None:
 
 def _several(pipelines: Any) -> list[Any]:
     return list(pipelines.values()) if isinstance(pipelines, Mapping) else [pipelines]
-
-
-def _modules(pipeline: Any) -> dict[str, torch.nn.Module]:
-    parts: dict[str, Any] = pipeline.components
-    return {name: part for name, part in parts.items() if isinstance(part, torch.nn.Module)}
 
 
 def _compute_in(module: torch.nn.Module, precision: torch.dtype) -> None:

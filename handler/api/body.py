@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from handler.api.foreign_names import HOW_PICTURES_ARE_SENT, is_picture_input
+from handler.api.foreign_names import FOREIGN_NAMES, HOW_PICTURES_ARE_SENT, is_picture_input
 from handler.api.picture_headers import identify
-from handler.api.schema import PICTURE_NAMES
+from handler.api.schema import PICTURE_NAMES, REPLY_FIELDS
 from handler.api.translation import holds_picture
 from handler.errors import InvalidRequest, TooLarge
 from handler.messages import show, shown_name
@@ -81,6 +81,12 @@ def open_body(
         raise TooLarge(f"the body has {size_bytes} bytes; allowed are {max_body_bytes}")
     if not body:
         raise _unreadable("prompt", HOW_TO_SEND)
+    encoding = headers.get("content-encoding", "").strip().lower()
+    content = body.get("body") if body.keys() == {"body"} else None
+    is_bytes = isinstance(content, (bytes, bytearray, memoryview))
+    if is_bytes and encoding not in ("", "identity"):
+        problem = f"{show(encoding)} cannot be read; send the body as it is"
+        raise _unreadable("Content-Encoding", problem)
     if body.keys() == {"body"} and media_type(headers) not in _FORMS:
         payload = _open_content(body["body"], media_type(headers))
     else:
@@ -133,7 +139,9 @@ def _decode(content: bytes, media: str) -> object:
         raise _unreadable("body", "is JSON nested too deeply") from error
     except ValueError as error:
         hint = "" if is_json else "; a prompt that begins like JSON is sent as text/plain"
-        raise _unreadable("body", f"is not JSON: {error}{hint}") from error
+        # What else is a ValueError is a number of more digits than Python reads.
+        said = error if isinstance(error, json.JSONDecodeError) else "a number is too long"
+        raise _unreadable("body", f"is not JSON: {said}{hint}") from error
 
 
 def _refuse_json_as_text(text: str) -> None:
@@ -163,7 +171,9 @@ def _open_form(form: Mapping[str, object]) -> Payload:
                 # Whether it is the picture itself or base64 is seen where it is read.
                 value = value if holds_picture(name) else value.decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                is_alike = is_picture_input(name)
+                is_known = name in PICTURE_NAMES or name in REPLY_FIELDS or name in FOREIGN_NAMES
+                is_picture = not is_known and identify(error.object) is not None
+                is_alike = is_picture or is_picture_input(name)
                 problems[shown_name(name)] = HOW_PICTURES_ARE_SENT if is_alike else _not_utf8(error)
                 continue
         fields[name] = value

@@ -1,6 +1,6 @@
 """Reads a request: a body as TorchServe delivers it and its headers become a checked `Call`.
 
-    body ─▶ body.open_body ─▶ kserve.open_message ─▶ request.parse_fields ─▶ Call
+    body ─▶ body.open_body ─▶ kserve.open_message ─▶ request_fields.parse_fields ─▶ Call
             what was sent     its wrapping           one prompt's fields
 
 Here are the fields that steer the reply: output format, id, deadline, stream, cancel.
@@ -8,24 +8,26 @@ Here are the fields that steer the reply: output format, id, deadline, stream, c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 from handler.api.accept import EVENT_STREAM, MEDIA_TYPES, negotiate
 from handler.api.body import ALONE, HOW_TO_SEND, Payload, media_type, open_body
+from handler.api.decoding import to_decode
 from handler.api.fields import ID_RULE, FieldReader, is_id
 from handler.api.images import SentPicture
 from handler.api.kserve import Envelope, Message, open_message
-from handler.api.request import GenerationRequest, parse_fields
-from handler.api.schema import REPLY_FIELDS, SENT_PICTURES, Value
+from handler.api.request import GenerationRequest
+from handler.api.request_fields import parse_fields
+from handler.api.schema import REPLY_FIELDS, SENT_PICTURES, Value, default_of
 from handler.api.traits import PipelineTraits
 from handler.api.translation import names_for
 from handler.config import HandlerConfig
 from handler.errors import InvalidRequest, RequestError
 from handler.messages import show, summarise
 
-__all__ = ["Call", "CancelCall", "Envelope", "read_call"]
+__all__ = ["Call", "CancelCall", "DescribeCall", "Envelope", "read_call"]
 
 _IMAGE_FORMATS = ("png", "jpeg", "webp")
 
@@ -46,8 +48,8 @@ class Call:
     """A preview every so many steps; 0 is none."""
     envelope_id: str | None
     """The ``id`` of a KServe v2 request."""
-    jpeg_quality: int | None = None
-    """Of JPEG and WebP; None is the operator's."""
+    jpeg_quality: int
+    """Of JPEG and WebP."""
     paths: tuple[str, ...] = ()
     """Where each of `requests` stood in the body, for messages: ``instances[1].``, or nothing."""
 
@@ -60,13 +62,8 @@ class CancelCall:
 
 
 @dataclass(frozen=True, slots=True)
-class _Options:
-    output_format: str
-    request_id: str | None
-    deadline_s: float | None
-    stream: bool
-    preview_every: int
-    jpeg_quality: int | None
+class DescribeCall:
+    """``{"describe": true}``: say what the pipeline has."""
 
 
 def read_call(
@@ -76,7 +73,7 @@ def read_call(
     traits: PipelineTraits,
     *,
     draw_seed: Callable[[], int],
-) -> Call | CancelCall:
+) -> Call | CancelCall | DescribeCall:
     """Read one item of TorchServe's data; `headers` have lower-cased names.
 
     Raises:
@@ -88,7 +85,9 @@ def read_call(
     reader = FieldReader(message.shared, allow_text=payload.is_form)
     if message.shared.get("cancel") is not None:
         return _read_cancel(reader, message)
-    options = _read_options(reader, headers, message.envelope, config)
+    if message.shared.get("describe") is not None and reader.boolean("describe") is True:
+        return _read_describe(reader, message)
+    call = _read_reply_fields(reader, headers, message, config)
     problems = {**message.problems, **reader.problems}
     requests, paths = [], []
     pictures: dict[int, SentPicture] = {}
@@ -111,38 +110,42 @@ def read_call(
         else:
             requests.append(request)
             paths.append(instance.path)
-            _check_image_count(request, options, message.envelope, problems)
-    _check_all_pictures(pictures.values(), message.envelope, config, problems)
+            _check_image_count(request, call, problems)
+    _check_all_pictures(requests, message.envelope, config, problems)
     if problems:
         raise _invalid(problems, payload, headers)
-    return Call(
-        requests=tuple(requests),
-        envelope=message.envelope,
-        output_format=options.output_format,
-        request_id=options.request_id,
-        deadline_s=options.deadline_s,
-        stream=options.stream,
-        preview_every=options.preview_every,
-        jpeg_quality=options.jpeg_quality,
-        envelope_id=message.envelope_id,
-        paths=tuple(paths),
-    )
+    return replace(call, requests=tuple(requests), paths=tuple(paths))
 
 
 def _read_cancel(reader: FieldReader, message: Message) -> CancelCall:
     request_id = reader.id("cancel")
-    wrapped = {Envelope.KSERVE_V1: ["instances"], Envelope.KSERVE_V2: ["inputs"]}
-    for name in [*reader.rest(), *wrapped.get(message.envelope, ()), *message.problems]:
-        reader.report("cancel", f"must be sent alone, without {show(name)}")
+    _check_alone("cancel", reader, message)
     if request_id is None or reader.problems:
         raise InvalidRequest(summarise(reader.problems), reader.problems)
     return CancelCall(request_id)
 
 
-def _read_options(
-    reader: FieldReader, headers: Mapping[str, str], envelope: Envelope, config: HandlerConfig
-) -> _Options:
+def _read_describe(reader: FieldReader, message: Message) -> DescribeCall:
+    _check_alone("describe", reader, message)
+    if reader.problems:
+        raise InvalidRequest(summarise(reader.problems), reader.problems)
+    return DescribeCall()
+
+
+def _check_alone(field: str, reader: FieldReader, message: Message) -> None:
+    wrapped = {Envelope.KSERVE_V1: ["instances"], Envelope.KSERVE_V2: ["inputs"]}
+    for name in [*reader.rest(), *wrapped.get(message.envelope, ()), *message.problems]:
+        reader.report(field, f"must be sent alone, without {show(name)}")
+
+
+def _read_reply_fields(
+    reader: FieldReader, headers: Mapping[str, str], message: Message, config: HandlerConfig
+) -> Call:
+    """What counts for the whole body, as a call that has no requests yet."""
+    envelope = message.envelope
     sent = {name: reader.read(each, config) for name, each in REPLY_FIELDS.items()}
+    defaults = {name: default_of(each, config) for name, each in REPLY_FIELDS.items()}
+    values = {name: defaults[name] if each is None else each for name, each in sent.items()}
     request_id, header_id = sent["request_id"], headers.get("x-request-id")
     if request_id is None and header_id is not None:
         request_id = header_id
@@ -151,26 +154,28 @@ def _read_options(
     output_format, accepts_stream = _choose_output_format(
         reader, sent["output_format"], headers, envelope, config
     )
-    stream = accepts_stream if sent["stream"] is None else bool(sent["stream"])
+    stream = bool(values["stream"]) or (sent["stream"] is None and accepts_stream)
     if stream and not headers:
         # Only gRPC has none, and its unary calls have one reply.
         reader.report("stream", "only over HTTP, not over gRPC")
     if stream and envelope is not Envelope.PLAIN:
         reader.report("stream", "only plain requests are streamed, not KServe's")
-    if sent["previews"] and not stream:
+    if values["previews"] and not stream:
         reader.report("previews", f'needs "stream": true or Accept: {EVENT_STREAM}')
-    if sent["previews"] and config.safety_checker == "refuse":
+    if values["previews"] and config.safety_checker == "refuse":
         reader.report(
             "previews", "not here: nothing checks previews, and flagged pictures are refused"
         )
-    deadline_s = config.deadline_s if sent["deadline_s"] is None else sent["deadline_s"]
-    return _Options(
+    return Call(
+        requests=(),
+        envelope=envelope,
         output_format=output_format,
         request_id=cast("str | None", request_id),
-        deadline_s=cast("float | None", deadline_s),
+        deadline_s=cast("float | None", values["deadline_s"]),
         stream=stream,
-        preview_every=cast("int | None", sent["previews"]) or 0,
-        jpeg_quality=cast("int | None", sent["jpeg_quality"]),
+        preview_every=cast("int", values["previews"]),
+        envelope_id=message.envelope_id,
+        jpeg_quality=cast("int", values["jpeg_quality"]),
     )
 
 
@@ -198,30 +203,37 @@ def _choose_output_format(
     return negotiated.output_format or config.default_output, negotiated.stream
 
 
-def _check_image_count(
-    request: GenerationRequest, options: _Options, envelope: Envelope, problems: dict[str, str]
-) -> None:
-    is_one_image = envelope is Envelope.PLAIN and options.output_format in _IMAGE_FORMATS
+def _check_image_count(request: GenerationRequest, call: Call, problems: dict[str, str]) -> None:
+    is_one_image = call.envelope is Envelope.PLAIN and call.output_format in _IMAGE_FORMATS
     if is_one_image and request.num_images > 1:
         problems["num_images"] = (
-            f"{request.num_images} pictures do not fit into one {options.output_format};"
+            f"{request.num_images} pictures do not fit into one {call.output_format};"
             ' ask for JSON: Accept: application/json or "output_format": "json"'
         )
 
 
 def _check_all_pictures(
-    pictures: Collection[SentPicture],
+    requests: Sequence[GenerationRequest],
     envelope: Envelope,
     config: HandlerConfig,
     problems: dict[str, str],
 ) -> None:
-    """Bound what one body makes the server decode: a small file may have many pixels."""
-    pixels = sum(each.width_px * each.height_px for each in pictures)
+    """Bound what one body makes the server decode: a small file may have many pixels.
+
+    A picture that is drawn from in several sizes is decoded for each.
+    """
+    found = {
+        each.key: each.picture
+        for request in requests
+        for each in to_decode(request, config).values()
+    }
+    pixels = sum(each.width_px * each.height_px for each in found.values())
     allowed = len(SENT_PICTURES) * config.max_picture_pixels
     if pixels > allowed:
         name = "inputs" if envelope is Envelope.KSERVE_V2 else "instances"
         problems[name] = (
-            f"have {len(pictures)} pictures of {pixels} pixels together; allowed are {allowed}"
+            f"have {len(found)} pictures of {pixels} pixels together, a picture counted once for"
+            f" each size that it is brought to; allowed are {allowed}"
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from handler.api.images import BadPicture, SentPicture, read_picture
 from handler.api.lora_names import read_loras
@@ -37,16 +38,15 @@ class FieldReader:
     boolean, as it must in a form.
     """
 
-    def __init__(self, fields: Mapping[str, object], *, allow_text: bool, prefix: str = "") -> None:
+    def __init__(self, fields: Mapping[str, object], *, allow_text: bool) -> None:
         self._fields = fields
         self._allow_text = allow_text
-        self._prefix = prefix
         self._taken: set[str] = set()
         self.problems: dict[str, str] = {}
 
     def report(self, name: str, problem: str) -> None:
         """Note a problem, unless the field has one already."""
-        self.problems.setdefault(self._prefix + name, problem)
+        self.problems.setdefault(name, problem)
 
     def take(self, name: str, aliases: Sequence[str] = ()) -> object | None:
         """The value sent as `name` or one of its aliases; None when absent or sent twice."""
@@ -76,16 +76,16 @@ class FieldReader:
         """The checked value of a field of the table; None when absent or wrong."""
         name, aliases = field.name, field.aliases
         if field.kind is Kind.BOOLEAN:
-            return self.boolean(name)
+            return self.boolean(name, aliases)
         if field.kind is Kind.CHOICE:
-            return self.choice(name, field.choices)
+            return self.choice(name, aliases, choices=field.choices)
         if field.kind is Kind.ID:
-            return self.id(name)
+            return self.id(name, aliases)
         low, high = bounds_of(field, config)
         if field.kind is Kind.LORAS:
             return self.loras(name, aliases, low=low, high=high)
         if field.kind is Kind.NUMBER:
-            return self.number(name, aliases, low=low, high=high)
+            return self.number(name, aliases, low=low, high=high, words=field.words)
         if field.kind is Kind.INTEGER:
             return self.integer(name, aliases, low=int(low), high=int(high))
         return self.text(name, aliases, min_chars=int(low), max_chars=int(high))
@@ -166,13 +166,21 @@ class FieldReader:
         return None
 
     def number(
-        self, name: str, aliases: Sequence[str] = (), *, low: float, high: float
+        self,
+        name: str,
+        aliases: Sequence[str] = (),
+        *,
+        low: float,
+        high: float,
+        words: Mapping[str, float] = MappingProxyType({}),
     ) -> float | None:
-        """A finite number; integers are numbers too."""
+        """A finite number, or one of the `words` for one; integers are numbers too."""
         value = self.take(name, aliases)
         if value is None:
             return None
-        allowed = number_range(low, high)
+        if isinstance(value, str) and value.strip().lower() in words:
+            return words[value.strip().lower()]
+        allowed = ", ".join([number_range(low, high), *map(show, words)])
         if self._allow_text and isinstance(value, str) and _FORM_NUMBER.fullmatch(value.strip()):
             value = float(value.strip())
         if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -185,19 +193,23 @@ class FieldReader:
             return float(value)
         return None
 
-    def boolean(self, name: str) -> bool | None:
+    def boolean(self, name: str, aliases: Sequence[str] = ()) -> bool | None:
         """True or false."""
-        value = self.take(name)
+        value = self.take(name, aliases)
         if self._allow_text and isinstance(value, str):
             value = _FORM_BOOLEANS.get(value.strip().lower(), value)
         if value is None or isinstance(value, bool):
             return value
-        self.report(name, f"{show(value)} is neither true nor false")
+        quoted = isinstance(value, str) and value.strip().lower() in _FORM_BOOLEANS
+        hint = "; write it without quotes" if quoted else ""
+        self.report(name, f"{show(value)} is neither true nor false{hint}")
         return None
 
-    def choice(self, name: str, choices: Mapping[str, str]) -> str | None:
+    def choice(
+        self, name: str, aliases: Sequence[str] = (), *, choices: Mapping[str, str]
+    ) -> str | None:
         """What `choices` says for the text that was sent, whatever its case."""
-        value = self.take(name)
+        value = self.take(name, aliases)
         if value is None:
             return None
         chosen = choices.get(value.strip().lower()) if isinstance(value, str) else None
@@ -207,9 +219,9 @@ class FieldReader:
             self.report(name, f"{show(value)} is not allowed; {hint}one of {', '.join(choices)}")
         return chosen
 
-    def id(self, name: str) -> str | None:
+    def id(self, name: str, aliases: Sequence[str] = ()) -> str | None:
         """The id of a request."""
-        value = self.take(name)
+        value = self.take(name, aliases)
         if value is None or (isinstance(value, str) and is_id(value)):
             return value
         self.report(name, f"{show(value)} is not an id; allowed are {ID_RULE}")

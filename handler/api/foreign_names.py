@@ -74,12 +74,6 @@ def _to(target: str) -> Translation:
     return lambda value: {target: value}
 
 
-def _converted(
-    name: str, apis: str, targets: tuple[str, ...], meaning: str, convert: Translation
-) -> ForeignName:
-    return ForeignName(name, apis, meaning, convert, targets)
-
-
 def _idle(
     apis: str, names: Iterable[str], allowed: Iterable[object], instead: str
 ) -> Iterable[ForeignName]:
@@ -236,7 +230,7 @@ def _entries() -> Iterable[ForeignName]:
     yield from _renamed(
         _A1111, sampler_name="scheduler", sampler_index="scheduler", batch_size="num_images"
     )
-    yield _converted("n_iter", _A1111, (), "accepted as 1; more pictures are `num_images`", _n_iter)
+    yield ForeignName("n_iter", _A1111, "accepted as 1; more pictures are `num_images`", _n_iter)
     yield from _idle(
         _A1111,
         ["restore_faces", "tiling", "save_images"],
@@ -251,13 +245,13 @@ def _entries() -> Iterable[ForeignName]:
         [[], {}, ""],
         "this server has no styles and no scripts",
     )
-    yield _converted(
+    yield ForeignName(
         "override_settings",
         _A1111,
-        ("clip_skip",),
         "`CLIP_stop_at_last_layers` is `clip_skip` and one more; a request cannot change other"
         " settings",
         _override_settings,
+        ("clip_skip",),
     )
     yield from _idle(_A1111, ["refiner_checkpoint"], [""], "this server draws with one pipeline")
     yield from _idle(_A1111, ["subseed_strength"], [0], "seeds are not blended")
@@ -318,8 +312,8 @@ def _entries() -> Iterable[ForeignName]:
     yield from _ignored(
         _A1111, ["include_init_images"], "the reply holds the pictures that were drawn"
     )
-    yield _converted(
-        "size", _OPENAI, ("width", "height"), "`width` and `height`, as `512x768`", _size
+    yield ForeignName(
+        "size", _OPENAI, "`width` and `height`, as `512x768`", _size, ("width", "height")
     )
     yield from _idle(
         _OPENAI,
@@ -342,17 +336,16 @@ def _entries() -> Iterable[ForeignName]:
     )
     yield from _renamed(f"{_HF}, {_DIFFUSERS}", num_images_per_prompt="num_images")
     yield from _renamed(_HF, generator="seed")
-    yield _converted(
+    yield ForeignName(
         "target_size",
         _HF,
-        ("width", "height"),
         '`width` and `height`, as `{"width": 512, "height": 768}`',
         _target_size,
+        ("width", "height"),
     )
-    yield _converted(
+    yield ForeignName(
         "options",
         _HF,
-        (),
         "`wait_for_model`, `use_cache` and `use_gpu` are accepted without effect: a request always"
         " waits, and is always drawn",
         _options,
@@ -399,7 +392,7 @@ def _entries() -> Iterable[ForeignName]:
         ("karras", "karras"),
     ):
         meaning = f'true is `sigmas: "{sigmas}"`'
-        yield _converted(name, f"{_DIFFUSERS}, several", ("sigmas",), meaning, _flag_of(sigmas))
+        yield ForeignName(name, f"{_DIFFUSERS}, several", meaning, _flag_of(sigmas), ("sigmas",))
     yield from _renamed(_STABILITY, samples="num_images", sampler="scheduler")
     yield from _refused(
         _STABILITY,

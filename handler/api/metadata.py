@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from handler.api.request import GenerationRequest
-from handler.api.samplers import SCHEDULES
+from handler.api.sampler_table import SCHEDULES
 from handler.api.schema import PICTURE_FIELDS
 
 __all__ = ["ImageMetadata", "parameters_line", "request_parameters", "to_json"]

@@ -2,15 +2,19 @@
 
 ``(word)`` weighs 1.1 times, ``[word]`` 1 / 1.1 times, ``(word:1.3)`` 1.3 times; brackets nest, and
 one that is not closed reaches to the end. A backslash makes a bracket a character. ``BREAK`` begins
-the next window of the text encoder. ``<lora:name:0.8>`` names a LoRA and its scale.
+the next window of the text encoder. ``<lora:name:0.8>`` names a LoRA and its scale; it is taken out
+of a prompt before its pieces are read, and in a negative prompt it is text.
 
-Untrusted text: nothing here recurses, and every pattern is linear.
+Untrusted text: nothing here recurses, and all of it is linear, however brackets nest.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+from handler.api.lora_names import scale_in
+from handler.messages import show
 
 __all__ = ["MAX_WEIGHT", "Piece", "pieces_of", "take_loras", "weight_problem"]
 
@@ -38,47 +42,60 @@ class Piece:
 
 def pieces_of(prompt: str) -> list[Piece]:
     """The pieces of a prompt in their order; neighbours of one weight are one piece."""
+    tokens = list(_TOKEN.finditer(prompt))
+    factors, closings = _brackets(tokens)
+    # What all open brackets of a kind make together, that of each below it.
+    products = {"(": [1.0], "[": [1.0]}
     texts: list[tuple[str | None, float]] = []
-    opened: dict[str, list[int]] = {"(": [], "[": []}
-
-    def weigh(start: int, factor: float) -> None:
-        for place in range(start, len(texts)):
-            text, weight = texts[place]
-            texts[place] = text, weight * factor
-
-    for token in _TOKEN.finditer(prompt):
-        kind, text = token.lastgroup, token.group()
-        if token["weight"] is not None and opened["("]:
-            weigh(opened["("].pop(), float(token["number"]))
-        elif text in opened:
-            opened[text].append(len(texts))
-        elif text == ")" and opened["("]:
-            weigh(opened["("].pop(), _ROUND)
-        elif text == "]" and opened["["]:
-            weigh(opened["["].pop(), _SQUARE)
-        elif kind == "escaped":
-            texts.append((text[1], 1.0))
+    for place, token in enumerate(tokens):
+        text = token.group()
+        weight = products["("][-1] * products["["][-1]
+        if place in factors:
+            products[text].append(products[text][-1] * factors[place])
+        elif place in closings:
+            products["(" if text.endswith(")") else "["].pop()
+        elif token.lastgroup == "escaped":
+            texts.append((text[1], weight))
         else:
-            for place, part in enumerate(_BREAK.split(text)):
-                if place:
-                    texts.append((None, 1.0))
-                texts.append((part, 1.0))
-    for start in opened["("]:
-        weigh(start, _ROUND)
-    for start in opened["["]:
-        weigh(start, _SQUARE)
+            for number, part in enumerate(_BREAK.split(text)):
+                if number:
+                    texts.append((None, weight))
+                texts.append((part, weight))
     return _joined(texts)
 
 
+def _brackets(tokens: list[re.Match[str]]) -> tuple[dict[int, float], set[int]]:
+    """The factor of each token that opens a bracket, by its place, and the places that close one.
+
+    What closes nothing is text. What nothing closes counts as if a bracket stood at the end.
+    """
+    opened: dict[str, list[int]] = {"(": [], "[": []}
+    factors: dict[int, float] = {}
+    closings: set[int] = set()
+    for place, token in enumerate(tokens):
+        text = token.group()
+        if text in opened:
+            opened[text].append(place)
+            factors[place] = _ROUND if text == "(" else _SQUARE
+        elif token["weight"] is not None and opened["("]:
+            factors[opened["("].pop()] = float(token["number"])
+            closings.add(place)
+        elif (text == ")" and opened["("]) or (text == "]" and opened["["]):
+            opened["(" if text == ")" else "["].pop()
+            closings.add(place)
+    return factors, closings
+
+
 def _joined(texts: list[tuple[str | None, float]]) -> list[Piece]:
-    pieces: list[Piece] = []
+    runs: list[tuple[list[str] | None, float]] = []
     for text, weight in texts:
         if text is None:
-            pieces.append(Piece(None))
-        elif pieces and pieces[-1].text is not None and pieces[-1].weight == weight:
-            pieces[-1] = Piece(pieces[-1].text + text, weight)
+            runs.append((None, 1.0))
+        elif runs and runs[-1][0] is not None and runs[-1][1] == weight:
+            runs[-1][0].append(text)
         elif text:
-            pieces.append(Piece(text, weight))
+            runs.append(([text], weight))
+    pieces = [Piece(None if run is None else "".join(run), weight) for run, weight in runs]
     return pieces or [Piece("")]
 
 
@@ -101,13 +118,10 @@ def take_loras(prompt: str) -> tuple[str, dict[str, float]]:
     """
     loras: dict[str, float] = {}
     for tag in _LORA.finditer(prompt):
-        name, scale = tag["name"].strip(), tag["scale"]
-        try:
-            number = 1.0 if scale is None else float(scale)
-        except ValueError:
-            number = float("nan")
-        if not abs(number) < float("inf"):
-            raise ValueError(f"the scale of <lora:{name[:40]}:…> is not a number")
-        if loras.setdefault(name, number) != number:
+        name, written = tag["name"].strip(), tag["scale"]
+        scale = 1.0 if written is None else scale_in(written)
+        if scale is None:
+            raise ValueError(f"the scale of <lora:{name[:40]}:…> is {show(written)}, not a number")
+        if loras.setdefault(name, scale) != scale:
             raise ValueError(f"<lora:{name[:40]}:…> stands there twice, with two scales")
-    return _LORA.sub("", prompt), loras
+    return _LORA.sub("", prompt).strip(), loras

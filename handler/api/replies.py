@@ -6,19 +6,21 @@ import base64
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from handler.api.accept import MEDIA_TYPES
 from handler.api.call import Call, Envelope
+from handler.api.description import describe
 from handler.api.encoding import array_json, encode_image, npy_bytes, to_pixels
 from handler.api.metadata import ImageMetadata, request_parameters
 from handler.api.result import Result
+from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.errors import RequestError
 
-__all__ = ["FLAGGED", "Reply", "cancel_reply", "error_reply", "success_reply"]
+__all__ = ["FLAGGED", "Reply", "cancel_reply", "describe_reply", "error_reply", "success_reply"]
 
 FLAGGED = "X-Content-Flagged"
 """The header that says of each picture whether the safety checker flags it, where it flags one."""
@@ -56,15 +58,14 @@ def success_reply(
     The body depends on the pictures and their parameters alone, so equal calls get equal bytes.
     """
     started_s = clock_s()
-    if call.jpeg_quality is not None:
-        config = replace(config, jpeg_quality=call.jpeg_quality)
+    encoder = _Encoder(model_name, call.jpeg_quality, config.embed_metadata)
     if call.envelope is Envelope.KSERVE_V1:
-        content_type, body = _JSON, _kserve_v1_body(call, results, model_name, config)
+        content_type, body = _JSON, _kserve_v1_body(call, results, encoder)
     elif call.envelope is Envelope.KSERVE_V2:
-        content_type, body = _JSON, _kserve_v2_body(call, results, model_name, config)
+        content_type, body = _JSON, _kserve_v2_body(call, results, encoder)
     else:
         content_type = MEDIA_TYPES[call.output_format]
-        body = _plain_body(call.output_format, results[0], model_name, config)
+        body = _plain_body(call.output_format, results[0], encoder)
     headers = {
         "X-Request-Id": request_id,
         "Server-Timing": _server_timing(results, encode_s=clock_s() - started_s),
@@ -93,9 +94,36 @@ def cancel_reply(request_id_cancelled: str, *, request_id: str) -> Reply:
     return Reply(200, "OK", _JSON, body, _printable({"X-Request-Id": request_id}))
 
 
-def _plain_body(
-    output_format: str, result: Result, model_name: str, config: HandlerConfig
-) -> bytes:
+def describe_reply(traits: PipelineTraits, *, request_id: str) -> Reply:
+    """What the pipeline has."""
+    body = _json_bytes(describe(traits))
+    return Reply(200, "OK", _JSON, body, _printable({"X-Request-Id": request_id}))
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoder:
+    """Encodes the pictures of a result, with what all of a reply have in common."""
+
+    model_name: str
+    jpeg_quality: int
+    embeds_metadata: bool
+
+    def pictures(self, result: Result, image_format: str) -> list[bytes]:
+        """The files of a result's pictures, in their order."""
+        request = result.request
+        encoded = []
+        flags = result.flagged or (False,) * len(result.images)
+        for seed, image, flag in zip(request.seeds, result.images, flags, strict=True):
+            metadata = (
+                ImageMetadata(request, seed, self.model_name, flag)
+                if self.embeds_metadata
+                else None
+            )
+            encoded.append(encode_image(image, image_format, metadata, self.jpeg_quality))
+        return encoded
+
+
+def _plain_body(output_format: str, result: Result, encoder: _Encoder) -> bytes:
     pictures = [to_pixels(image) for image in result.images]
     if output_format == "array":
         lists = [array_json(pixels) for pixels in pictures]
@@ -103,25 +131,21 @@ def _plain_body(
     if output_format == "npy":
         return npy_bytes(pictures[0] if len(pictures) == 1 else np.stack(pictures))
     if output_format == "json":
-        return _json_bytes(_result_object(result, "png", model_name, config))
-    return _encode(result, output_format, model_name, config)[0]
+        return _json_bytes(_result_object(result, "png", encoder))
+    return encoder.pictures(result, output_format)[0]
 
 
-def _kserve_v1_body(
-    call: Call, results: Sequence[Result], model_name: str, config: HandlerConfig
-) -> bytes:
-    predictions = [_result_object(r, call.output_format, model_name, config) for r in results]
+def _kserve_v1_body(call: Call, results: Sequence[Result], encoder: _Encoder) -> bytes:
+    predictions = [_result_object(result, call.output_format, encoder) for result in results]
     return _json_bytes({"predictions": predictions})
 
 
-def _kserve_v2_body(
-    call: Call, results: Sequence[Result], model_name: str, config: HandlerConfig
-) -> bytes:
+def _kserve_v2_body(call: Call, results: Sequence[Result], encoder: _Encoder) -> bytes:
     """All pictures in the order of their prompts, as a BYTES tensor in base64."""
     pictures = [
         _base64(picture)
         for result in results
-        for picture in _encode(result, call.output_format, model_name, config)
+        for picture in encoder.pictures(result, call.output_format)
     ]
     seeds = [seed for result in results for seed in result.request.seeds]
     identity = {} if call.envelope_id is None else {"id": call.envelope_id}
@@ -143,13 +167,11 @@ def _kserve_v2_body(
                 "data": flags,
             }
         )
-    return _json_bytes({"model_name": model_name, **identity, "outputs": outputs})
+    return _json_bytes({"model_name": encoder.model_name, **identity, "outputs": outputs})
 
 
-def _result_object(
-    result: Result, image_format: str, model_name: str, config: HandlerConfig
-) -> dict[str, object]:
-    pictures = _encode(result, image_format, model_name, config)
+def _result_object(result: Result, image_format: str, encoder: _Encoder) -> dict[str, object]:
+    pictures = encoder.pictures(result, image_format)
     return {
         "images": [_base64(picture) for picture in pictures],
         "content_type": MEDIA_TYPES[image_format],
@@ -158,18 +180,6 @@ def _result_object(
         "parameters": request_parameters(result.request),
         "warnings": list(result.warnings),
     }
-
-
-def _encode(
-    result: Result, image_format: str, model_name: str, config: HandlerConfig
-) -> list[bytes]:
-    request = result.request
-    encoded = []
-    flags = result.flagged or (False,) * len(result.images)
-    for seed, image, flag in zip(request.seeds, result.images, flags, strict=True):
-        metadata = ImageMetadata(request, seed, model_name, flag) if config.embed_metadata else None
-        encoded.append(encode_image(image, image_format, metadata, config.jpeg_quality))
-    return encoded
 
 
 def _server_timing(results: Sequence[Result], *, encode_s: float) -> str:

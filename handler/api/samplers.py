@@ -1,82 +1,35 @@
-"""The table of samplers: the names that people use, and the diffusers class and options of each.
+"""What the name of a sampler means for a pipeline, and what to say of one that means nothing.
 
-A sampler is a solver (AUTOMATIC1111's and k-diffusion's "DPM++ 2M") with a schedule of sigmas
-("Karras"), as ComfyUI's pairs of sampler and scheduler are. The pairs are those of diffusers' own
-documentation (api/schedulers/overview, for A1111 and k-diffusion). Under a class's own name a
-scheduler is what the pipeline's configuration makes of it; under a sampler's name it is that
-sampler, whatever the configuration says.
-
-Plain data: importing it needs neither torch nor diffusers.
+Under a class's own name a scheduler is what the pipeline's configuration makes of it; under a
+sampler's name, of `sampler_table`, it is that sampler, whatever the configuration says.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
+from handler.api.sampler_table import (
+    ABSENT_SCHEDULES,
+    ABSENT_SOLVERS,
+    SAMPLERS,
+    SCHEDULER_CLASSES,
+    SCHEDULES,
+    Options,
+    even_spacing,
+)
 from handler.messages import show
 
 __all__ = [
-    "SAMPLERS",
-    "SCHEDULER_CLASSES",
-    "SCHEDULES",
-    "WITH_SIGMAS",
-    "WITH_SPACING",
     "Sampler",
-    "Schedule",
-    "Solver",
+    "SamplerName",
     "find_sampler",
     "offered",
+    "parse_name",
     "sampler_problem",
     "samplers_of",
-    "schedule_of",
-    "split_schedule",
 ]
-
-Options = Mapping[str, object]
-"""Keyword arguments for a scheduler's class."""
-
-
-@dataclass(frozen=True, slots=True)
-class Solver:
-    """One row: a solver under the name that A1111 writes into pictures, or else its usual one."""
-
-    name: str
-    class_names: tuple[str, ...]
-    """The classes that are it: the first that goes with the pipeline."""
-    options: Options = field(default_factory=dict)
-    aliases: tuple[str, ...] = ()
-    """Its other names in lower case, words joined by underscores; the first is offered."""
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """A schedule of sigmas."""
-
-    name: str
-    """As A1111 writes it into pictures."""
-    flag: str | None = None
-    """The option that switches it on."""
-    options: Options = field(default_factory=dict)
-    aliases: tuple[str, ...] = ()
-
-    def options_for(self, class_name: str) -> Options | None:
-        """The options that give it to a scheduler of this class; None where nothing does."""
-        options = dict(_evenly(class_name))
-        if self.flag is not None:
-            if class_name not in WITH_SIGMAS:
-                return None
-            options[self.flag] = True
-        if class_name in WITH_SPACING:
-            return {**options, **self.options}
-        # What has no choice of spacing: DPMSolverSinglestepScheduler is spaced as np.linspace does,
-        # and the sigmas of flow matching are those that ComfyUI calls simple.
-        spacing = self.options.get("timestep_spacing")
-        is_same = spacing == "linspace" and (self.flag is not None or class_name == _SINGLESTEP)
-        is_simple = self.name == "Simple" and class_name == "FlowMatchEulerDiscreteScheduler"
-        return options if spacing is None or is_same or is_simple else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,151 +45,18 @@ class Sampler:
     """The key of a schedule in `SCHEDULES`, where one was named."""
 
 
-_MULTISTEP, _SINGLESTEP = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
-# Classes that take use_karras_sigmas, use_exponential_sigmas and use_beta_sigmas.
-WITH_SIGMAS = frozenset(
-    [
-        *(_MULTISTEP, _SINGLESTEP, "DEISMultistepScheduler", "DPMSolverSDEScheduler"),
-        *("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"),
-        *("HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"),
-        *("LMSDiscreteScheduler", "SASolverScheduler", "UniPCMultistepScheduler"),
-    ]
-)
-# Classes that follow timestep_spacing; LCM and TCD take it and do not.
-WITH_SPACING = WITH_SIGMAS - {
-    *(_SINGLESTEP, "FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler")
-} | {
-    *("DDIMScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "PNDMScheduler"),
-}
-_FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+@dataclass(frozen=True, slots=True)
+class SamplerName:
+    """A name such as ``DPM++ 2M Karras``, taken apart."""
+
+    solver: str
+    """The solver's normal name, whether there is one or not; empty where nothing else is named."""
+    schedule: str | None
+    """The schedule of sigmas as people call it; None where the name has none."""
+    sigmas: str | None
+    """Its key in `SCHEDULES`; None where diffusers has no such schedule, or the name has none."""
 
 
-def _dpmpp(algorithm: str, order: int, solver_type: str) -> Options:
-    return {"algorithm_type": algorithm, "solver_order": order, "solver_type": solver_type}
-
-
-SAMPLERS: Mapping[str, Solver] = MappingProxyType(
-    {
-        each.name: each
-        for each in (
-            Solver("DDIM", ("DDIMScheduler",), aliases=("ddim",)),
-            Solver("DDPM", ("DDPMScheduler",), aliases=("ddpm",)),
-            Solver(
-                "DEIS",
-                ("DEISMultistepScheduler",),
-                {"algorithm_type": "deis", "solver_type": "logrho"},
-                ("deis",),
-            ),
-            Solver(
-                "DPM++ 2M",
-                (_MULTISTEP,),
-                _dpmpp("dpmsolver++", 2, "midpoint"),
-                ("dpm++", "dpm++_2m"),
-            ),
-            Solver(
-                "DPM++ 2M SDE",
-                (_MULTISTEP,),
-                _dpmpp("sde-dpmsolver++", 2, "midpoint"),
-                ("dpm++_2m_sde",),
-            ),
-            Solver(
-                "DPM++ 2M SDE Heun",
-                (_MULTISTEP,),
-                _dpmpp("sde-dpmsolver++", 2, "heun"),
-                ("dpm++_2m_sde_heun",),
-            ),
-            Solver("DPM++ 3M", (_MULTISTEP,), _dpmpp("dpmsolver++", 3, "midpoint"), ("dpm++_3m",)),
-            Solver(
-                "DPM++ 3M SDE",
-                (_MULTISTEP,),
-                _dpmpp("sde-dpmsolver++", 3, "midpoint"),
-                ("dpm++_3m_sde",),
-            ),
-            Solver("DPM++ 2S", (_SINGLESTEP,), _dpmpp("dpmsolver++", 2, "midpoint"), ("dpm++_2s",)),
-            Solver("DPM++ SDE", ("DPMSolverSDEScheduler",), aliases=("dpm++_sde",)),
-            Solver("DPM2", ("KDPM2DiscreteScheduler",), aliases=("dpm2", "dpm_2", "kdpm_2")),
-            Solver(
-                "DPM2 a",
-                ("KDPM2AncestralDiscreteScheduler",),
-                aliases=("dpm2_a", "dpm_2_a", "kdpm_2_a"),
-            ),
-            Solver(
-                "Euler",
-                ("EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
-                aliases=("euler",),
-            ),
-            Solver("Euler a", ("EulerAncestralDiscreteScheduler",), aliases=("euler_a",)),
-            Solver(
-                "Heun", ("HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"), {}, ("heun",)
-            ),
-            Solver("LCM", ("LCMScheduler", "FlowMatchLCMScheduler"), aliases=("lcm",)),
-            Solver("LMS", ("LMSDiscreteScheduler",), aliases=("lms",)),
-            Solver("PLMS", ("PNDMScheduler",), {"skip_prk_steps": True}, ("plms",)),
-            Solver(
-                "SA Solver",
-                ("SASolverScheduler",),
-                {"algorithm_type": "data_prediction"},
-                ("sa", "sa_solver"),
-            ),
-            Solver("TCD", ("TCDScheduler",), aliases=("tcd",)),
-            Solver("UniPC", ("UniPCMultistepScheduler",), aliases=("unipc",)),
-            # ComfyUI's two variants of it.
-            Solver(
-                "uni_pc",
-                ("UniPCMultistepScheduler",),
-                # From no noise at all, B₁(h) = h is infinite.
-                {"solver_type": "bh1", "final_sigmas_type": "sigma_min"},
-                ("uni_pc",),
-            ),
-            Solver(
-                "uni_pc_bh2", ("UniPCMultistepScheduler",), {"solver_type": "bh2"}, ("uni_pc_bh2",)
-            ),
-        )
-    }
-)
-"""Solvers by their names."""
-
-SCHEDULES: Mapping[str, Schedule] = MappingProxyType(
-    {
-        "karras": Schedule("Karras", "use_karras_sigmas", aliases=("ka", "k")),
-        "exponential": Schedule(
-            "Exponential", "use_exponential_sigmas", {"timestep_spacing": "linspace"}
-        ),
-        "beta": Schedule("Beta", "use_beta_sigmas", {"timestep_spacing": "linspace"}),
-        "sgm_uniform": Schedule("SGM Uniform", None, {"timestep_spacing": "trailing"}),
-        "simple": Schedule("Simple", None, {"timestep_spacing": "trailing"}),
-        "normal": Schedule("Normal", None, {"timestep_spacing": "linspace"}, ("uniform",)),
-        "ddim_uniform": Schedule("DDIM", None, {"timestep_spacing": "leading", "steps_offset": 1}),
-    }
-)
-"""Schedules of sigmas by the words that a request chooses them with."""
-
-SCHEDULER_CLASSES: Mapping[str, str] = MappingProxyType(
-    {
-        "edm_dpm++": "EDMDPMSolverMultistepScheduler",
-        "edm_euler": "EDMEulerScheduler",
-        "flow_euler": "FlowMatchEulerDiscreteScheduler",
-        "flow_heun": "FlowMatchHeunDiscreteScheduler",
-        "pndm": "PNDMScheduler",
-    }
-)
-"""Short names of classes, for schedulers as the pipeline's configuration makes them."""
-
-# Schedules that others have and diffusers has not.
-_ABSENT_SCHEDULES = {
-    "align_your_steps": "Align Your Steps",
-    "kl_optimal": "KL-optimal",
-    "linear_quadratic": "linear-quadratic",
-    "polyexponential": "polyexponential",
-    "turbo": "turbo",
-}
-_ABSENT_SOLVERS = frozenset(
-    [
-        *("dpm++_2s_a", "dpm_fast", "dpm_adaptive", "restart", "ddim_cfg++", "euler_cfg_pp"),
-        *("euler_a_cfg_pp", "heunpp2", "res_multistep", "gradient_estimation", "er_sde"),
-        *("seeds_2", "seeds_3", "ipndm", "ipndm_v", "dpm++_2m_cfg_pp", "dpm++_2s_a_cfg_pp"),
-    ]
-)
 _MIN_MISSPELT_CHARS, _MIN_LIKENESS = 4, 0.8
 
 
@@ -249,12 +69,14 @@ def find_sampler(
     but a schedule its own with that. `sigmas` is a key of `SCHEDULES`. None where the pipeline
     cannot run with it, or not with such sigmas.
     """
-    solver_name, scheduled = _split(name or "")
-    sigmas = sigmas or scheduled
+    parsed = parse_name(name or "")
+    if parsed.schedule is not None and parsed.sigmas is None:
+        return None
+    solver_name, sigmas = parsed.solver, sigmas or parsed.sigmas
     named: str
     options: Options
     if not solver_name:
-        if not compatible or (name and scheduled is None):
+        if not compatible or (name and parsed.sigmas is None):
             return None
         named = class_name = compatible[0]
         options = {}
@@ -264,7 +86,7 @@ def find_sampler(
         if not fitting:
             return None
         named, class_name = solver.name, fitting[0]
-        options = {**_evenly(class_name), **solver.options}
+        options = {**even_spacing(class_name), **solver.options}
     else:
         known = _class_of(solver_name, compatible)
         if known is None:
@@ -301,62 +123,44 @@ def offered(compatible: Sequence[str]) -> list[str]:
 
 
 def sampler_problem(name: str, compatible: Sequence[str], sigmas: str | None = None) -> str:
-    """What to say of a name for which `find_sampler` finds nothing.
+    """What to say of a name for which `find_sampler` finds nothing, or of `sigmas` with it.
 
     It never names another solver than the one that was meant.
     """
     choices = offered(compatible)
     allowed = f"allowed: {', '.join(choices)}"
-    solver_name, scheduled = split_schedule(name) or (_normal(name), "")
-    if solver_name in _ABSENT_SOLVERS:
+    parsed = parse_name(name)
+    solver_name = parsed.solver
+    if solver_name in ABSENT_SOLVERS:
         return f"{show(name)}: diffusers has no such solver; {allowed}"
+    earlier = parse_name(solver_name).schedule
+    if parsed.schedule is not None and earlier is not None:
+        return f"{show(name)} names two schedules of sigmas, {earlier} and {parsed.schedule}"
     alone = find_sampler(solver_name, compatible) if solver_name else None
-    key = sigmas or _split(name)[1]
-    schedule = SCHEDULES[key].name if key is not None else scheduled
-    if schedule and alone is not None:
+    schedule = parsed.schedule if sigmas is None else SCHEDULES[sigmas].name
+    if schedule is not None and alone is not None:
         kinds = [k for k in SCHEDULES if find_sampler(solver_name, compatible, k)]
         can = f"its sigmas may be {', '.join(kinds)}" if kinds else "a request cannot choose them"
-        return f"{show(name)}: {alone.name} has no {schedule} sigmas in diffusers; {can}"
+        sent = name if sigmas is None else sigmas
+        return f"{show(sent)}: {alone.name} has no {schedule} sigmas in diffusers; {can}"
     is_known = solver_name in _SOLVERS or solver_name in SCHEDULER_CLASSES
     match = None if is_known else _misspelt(solver_name, choices)
     hint = f"did you mean {match}? " if match else ""
     return f"{show(name)} does not go with this pipeline; {hint}{allowed}"
 
 
-def schedule_of(name: str) -> str | None:
-    """The key of the schedule that has this name; None where there is none."""
-    return _SCHEDULE_NAMES.get(_normal(name)) if len(_normal(name)) > 2 else None
-
-
-def split_schedule(name: str) -> tuple[str, str] | None:
-    """The solver and the schedule of sigmas in a name such as ``DPM++ 2M Karras``.
-
-    None where the name has no schedule; the solver is empty where it has nothing else. The schedule
-    is the one that people call so, whether diffusers has it or not.
-    """
-    normal = f"_{_normal(name)}"
-    names = {key: schedule.name for key, schedule in SCHEDULES.items()} | _ABSENT_SCHEDULES
-    named = {alias: SCHEDULES[key].name for alias, key in _SCHEDULE_NAMES.items()} | names
-    whole = normal.removeprefix("_")
-    if whole in _SOLVERS:
-        return None
-    ends = [each for each in named if normal.endswith(f"_{each}")]
-    longest = max(ends, key=len, default=None)
-    if longest is None or (len(longest) <= 2 and longest == whole):
-        return None
-    return normal.removesuffix(f"_{longest}").removeprefix("_"), named[longest]
-
-
-def _split(name: str) -> tuple[str, str | None]:
-    """The normal name of a solver, and the key of the schedule that the name ends with."""
+def parse_name(name: str) -> SamplerName:
+    """The solver and the schedule of sigmas in a name, in any of the spellings that people use."""
     normal = _normal(name)
     if normal in _SOLVERS:
-        return normal, None
-    split = split_schedule(normal)
-    if split is None:
-        return normal, None
-    key = next((key for key, schedule in SCHEDULES.items() if schedule.name == split[1]), None)
-    return (split[0], key) if key is not None else (normal, None)
+        return SamplerName(normal, None, None)
+    ends = [each for each in _SCHEDULE_ENDS if f"_{normal}".endswith(f"_{each}")]
+    end = max(ends, key=len, default=None)
+    # Alone, k and ka could be anything.
+    if end is None or (end == normal and len(end) <= 2):
+        return SamplerName(normal, None, None)
+    schedule, sigmas = _SCHEDULE_ENDS[end]
+    return SamplerName(normal.removesuffix(end).removesuffix("_"), schedule, sigmas)
 
 
 def _normal(name: str) -> str:
@@ -365,8 +169,9 @@ def _normal(name: str) -> str:
     normal = "_".join(words).replace("dpmpp", "dpm++")
     if normal.startswith("dpm++") and normal[5:6].isalnum():
         normal = f"dpm++_{normal[5:]}"
-    if normal.startswith("dpm++") and normal.endswith("_gpu"):
-        normal = normal.removesuffix("_gpu")
+    if normal.startswith("dpm++"):
+        # ComfyUI's name for where the noise is drawn, also before a schedule.
+        normal = "_".join(word for word in normal.split("_") if word != "gpu")
     normal = _WHOLE.get(normal, normal)
     normal = normal.replace("_ancestral", "_a")
     return normal.removeprefix("k_") if normal.removeprefix("k_").startswith(_K_SOLVERS) else normal
@@ -374,19 +179,20 @@ def _normal(name: str) -> str:
 
 _WHOLE = {"karrasdpm": "dpm++_2m_karras"}
 _K_SOLVERS = ("euler", "heun", "lms", "dpm")
-_SCHEDULE_NAMES = {
-    alias: key for key, schedule in SCHEDULES.items() for alias in (key, *schedule.aliases)
+# What a name may end with: the schedule as people call it, and its key where diffusers has it.
+_SCHEDULE_ENDS: dict[str, tuple[str, str | None]] = {
+    **{end: (name, None) for end, name in ABSENT_SCHEDULES.items()},
+    **{
+        end: (schedule.name, key)
+        for key, schedule in SCHEDULES.items()
+        for end in (key, *schedule.aliases)
+    },
 }
 _SOLVERS = {
     alias: solver
     for solver in SAMPLERS.values()
     for alias in ("_".join(solver.name.lower().split()), *solver.aliases)
 }
-
-
-def _evenly(class_name: str) -> dict[str, object]:
-    """The options that switch every schedule off."""
-    return dict.fromkeys(_FLAGS, False) if class_name in WITH_SIGMAS else {}
 
 
 def _class_of(name: str, compatible: Collection[str]) -> str | None:

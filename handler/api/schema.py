@@ -3,7 +3,9 @@
 Everything that knows a field reads it here: parsing of every form of request, refusals, metadata,
 pipeline arguments and the tables of docs/requests.md. A new field is one entry here, a key of
 `HandlerConfig` if an operator may set its bounds or default, and a test. What concerns several
-fields at once (sizes and pixels, steps and scheduler) is code in `request` and `call`.
+fields at once is code: `request_fields` and `request_checks` (sizes and pixels, steps and
+scheduler), `picture_sizes` (sizes that follow from pictures), `task_choice` (the task that they
+make) and `call` (the reply).
 
 Plain data: importing it needs neither torch nor diffusers.
 """
@@ -16,9 +18,9 @@ from enum import Enum
 from types import MappingProxyType
 from typing import TypeVar
 
-from handler.api.samplers import SCHEDULES
+from handler.api.sampler_table import SCHEDULES
 from handler.api.tasks import IMAGE_TO_IMAGE, INPAINTING, TASKS, TEXT_TO_IMAGE
-from handler.config import OUTPUT_FORMATS, HandlerConfig
+from handler.config import MAX_LORA_SCALE, OUTPUT_FORMATS, HandlerConfig
 
 __all__ = [
     "MAX_SEED",
@@ -26,7 +28,6 @@ __all__ = [
     "PICTURE_NAMES",
     "REPLY_FIELDS",
     "SENT_PICTURES",
-    "SENT_PICTURE_NAMES",
     "Field",
     "Kind",
     "PictureField",
@@ -84,6 +85,8 @@ class Field:
     default_note: str = ""
     choices: Mapping[str, str] = field(default_factory=dict)
     """What may be written for a CHOICE, and what each stands for."""
+    words: Mapping[str, float] = field(default_factory=dict)
+    """What may be written for a NUMBER beside numbers, and what each stands for."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -222,7 +225,8 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             default=Setting("prompt_weighting"),
             argument=None,
             meaning="whether A1111's `(word:1.3)`, `(word)`, `[word]`, `\\(` and `BREAK` in both"
-            " prompts are weights and breaks, or text",
+            " prompts are weights and breaks, and `<lora:style:0.8>` in `prompt` is one of `loras`,"
+            " or all of it is text",
         ),
         PictureField(
             name="num_inference_steps",
@@ -289,15 +293,16 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             name="loras",
             aliases=("lora",),
             kind=Kind.LORAS,
-            minimum=-10,
-            maximum=10,
+            minimum=-MAX_LORA_SCALE,
+            maximum=MAX_LORA_SCALE,
             default=Setting("default_loras"),
             default_note="those packed",
             argument=None,
             label="Lora",
             meaning='the LoRAs to draw with, and no others: `{"style": 0.8}`, `["style"]`,'
-            ' `[{"name": "style", "scale": 0.8}]` or `"style:0.8, ink"`; `{}` is none. Names only:'
-            " of what is packed or in the server's `lora_dir`; an unknown name is told them all",
+            ' `[{"name": "style", "scale": 0.8}]` or `"style:0.8, ink"`, in a form as JSON'
+            " too; `{}` is none. Names only: of what is packed or in the server's `lora_dir`; an"
+            " unknown name is told them all",
         ),
         PictureField(
             name="height",
@@ -329,6 +334,34 @@ PICTURE_FIELDS: Mapping[str, PictureField] = _table(
             is_refused_without_argument=False,
             is_recorded=False,
             meaning="pictures of this prompt; more than one needs a JSON or NumPy reply",
+        ),
+        PictureField(
+            name="step_cache",
+            kind=Kind.NUMBER,
+            maximum=1,
+            words={"off": 0.0},
+            default=Setting("step_cache"),
+            argument=None,
+            meaning="the part of the steps that may be predicted from those before instead of"
+            " computed, where the prediction is close: 0.5 is every second one; 0 or `off` is none."
+            " The picture changes a little: see docs/performance.md",
+        ),
+        PictureField(
+            name="guidance_start",
+            kind=Kind.NUMBER,
+            maximum=1,
+            default_note="0",
+            argument=None,
+            meaning="the part of the steps before which guidance is left out; those steps compute"
+            " half as much",
+        ),
+        PictureField(
+            name="guidance_end",
+            kind=Kind.NUMBER,
+            maximum=1,
+            default_note="1",
+            argument=None,
+            meaning="the part of the steps after which guidance is left out",
         ),
         PictureField(
             name="eta",
@@ -446,8 +479,6 @@ PICTURE_NAMES = frozenset(name for each in PICTURE_FIELDS.values() for name in e
 """Every name that a field of a picture may be sent under."""
 SENT_PICTURES = tuple(n for n, each in PICTURE_FIELDS.items() if each.kind is Kind.PICTURE)
 """The fields that are pictures themselves."""
-SENT_PICTURE_NAMES = frozenset(name for n in SENT_PICTURES for name in PICTURE_FIELDS[n].names)
-"""Every name that those may be sent under."""
 
 REPLY_FIELDS: Mapping[str, ReplyField] = _table(
     [
@@ -501,6 +532,13 @@ REPLY_FIELDS: Mapping[str, ReplyField] = _table(
             name="cancel",
             kind=Kind.ID,
             meaning="alone in a body: end the running request with this id",
+        ),
+        ReplyField(
+            name="describe",
+            kind=Kind.BOOLEAN,
+            default=False,
+            meaning="alone in a body: reply, as JSON, which fields the pipeline has, and its tasks,"
+            " LoRAs, ControlNets and samplers by name",
         ),
     ]
 )

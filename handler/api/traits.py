@@ -37,10 +37,21 @@ class PipelineTraits:
     """Layers of its CLIP text encoders, of the one with fewest; None: it has none."""
     reads_weights: bool = False
     """Whether words of a prompt can have weights."""
+    shortcuts: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """Fields that leave parts of the computing out, by the engine's name of each task."""
+    several_calls: frozenset[str] = frozenset()
+    """Class names of the schedulers that call the denoiser more than once a step."""
 
     def __post_init__(self) -> None:
         if not self.tasks:
             object.__setattr__(self, "tasks", {TEXT_TO_IMAGE: self.parameters})
+
+    def has_one_call_a_step(self, scheduler: str | None) -> bool:
+        """Whether a sampler, by any name, calls the denoiser once a step; None is the own one."""
+        sampler = find_sampler(scheduler, self.schedulers)
+        if sampler is None or sampler.options.get("skip_prk_steps"):
+            return True
+        return sampler.class_name not in self.several_calls
 
     def least_steps_with(self, scheduler: str | None) -> int:
         """The steps that a sampler needs at least, by any name; None is the pipeline's own."""

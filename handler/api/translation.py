@@ -12,8 +12,8 @@ from handler.api.foreign_names import (
     is_picture_input,
 )
 from handler.api.images import looks_like_base64_picture
-from handler.api.samplers import schedule_of, split_schedule
-from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, SENT_PICTURES
+from handler.api.samplers import parse_name
+from handler.api.schema import PICTURE_FIELDS, PICTURE_NAMES, REPLY_FIELDS, SENT_PICTURES
 from handler.messages import show, shown_name
 
 __all__ = ["holds_picture", "names_for", "translate"]
@@ -47,7 +47,8 @@ def translate(fields: Mapping[str, object]) -> tuple[dict[str, object], dict[str
         if name in FOREIGN_NAMES:
             foreign[name] = value
             continue
-        if name not in _KNOWN and value is not None and is_picture_input(name):
+        is_known = name in PICTURE_NAMES or name in REPLY_FIELDS
+        if not is_known and value is not None and is_picture_input(name):
             problems[shown_name(name)] = HOW_PICTURES_ARE_SENT
             continue
         target = _OWN_NAMES.get(name, name)
@@ -144,13 +145,13 @@ def _schedules_as_sigmas(fields: Mapping[str, object]) -> dict[str, object]:
     value = fields.get("scheduler")
     if not isinstance(value, str):
         return dict(fields)
-    split = split_schedule(value)
-    if split is None or split[0] or (key := schedule_of(value)) is None:
+    named = parse_name(value)
+    if named.solver or named.sigmas is None:
         return dict(fields)
     moved = {name: each for name, each in fields.items() if name != "scheduler"}
-    if moved.get("sigmas") not in (None, key):
+    if moved.get("sigmas") not in (None, named.sigmas):
         return dict(fields)  # two different ones: each is read, and refused, for what it is
-    return {**moved, "sigmas": key}
+    return {**moved, "sigmas": named.sigmas}
 
 
 # Values that others send in our own fields.
@@ -166,4 +167,3 @@ _VALUES: Mapping[str, Callable[[object], object]] = {
 _INPUTS = "inputs"
 _MIN_PICTURE_CHARS = 64
 _OWN_NAMES = {name: each.name for each in PICTURE_FIELDS.values() for name in each.names}
-_KNOWN = _OWN_NAMES.keys() | REPLY_FIELDS.keys()

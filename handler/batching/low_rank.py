@@ -1,7 +1,8 @@
 """Low-rank additions to a layer's output, each row of a batch with its own: y + s · B(A(x)).
 
 Pure tensor code. What PEFT calls a LoRA is here two small weights and a scale; a merged forward has
-rows with several of them, with one at another scale, and with none.
+rows with several of them, with one at another scale, and with none. `other_adapters` has what is
+added otherwise.
 """
 
 from __future__ import annotations
@@ -9,12 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional
 
-__all__ = ["Convolution", "LowRank", "Part", "Scaled", "UnevenRowsError", "add_low_rank"]
+__all__ = [
+    "Adapter",
+    "Convolution",
+    "LowRank",
+    "Part",
+    "Scaled",
+    "UnevenRowsError",
+    "add_low_rank",
+]
 
 _CONVOLVE = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}
 
@@ -59,9 +68,21 @@ class LowRank:
         """What its weights occupy."""
         return self.down.nbytes + self.up.nbytes + (0 if self.bias is None else self.bias.nbytes)
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is a product of two matrices, and nothing else."""
+        return self.convolution is None and not self.is_embedding and self.bias is None
+
     def factor(self, scale: float) -> float:
         """What its output is multiplied by at this `scale`, rounded as PEFT does."""
         return scale * self.alpha / self.divisor
+
+    def added(self, x: torch.Tensor, output: torch.Tensor, factor: float) -> torch.Tensor:
+        """What a layer's `output` for `x` gets, in PEFT's order of operations."""
+        added = self(x) * factor
+        if self.embedding_scale is not None:
+            added = added * self.embedding_scale.to(added.dtype)
+        return added
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """B(A(x)), not yet scaled."""
@@ -75,7 +96,24 @@ class LowRank:
         return convolve(inner, self.up, self.bias, groups=of.up_groups)
 
 
-Scaled = tuple[LowRank, float]
+class Adapter(Protocol):
+    """What adds to the output of one layer."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What its weights occupy."""
+        ...
+
+    def factor(self, scale: float) -> float:
+        """What it is multiplied by at this `scale`."""
+        ...
+
+    def added(self, x: torch.Tensor, output: torch.Tensor, factor: float) -> torch.Tensor:
+        """What a layer's `output` for `x` gets; neither is changed."""
+        ...
+
+
+Scaled = tuple[Adapter, float]
 """An adapter at a layer, and what its output is multiplied by."""
 
 
@@ -117,21 +155,19 @@ def add_low_rank(
 def _add_to_all(x: torch.Tensor, output: torch.Tensor, adapters: Sequence[Scaled]) -> torch.Tensor:
     dtype = output.dtype
     for adapter, factor in adapters:
-        added = adapter(x) * factor
-        if adapter.embedding_scale is not None:
-            added = added * adapter.embedding_scale.to(added.dtype)
-        output = output + added
+        output = output + adapter.added(x, output, factor)
     return output.to(dtype)
 
 
-def _add_to_rows(x: torch.Tensor, target: torch.Tensor, adapter: LowRank, factor: float) -> None:
-    is_matrix = adapter.convolution is None and not adapter.is_embedding and adapter.bias is None
-    if is_matrix and target.is_contiguous() and target.dtype == adapter.up.dtype:
+def _add_to_rows(x: torch.Tensor, target: torch.Tensor, adapter: Adapter, factor: float) -> None:
+    if (
+        isinstance(adapter, LowRank)
+        and adapter.is_matrix
+        and target.is_contiguous()
+        and target.dtype == adapter.up.dtype
+    ):
         inner = functional.linear(x.to(adapter.down.dtype), adapter.down)
         rows = math.prod(target.shape[:-1])
         target.view(rows, -1).addmm_(inner.reshape(rows, -1), adapter.up.T, alpha=factor)
-        return
-    added = adapter(x)
-    if adapter.embedding_scale is not None:
-        added = added * adapter.embedding_scale.to(added.dtype)
-    target.add_(added, alpha=factor)
+    else:
+        target.add_(adapter.added(x, target, factor))

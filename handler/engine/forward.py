@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from inspect import BoundArguments
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -18,18 +17,16 @@ from handler.batching.invariance import Places, Proofs, agree, is_conclusive, wi
 from handler.batching.layouts import Layouts
 from handler.batching.merging import merge, merge_key, split, was_written
 from handler.engine.parking import ModuleCall
+from handler.engine.row_adapters import RowAdapters
 from handler.engine.ticket import release_frames
 
 __all__ = [
     "BatchedForward",
-    "CallAdapters",
     "Counters",
     "Failure",
     "Group",
     "is_out_of_memory",
 ]
-
-_NO_MARKS: frozenset[Hashable] = frozenset()
 
 
 @dataclass(slots=True)
@@ -44,6 +41,8 @@ class Counters:
     """Rows of all forwards, padding not counted."""
     merged_forwards: int = 0
     """Forwards that served more than one request."""
+    answered_calls: int = 0
+    """Module calls that needed no forward, because a wrapper answered them."""
     out_of_memory_retries: int = 0
     forward_s: float = 0.0
     """Seconds in the modules' own forwards and waiting for them, as the host sees it."""
@@ -88,17 +87,16 @@ class BatchedForward:
 
     `buckets` are the row counts that forwards are padded to, ascending; none: no padding.
     `prepare` is called with the calls of every forward before it, and `adapters` applies theirs to
-    it; the errors of both are those of the calls.
-    `prepare` is called with the calls of every forward before it; its errors are theirs. With
-    `proves_ahead`, whether a module keeps rows apart is seen once for each kind of group, on
-    arguments that are made to differ; else whenever a group's arguments differ as none did before.
+    it; the errors of both are those of the calls. With `proves_ahead`, whether a module keeps rows
+    apart is seen once for each kind of group, on arguments that are made to differ; else whenever a
+    group's arguments differ as none did before.
     """
 
     clock: Callable[[], float]
     max_rows: int
+    adapters: RowAdapters
     buckets: Sequence[int] = ()
     prepare: Callable[[Sequence[ModuleCall]], None] = lambda calls: None
-    adapters: CallAdapters = field(default_factory=lambda: _NoAdapters())
     proves_ahead: bool = False
     counters: Counters = field(default_factory=Counters)
     _fingerprints: Fingerprints = field(default_factory=Fingerprints)
@@ -345,36 +343,6 @@ class BatchedForward:
         if group.key is None or not group.calls[0].slot.is_denoiser:
             return rows
         return next((bucket for bucket in self.buckets if bucket >= rows), rows)
-
-
-class CallAdapters(Protocol):
-    """What module calls have to do with LoRAs."""
-
-    def key_of(self, call: ModuleCall, *, apart: bool) -> Hashable:
-        """Equal for calls that may share a forward; `apart`: only where their sets are equal."""
-        ...
-
-    def marks_of(self, call: ModuleCall) -> frozenset[Hashable]:
-        """What tells its LoRAs from those of others, the same object for the same ones."""
-        ...
-
-    def applied(self, calls: Sequence[ModuleCall], padded: int) -> AbstractContextManager[bool]:
-        """Run the forward of `calls` within this; yields whether it needs the module's own code."""
-        ...
-
-
-class _NoAdapters:
-    """Tickets may name sets of LoRAs, and nobody applies them."""
-
-    def key_of(self, call: ModuleCall, *, apart: bool) -> Hashable:
-        adapters = call.ticket.adapters
-        return None if adapters is None else tuple(sorted(adapters.items()))
-
-    def marks_of(self, call: ModuleCall) -> frozenset[Hashable]:
-        return _NO_MARKS
-
-    def applied(self, calls: Sequence[ModuleCall], padded: int) -> AbstractContextManager[bool]:
-        return nullcontext(False)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from handler.engine.ticket import Ticket
+from handler.pipelines.placement import devices_of
 
 __all__ = ["GlobalRandom"]
 
@@ -26,14 +27,7 @@ class GlobalRandom:
     """
 
     def __init__(self, pipelines: Collection[Any]) -> None:
-        indices = {
-            weight.device.index or 0
-            for pipeline in pipelines
-            for component in pipeline.components.values()
-            if isinstance(component, torch.nn.Module)
-            for weight in component.parameters()
-            if weight.is_cuda
-        }
+        indices = {each.index or 0 for each in devices_of(pipelines) if each.type == "cuda"}
         cuda = [torch.cuda.default_generators[index] for index in sorted(indices)]
         self._generators: list[torch.Generator] = [torch.default_generator, *cuda]
         self._owner: Ticket | None = None

@@ -31,13 +31,14 @@ from handler.engine.parking import ModuleCall, denoisers_of, find_slots
 from handler.engine.policy import Limits
 from handler.engine.row_adapters import RowAdapters
 from handler.engine.runs import Runs
+from handler.engine.shortcuts import NONE, Shortcuts
 from handler.engine.submission import Intake, Served, Submission
 from handler.engine.tick_times import Pace
 from handler.engine.ticket import State, StepEnd, Ticket
 from handler.engine.wrappers import UNANSWERED, ForwardWrapper, Wrappers
 from handler.errors import Cancelled, DeadlineExceeded
-from handler.pipelines.adapted_layers import LoraWeights
-from handler.pipelines.adapters import AdapterSets
+from handler.pipelines.adapted_layers import LoraLayers
+from handler.pipelines.adapters import AdapterSets, PreparedLora
 from handler.pipelines.cost import Cost
 from handler.pipelines.placement import is_asynchronous
 from handler.pipelines.prompt_embeddings import PromptReading
@@ -98,11 +99,11 @@ class InFlightEngine:
         # Up to the rows that may be in flight: a larger bucket would not fit either.
         capped = [*sorted(b for b in buckets if b < max_rows), max_rows] if buckets else []
         if proves_ahead is None:
-            proves_ahead = any(is_asynchronous(pipeline) for pipeline in named.values())
+            proves_ahead = is_asynchronous(named.values())
         self._adapters = AdapterSets(list(named.values()))
         adapters = RowAdapters(self._adapters)
         self._forward = BatchedForward(
-            clock, max_rows, capped, self._prepare, adapters, proves_ahead
+            clock, max_rows, adapters, capped, self._prepare, proves_ahead
         )
         shared_states = {task: SharedState(pipeline) for task, pipeline in named.items()}
         self._random = GlobalRandom(named.values())
@@ -176,14 +177,15 @@ class InFlightEngine:
         adapters: Mapping[str, float] | None = None,
         on_step: Callable[[StepEnd], None] | None = None,
         prompts: PromptReading | None = None,
+        shortcuts: Shortcuts = NONE,
     ) -> Ticket:
         """Queue one call of a pipeline with exactly these keyword arguments.
 
         `task` names the pipeline, the first by default. `scheduler` is a diffusers class name or a
         short name (``"euler"``), or a scheduler object to copy. `deadline_s` is in seconds from
         now. `adapters` maps the names of loaded adapters to weights. `prompts` says that prompts
-        longer than the text encoder are read whole, and whether words have weights. Give each call
-        its own `generator`.
+        longer than the text encoder are read whole, and whether words have weights. `shortcuts` are
+        for the wrappers that take them. Give each call its own `generator`.
 
         Raises:
             ValueError: an unknown task; an argument, the scheduler or an adapter that the pipeline
@@ -198,31 +200,38 @@ class InFlightEngine:
         if served is None:
             raise ValueError(f"no pipeline for the task {task!r}; there are {list(self._served)}")
         exact = self.exact if exact is None else exact
-        asked = Submission(kwargs, scheduler, deadline_s, exact, adapters, on_step, prompts)
+        asked = Submission(
+            kwargs, scheduler, deadline_s, exact, adapters, on_step, prompts, shortcuts
+        )
         ticket = self._intake.ticket(served, asked, self.limits)
         self._waiting.append(ticket)
         return ticket
 
     @property
-    def loras(self) -> Mapping[str, int]:
-        """The LoRAs that `attach_lora` added, and the bytes of each."""
-        return self._adapters.loaded
-
-    @property
     def loras_in_use(self) -> frozenset[str]:
         """The LoRAs that requests in flight, or waiting to be, have named."""
         tickets = [*self._waiting, *self._runs.parked]
-        return frozenset(name for ticket in tickets for name in ticket.adapters or ())
+        return frozenset[str]().union(*(ticket.lora_names for ticket in tickets))
 
-    def attach_lora(self, name: str, layers: Mapping[str, Mapping[str, LoraWeights]]) -> None:
-        """Let requests name a LoRA that adds to these layers, by component and the layer's path.
+    def prepare_lora(self, layers: LoraLayers) -> PreparedLora:
+        """A LoRA that adds to these layers, by component and the layer's path, to be attached.
+
+        All that takes its time; in any thread, also during `step`.
+
+        Raises:
+            ValueError: a layer is not there, or takes no LoRA.
+        """
+        return self._adapters.prepare(layers)
+
+    def attach_lora(self, name: str, lora: PreparedLora) -> None:
+        """Let requests name a LoRA.
 
         No module is changed, and no request that does not name it sees anything of it.
 
         Raises:
-            ValueError: the name is taken, or a layer is not there.
+            ValueError: the name is taken.
         """
-        self._adapters.attach(name, layers)
+        self._adapters.attach(name, lora)
 
     def detach_lora(self, name: str) -> None:
         """Forget a LoRA that was attached; requests that have named it keep it."""
@@ -325,6 +334,7 @@ class InFlightEngine:
     def _tick(self) -> list[ModuleCall]:
         """Run one forward for every module call that may run, and let its request run on.
 
+        Whose calls a wrapper answers has run on before, so that it is in the forwards all the same.
         Companions of the denoiser run first: so requests with and without a ControlNet, and those
         that are half a step apart, meet in the denoiser's forward. Returns the calls that a
         denoiser served.
@@ -332,7 +342,10 @@ class InFlightEngine:
         self.counters.ticks += 1
         for ticket in policy.choose(list(self._runs.parked), self.limits):
             ticket.last_tick = self.counters.ticks
+        asked: set[ModuleCall] = set()
+        self._run_on(asked)
         self._serve([call for call in self._chosen() if call.slot.is_companion])
+        self._run_on(asked)
         calls = self._chosen()
         served = [call for call in calls if call.slot.is_denoiser]
         self._serve(calls)
@@ -343,18 +356,32 @@ class InFlightEngine:
         parked = self._runs.parked.items()
         return [call for ticket, call in parked if ticket.last_tick == self.counters.ticks]
 
-    def _serve(self, calls: Sequence[ModuleCall]) -> None:
-        for group in self._forward.group(self._unanswered(calls)):
-            for call, result in zip(group.calls, self._forward.run(group), strict=True):
-                self._resume(call, self._wrappers.after(call, result))
+    def _run_on(self, asked: set[ModuleCall]) -> None:
+        """Let requests run on for as long as wrappers answer their calls; each is asked once.
 
-    def _unanswered(self, calls: Sequence[ModuleCall]) -> list[ModuleCall]:
-        """Those of `calls` that need their forward; the others run on with a wrapper's answer."""
-        answers = {call: self._wrappers.before(call) for call in calls}
-        for call, answer in answers.items():
-            if answer is not UNANSWERED:
-                self._resume(call, answer)
-        return [call for call, answer in answers.items() if answer is UNANSWERED]
+        What was asked is added to `asked`.
+        """
+        while calls := [call for call in self._chosen() if call not in asked]:
+            asked.update(calls)
+            answers = {call: self._wrappers.before(call) for call in calls}
+            for call, answer in answers.items():
+                if answer is not UNANSWERED:
+                    self.counters.answered_calls += 1
+                    self._resume(call, answer)
+
+    def _serve(self, calls: Sequence[ModuleCall]) -> None:
+        """Run the forwards of `calls`, or of what wrappers make of them."""
+        of: dict[ModuleCall, ModuleCall] = {}
+        for call in calls:
+            narrowed = self._wrappers.narrow(call)
+            if isinstance(narrowed, ModuleCall):
+                of[narrowed] = call
+            else:
+                self._resume(call, narrowed)
+        for group in self._forward.group(list(of)):
+            for narrowed, result in zip(group.calls, self._forward.run(group), strict=True):
+                call = of[narrowed]
+                self._resume(call, self._wrappers.after(call, result))
 
     def _resume(self, call: ModuleCall, result: Any) -> None:
         if call.slot.is_denoiser:

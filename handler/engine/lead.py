@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
+from handler.pipelines.placement import devices_of
+
 __all__ = ["Lead", "Mark", "cuda_marker"]
 
 # One tick runs while the next is being prepared: the device never waits for the host.
@@ -49,14 +51,7 @@ class Lead:
 
 def cuda_marker(pipelines: Collection[Any]) -> Callable[[], Mark] | None:
     """What marks the queue of the CUDA device that `pipelines` are on; None if they are on none."""
-    devices = {
-        weight.device
-        for pipeline in pipelines
-        for part in pipeline.components.values()
-        if isinstance(part, torch.nn.Module)
-        for weight in part.parameters()
-        if weight.is_cuda
-    }
+    devices = {device for device in devices_of(pipelines) if device.type == "cuda"}
     if not devices:
         return None
     device = min(devices, key=str)

@@ -22,7 +22,7 @@ from handler.batching.arguments import num_rows
 from handler.engine.ticket import Ticket
 from handler.pipelines.adapters import scales_adapters
 from handler.pipelines.broken_pictures import check_decoded
-from handler.pipelines.placement import placement_problem
+from handler.pipelines.placement import modules_of, placement_problem
 from handler.pipelines.shared_state import is_upcast
 
 __all__ = ["ModuleCall", "RequestGreenlet", "Slot", "denoisers_of", "find_slots"]
@@ -173,7 +173,10 @@ def find_slots(*pipelines: Any, names: Iterable[str] | None = None) -> list[Slot
             moved between devices or serves another engine.
     """
     given = None if names is None else list(names)
-    components = [_modules_of(pipeline) for pipeline in pipelines]
+    for pipeline in pipelines:
+        if problem := placement_problem(pipeline):
+            raise ValueError(problem)
+    components = [modules_of(pipeline) for pipeline in pipelines]
     slots: dict[tuple[int, str], Slot] = {}
     for modules in components:
         for name in _default_names(modules) if given is None else given:
@@ -189,18 +192,8 @@ def find_slots(*pipelines: Any, names: Iterable[str] | None = None) -> list[Slot
 
 def denoisers_of(pipeline: Any, slots: Iterable[Slot]) -> frozenset[int]:
     """The identities of the modules of `pipeline` that are parked as denoisers."""
-    own = {id(component) for component in pipeline.components.values()}
+    own = {id(module) for module in modules_of(pipeline).values()}
     return frozenset(id(s.module) for s in slots if s.is_denoiser and id(s.module) in own)
-
-
-def _modules_of(pipeline: Any) -> dict[str, torch.nn.Module]:
-    if problem := placement_problem(pipeline):
-        raise ValueError(problem)
-    return {
-        name: component
-        for name, component in pipeline.components.items()
-        if isinstance(component, torch.nn.Module)
-    }
 
 
 def _has(modules: dict[str, torch.nn.Module], name: str) -> bool:

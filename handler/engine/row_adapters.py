@@ -8,7 +8,7 @@ from typing import Any
 
 from handler.engine.parking import ModuleCall
 from handler.engine.ticket import Ticket
-from handler.pipelines.adapters import AdapterRows, AdapterSets
+from handler.pipelines.adapters import AdapterRows, AdapterSets, scales_adapters
 
 __all__ = ["RowAdapters"]
 
@@ -20,8 +20,12 @@ class RowAdapters:
         self.sets = sets
 
     def key_of(self, call: ModuleCall, *, apart: bool) -> Hashable:
-        """Equal for calls that may share a forward; `apart`: only where their sets are equal."""
-        return self.sets.key_of(call.ticket.adapter_set, apart=apart)
+        """Equal for calls that may share a forward; `apart`: only where their sets are equal.
+
+        Those that scale LoRAs for themselves are always apart: PEFT's layers are switched for them.
+        """
+        is_apart = apart or scales_adapters(call.ticket.kwargs)
+        return self.sets.key_of(call.ticket.adapter_set, apart=is_apart)
 
     def marks_of(self, call: ModuleCall) -> frozenset[Hashable]:
         """The layers that the set of the call adds to; one object for each set."""

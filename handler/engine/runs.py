@@ -117,6 +117,8 @@ class Runs:
         """Replace the estimated rows by those that the denoiser is really called with."""
         if not parked.slot.is_denoiser:
             return
+        if ticket.denoising_s is None:
+            ticket.denoising_s = self._clock()
         rows = parked.num_rows
         if rows > self._limits.max_rows and not is_batch(parked.bound.arguments, rows):
             parked.num_rows = 0  # the tokens of one picture: it runs alone, as it is

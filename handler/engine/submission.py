@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from handler.engine.policy import Limits
+from handler.engine.shortcuts import NONE, Shortcuts
 from handler.engine.tick_times import Pace
 from handler.engine.ticket import StepEnd, Ticket
 from handler.errors import DeadlineExceeded, TooLarge
@@ -18,6 +19,7 @@ from handler.pipelines.cost import Cost, estimate_cost, least_forwards
 from handler.pipelines.prompt_embeddings import PromptReading
 from handler.pipelines.schedulers import check_num_steps, make_scheduler
 from handler.pipelines.signature import unknown_arguments
+from handler.pipelines.steps import guides_in_halves, tells_steps
 
 __all__ = ["Intake", "Served", "Submission"]
 
@@ -45,6 +47,7 @@ class Submission:
     adapters: Mapping[str, float] | None
     on_step: Callable[[StepEnd], None] | None
     prompts: PromptReading | None = None
+    shortcuts: Shortcuts = NONE
 
 
 @dataclass(eq=False, slots=True)
@@ -78,7 +81,7 @@ class Intake:
         if not limits.hold(cost):
             raise TooLarge(limits.refusal(cost))
         self._check_deadline(served, asked, cost)
-        adapters = self.adapter_sets.checked(pipeline, asked.adapters, kwargs)
+        _check_shortcuts(pipeline, asked.shortcuts)
         return Ticket(
             kwargs=dict(kwargs),
             cost=cost,
@@ -89,15 +92,17 @@ class Intake:
             scheduler=scheduler,
             deadline=None if asked.deadline_s is None else now_s + asked.deadline_s,
             exact=asked.exact,
-            adapters=None if adapters is None else adapters.weights,
-            adapter_set=adapters,
+            adapter_set=self.adapter_sets.checked(pipeline, asked.adapters, kwargs),
             on_step=asked.on_step,
             prompts=asked.prompts,
+            shortcuts=asked.shortcuts,
             submitted_s=now_s,
         )
 
     def _check_deadline(self, served: Served, asked: Submission, cost: Cost) -> None:
-        num_steps = least_forwards(served.pipeline, asked.kwargs)
+        num_steps = asked.shortcuts.least_forwards(least_forwards(served.pipeline, asked.kwargs))
+        if asked.shortcuts.has_interval:
+            cost = replace(cost, rows=cost.rows // 2)
         needed_s = self.pace.least_s(num_steps, cost, served.denoisers)
         if asked.deadline_s is not None and asked.deadline_s < needed_s:
             raise DeadlineExceeded(
@@ -105,6 +110,16 @@ class Intake:
                 f"{num_steps} steps need at least {needed_s:.3g} s; "
                 "ask for fewer, or for a later one"
             )
+
+
+def _check_shortcuts(pipeline: Any, shortcuts: Shortcuts) -> None:
+    name = type(pipeline).__name__
+    if shortcuts.step_cache and not tells_steps(pipeline):
+        raise ValueError(f"{name} does not tell which step it is at, which a step cache needs")
+    if shortcuts.has_interval and not (tells_steps(pipeline) and guides_in_halves(pipeline)):
+        raise ValueError(
+            f"{name} has no guided rows that stand together, which a guidance interval needs"
+        )
 
 
 def _seed_in(kwargs: Mapping[str, Any]) -> int | None:

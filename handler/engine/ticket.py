@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from greenlet import greenlet
 
+from handler.engine.shortcuts import NONE, Shortcuts
 from handler.pipelines.adapters import AdapterSet
 from handler.pipelines.cost import Cost
 from handler.pipelines.prompt_embeddings import PromptReading
@@ -59,13 +60,13 @@ class Ticket:
     scheduler: Any = None
     deadline: float | None = None
     exact: bool = False
-    adapters: Mapping[str, float] | None = None
-    """LoRAs by name with their scales; None is what was active at first."""
     adapter_set: AdapterSet | None = None
-    """The same, with what they add to which layers."""
+    """LoRAs with their scales, and what they add to which layers; None: those active at first."""
     on_step: Callable[[StepEnd], None] | None = None
     prompts: PromptReading | None = None
     """How its prompts are read; None: as the pipeline does."""
+    shortcuts: Shortcuts = NONE
+    """What is not computed for it."""
 
     serial: int = field(default_factory=lambda: next(_serial_numbers))
     state: State = State.WAITING
@@ -76,6 +77,8 @@ class Ticket:
 
     submitted_s: float = 0.0
     admitted_s: float | None = None
+    denoising_s: float | None = None
+    """When the denoiser was called for it first."""
     denoised_s: float | None = None
     ended_s: float | None = None
 
@@ -84,6 +87,8 @@ class Ticket:
 
     # The engine's own, while the ticket is alive.
     run: greenlet | None = None
+    view: Any = None
+    """The pipeline's own copy that draws it, once it runs."""
     random_states: list[torch.Tensor] | None = None
     cancelling: BaseException | None = None
     _outcome: Any = None
@@ -92,6 +97,11 @@ class Ticket:
     def ended(self) -> bool:
         """Whether it is done or failed, for good."""
         return self.state in (State.DONE, State.FAILED)
+
+    @property
+    def lora_names(self) -> frozenset[str]:
+        """The LoRAs that it draws with, where it names any."""
+        return frozenset(() if self.adapter_set is None else self.adapter_set.weights or ())
 
     @property
     def error(self) -> BaseException | None:
@@ -119,7 +129,7 @@ class Ticket:
         self.state, self._outcome, self.ended_s = state, outcome, now_s
         self.kwargs = {}
         self.memory = {}
-        self.adapter_set = None
+        self.adapter_set = self.view = None
         self.scheduler = self.on_step = self.run = self.cancelling = self.random_states = None
 
 

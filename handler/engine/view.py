@@ -19,7 +19,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from handler.engine.ticket import StepEnd, Ticket
 from handler.pipelines.broken_pictures import watch_pictures
 from handler.pipelines.prompt_embeddings import read_prompts
-from handler.pipelines.schedulers import seed_noise
+from handler.pipelines.schedulers import seed_noise, start_at_the_first
 from handler.pipelines.signature import call_defaults
 
 __all__ = ["make_view"]
@@ -44,16 +44,18 @@ _STATELESS = (
 def make_view(pipeline: Any, ticket: Ticket) -> tuple[Any, dict[str, Any]]:
     """A shallow copy of `pipeline` for one request, and the keyword arguments to call it with.
 
+    The ticket keeps the copy, which tells where the call stands.
     Pipelines keep the state of a call on themselves, on their scheduler and on other components, so
     each request has its own of all these; the modules with the weights are shared.
     """
-    view = _private_copy(pipeline)
+    view = ticket.view = _private_copy(pipeline)
     if ticket.scheduler is not None:
         view.scheduler = ticket.scheduler
     if ticket.prompts is not None:
         read_prompts(view, ticket.prompts)
     kwargs = dict(ticket.kwargs)
     seed_noise(getattr(view, "scheduler", None), kwargs.get("generator"))
+    start_at_the_first(getattr(view, "scheduler", None))
     parameters = call_defaults(pipeline)
     if "callback_on_step_end" in parameters:
         theirs = kwargs.get("callback_on_step_end")

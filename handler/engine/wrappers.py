@@ -1,4 +1,10 @@
-"""Forward wrappers: they make a denoiser's forwards cheaper, or answer module calls without one."""
+"""Forward wrappers: they make a denoiser's forwards cheaper, or answer module calls without one.
+
+A call's way::
+
+    call ─▶ before ─┬─▶ an answer ───────────────────────────────────┬─▶ the request runs on
+                    └─▶ narrow ─▶ forward, shared ─▶ widen ─▶ after ─┘
+"""
 
 from __future__ import annotations
 
@@ -17,8 +23,10 @@ UNANSWERED: Final = object()
 class ForwardWrapper(Protocol):
     """One way to make a denoiser's forwards cheaper; a subclass overrides what it needs.
 
-    What it remembers of a request between calls belongs into ``call.ticket.memory`` under a key of
-    its own, and is freed with the ticket. Requests that are `exact` never meet a wrapper.
+    It is shown the calls of denoisers, and those of their companions (ControlNets); only denoisers'
+    forwards are wrapped. What it remembers of a request between calls belongs into
+    ``call.ticket.memory`` under a key of its own, and is freed with the ticket. Requests that are
+    `exact` never meet a wrapper.
     """
 
     def wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,8 +34,16 @@ class ForwardWrapper(Protocol):
         return forward
 
     def before(self, call: ModuleCall) -> Any:
-        """The output of a denoiser's call, so that its rows leave the tick; or `UNANSWERED`."""
+        """The output of a call, so that its rows leave the tick; or `UNANSWERED`."""
         return UNANSWERED
+
+    def narrow(self, call: ModuleCall) -> ModuleCall:
+        """What runs in place of a call that `before` left unanswered: fewer of its rows."""
+        return call
+
+    def widen(self, call: ModuleCall, output: Any) -> Any:
+        """The output of the whole `call`, of that of the call that `narrow` made of it."""
+        return output
 
     def after(self, call: ModuleCall, output: Any) -> None:
         """See the output of a call that `before` left unanswered.
@@ -77,18 +93,31 @@ class Wrappers:
                 return self._tell(call, answer, self._wrappers[place + 1 :])
         return UNANSWERED
 
+    def narrow(self, call: ModuleCall) -> ModuleCall | Failure:
+        """What runs in place of `call`; a `Failure` if one of them raised."""
+        if not self._concern(call):
+            return call
+        try:
+            for wrapper in reversed(self._wrappers):
+                call = wrapper.narrow(call)
+        except Exception as error:
+            return Failure(error)
+        return call
+
     def after(self, call: ModuleCall, output: Any) -> Any:
-        """`output` when all have seen it, a `Failure` if one of them raised."""
+        """What `call` returns, when all have seen it; a `Failure` if one of them raised."""
         return self._tell(call, output, self._wrappers) if self._concern(call) else output
 
     def _concern(self, call: ModuleCall) -> bool:
-        return bool(self._wrappers) and call.slot.is_denoiser and not call.ticket.exact
+        is_shown = call.slot.is_denoiser or call.slot.is_companion
+        return bool(self._wrappers) and is_shown and not call.ticket.exact
 
     def _tell(self, call: ModuleCall, output: Any, wrappers: Sequence[ForwardWrapper]) -> Any:
         if isinstance(output, Failure):
             return output
         try:
             for wrapper in wrappers:
+                output = wrapper.widen(call, output)
                 wrapper.after(call, output)
         except Exception as error:
             return Failure(error)

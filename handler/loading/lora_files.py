@@ -7,15 +7,22 @@ they would be given, so that nothing is injected anywhere. Every tensor of the f
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from handler.errors import ArchiveError
 from handler.library_logs import quiet_libraries
 from handler.loading.documents import parse_json
+from handler.loading.lora_layers import (
+    METADATA,
+    WEIGHT,
+    Delivery,
+    KroneckerLayer,
+    Layers,
+    LoraLayer,
+    layers_in,
+)
 from handler.loading.model_dir import Extent
 from handler.loading.safetensors_map import map_tensors, read_header
 from handler.messages import first_lines
@@ -27,51 +34,21 @@ if TYPE_CHECKING:
 
     from handler.loading.safetensors_map import Header
 
-__all__ = ["LoraLayer", "LoraReader", "in_present_names", "read_lora"]
+__all__ = ["LoraReader", "in_present_names", "read_lora"]
 
 _NUM_SHOWN = 3
-_KINDS = {
-    "hada_": "a LoHa of LyCORIS",
-    "lokr_": "a LoKr of LyCORIS",
-    "oft_": "an OFT of LyCORIS",
-    "lora_magnitude_vector": "a DoRA",
-}
-_WEIGHT = re.compile(
-    r"(?P<layer>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(\.(?P<part>weight|bias))?"
-)
+_KINDS = {"hada_": "a LoHa of LyCORIS", "oft_": "an OFT of LyCORIS"}
+# Kinds that diffusers converts for some pipelines.
+_SOME_KINDS = {".lokr_": "a LoKr of LyCORIS"}
 # Where the name of a tensor in a file stops being that of its layer, whoever wrote it.
 _LAYER_END = re.compile(
     r"[._]lora(_linear_layer)?[._](down|up|A|B|embedding_A|embedding_B|magnitude_vector)\b.*"
-    r"|\.(alpha|dora_scale|lora_alpha|diff|diff_b)$"
+    r"|\.(alpha|dora_scale|lora_alpha|diff|diff_b|lokr_w[12](_[ab])?)$"
 )
 _ALPHA = re.compile(r"(.+?)[._]?(?:lora_)?alpha")
 # What diffusers leaves of kohya's names for the attention of a text encoder, where the file has
 # other layers of it too; PEFT would drop these.
 _OLD_ATTENTION = re.compile(r"(.*\.)to_(q|k|v|out)_lora\.(down|up)\.weight")
-_METADATA = "lora_adapter_metadata"
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class LoraLayer:
-    """What a LoRA adds to one layer: ``up`` times ``down`` times the input, by alpha / divisor."""
-
-    down: torch.Tensor
-    up: torch.Tensor
-    bias: torch.Tensor | None
-    alpha: float
-    divisor: float
-    """The rank, or its square root for a rank-stabilised LoRA."""
-    is_embedding: bool
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> LoraLayer:
-        """The same somewhere else, in another precision."""
-        bias = None if self.bias is None else self.bias.to(device, dtype)
-        down, up = (each.to(device, dtype).contiguous() for each in (self.down, self.up))
-        return replace(self, down=down, up=up, bias=bias)
-
-
-Layers = Mapping[str, Mapping[str, LoraLayer]]
-"""What a LoRA adds, by component and the layer's path in it."""
 
 
 class LoraReader:
@@ -108,9 +85,16 @@ class LoraReader:
             raise ArchiveError(f"{self._kind} takes no LoRAs")
         configured = _adapter_metadata(metadata)
         self._check_keys(tensors, configured)
-        layers: dict[str, dict[str, LoraLayer]] = {}
+        layers: dict[str, dict[str, LoraLayer | KroneckerLayer]] = {}
         for each in self._delivered(tensors, configured):
-            layers[each.component] = dict(_paired(each))
+            found = layers[each.component] = dict(layers_in(each))
+            for path, layer in found.items():
+                wanted = tuple(self._modules[each.component][path].weight.shape)
+                if isinstance(layer, KroneckerLayer) and layer.shape != wanted:
+                    raise ArchiveError(
+                        f"it does not fit the pipeline: {path} is changed by a product of the shape"
+                        f" {layer.shape}, its layer wants {wanted}"
+                    )
         return layers
 
     def read_file(self, path: Path) -> Layers:
@@ -132,7 +116,7 @@ class LoraReader:
         for each in self._delivered(marked, configured):
             modules = self._modules[each.component]
             for name, tensor in each.tensors.items():
-                found = _WEIGHT.fullmatch(name)
+                found = WEIGHT.fullmatch(name)
                 layer = None if found is None else modules.get(found["layer"])
                 marks = _marks_in(tensor)
                 if layer is not None and found is not None:
@@ -154,10 +138,10 @@ class LoraReader:
 
     def _delivered(
         self, tensors: Mapping[str, torch.Tensor], configured: Mapping[str, Any]
-    ) -> list[_Delivery]:
+    ) -> list[Delivery]:
         """What diffusers would load into each component."""
         stand_in = copy.copy(self._skeleton)
-        delivered: list[_Delivery] = []
+        delivered: list[Delivery] = []
         for name, modules in self._modules.items():
             vars(stand_in)[name] = _Recipient(name, modules[""], configured, delivered)
         try:
@@ -168,6 +152,12 @@ class LoraReader:
         except Exception as error:
             # What the libraries raise about a wrong LoRA is of any kind.
             reason = first_lines(error, num_chars=200)
+            for part, kind in _SOME_KINDS.items():
+                if found := [name for name in tensors if part in name]:
+                    raise ArchiveError(
+                        f"it is {kind}, which is not applied to a {self._kind} ({reason}); "
+                        f"its keys are {_shown(found)}"
+                    ) from error
             # What is named like nothing of a LoRA comes first.
             keys = _shown(sorted(tensors, key=lambda name: (_layer_of(name) != name, name)))
             raise ArchiveError(
@@ -186,31 +176,11 @@ class LoraReader:
                     modules[parent]._modules[name] = module
 
 
-@dataclass(frozen=True, slots=True)
-class _Delivery:
-    """What one component was given: weights by PEFT's names, and what their config says."""
-
-    component: str
-    tensors: Mapping[str, torch.Tensor]
-    config: Mapping[str, Any]
-
-    def scale_of(self, layer: str, rank: int) -> tuple[float, float]:
-        """The alpha and the divisor of a layer, as PEFT finds them."""
-        from peft.utils.other import get_pattern_key
-
-        ranks, alphas = (self.config.get(f"{each}_pattern") or {} for each in ("rank", "alpha"))
-        configured = ranks.get(get_pattern_key(ranks.keys(), layer), self.config["r"])
-        if configured not in (None, rank):
-            raise ArchiveError(f"{layer} has the rank {rank}, and its metadata says {configured}")
-        alpha = alphas.get(get_pattern_key(alphas.keys(), layer), self.config["lora_alpha"])
-        return float(alpha), math.sqrt(rank) if self.config.get("use_rslora") else rank
-
-
 class _Recipient:
     """Stands for a model where diffusers loads LoRAs into it, and keeps what it is given."""
 
     def __init__(
-        self, name: str, model: Any, configured: Mapping[str, Any], delivered: list[_Delivery]
+        self, name: str, model: Any, configured: Mapping[str, Any], delivered: list[Delivery]
     ) -> None:
         self._name = name
         self._model = model
@@ -245,6 +215,9 @@ class _Recipient:
         own = _below(prefix, state_dict)
         if not own:
             return
+        if any(".lokr_" in name for name in own):
+            self._delivered.append(Delivery(self._name, own, self._kronecker_config(own)))
+            return
         if "lora_A" not in next(iter(own)):
             own = convert_unet_state_dict_to_peft(own)
         ranks = {
@@ -254,7 +227,14 @@ class _Recipient:
         }
         alphas = None if network_alphas is None else _below(prefix, network_alphas)
         config = self._configured or get_peft_kwargs(ranks, alphas, own)
-        self._delivered.append(_Delivery(self._name, own, config))
+        self._delivered.append(Delivery(self._name, own, config))
+
+    def _kronecker_config(self, own: Mapping[str, torch.Tensor]) -> Mapping[str, Any]:
+        """What diffusers makes of a LoKr, which raises where it is none that it can load."""
+        from diffusers.utils.peft_utils import _create_lokr_config
+
+        config = vars(_create_lokr_config(own, dict(self._configured) or None))
+        return {**config, "lora_alpha": config["alpha"]}
 
     def load_adapter(
         self, *, adapter_state_dict: Mapping[str, torch.Tensor], peft_config: Any, **_: Any
@@ -264,7 +244,7 @@ class _Recipient:
         config = dict(self._configured or vars(peft_config))
         if own.keys() != adapter_state_dict.keys():
             config["r"] = config["rank_pattern"] = None  # found without the layers under old names
-        self._delivered.append(_Delivery(self._name, own, config))
+        self._delivered.append(Delivery(self._name, own, config))
 
 
 def _present_name(name: str) -> str:
@@ -314,12 +294,12 @@ def _not_a_lora(keys: Mapping[str, torch.Tensor]) -> str | None:
 
 def _adapter_metadata(metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """PEFT's configuration of each component, which diffusers writes into the header."""
-    text = metadata.get(_METADATA)
+    text = metadata.get(METADATA)
     if text is None:
         return {}
-    read = parse_json(text.encode(), _METADATA)
+    read = parse_json(text.encode(), METADATA)
     if not isinstance(read, dict):
-        raise ArchiveError(f"its {_METADATA} is no object")
+        raise ArchiveError(f"its {METADATA} is no object")
     return read
 
 
@@ -332,7 +312,10 @@ def _marked(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
     ranks: dict[str, int] = {}
     for name, tensor in tensors.items():
-        if re.search(r"lora(_linear_layer)?[._](down|A)\b", name) and tensor.ndim > 1:
+        if name.endswith((".lokr_w1_b", ".lokr_w2_b")):
+            # Of two ranks, diffusers takes the second one's.
+            ranks[_layer_of(name)] = tensor.shape[0]
+        elif re.search(r"lora(_linear_layer)?[._](down|A)\b", name) and tensor.ndim > 1:
             ranks[_layer_of(name)] = tensor.shape[0]
     marked = {}
     for place, (name, tensor) in enumerate(tensors.items()):
@@ -357,47 +340,33 @@ def _misfit(layer: Any, found: re.Match[str], tensor: torch.Tensor) -> list[str]
     """What is wrong with the shape of a weight for its layer."""
     import torch
 
-    wanted: tuple[int, ...] | None = None
-    kernel: tuple[int, ...] = tuple(getattr(layer, "kernel_size", ()))
-    is_down, rank = found["side"] == "A", tensor.shape[0 if found["side"] == "A" else -1]
-    if found["part"] == "bias":
-        wanted = (getattr(layer, "out_features", getattr(layer, "out_channels", 0)),)
-    elif isinstance(layer, torch.nn.Embedding):
-        wanted = (rank, layer.num_embeddings) if is_down else (layer.embedding_dim, rank)
-    elif isinstance(layer, torch.nn.Linear):
-        wanted = (rank, layer.in_features) if is_down else (layer.out_features, rank)
-    elif kernel:
-        rank = tensor.shape[0] if is_down else tensor.shape[1]
-        ends = kernel if is_down else (1,) * len(kernel)
-        sides = (rank, layer.in_channels) if is_down else (layer.out_channels, rank)
-        wanted = (*sides, *ends)
-    if wanted is None:
+    is_down = found["side"] == "A"
+    sides: tuple[int, int]
+    kernel: tuple[int, ...] = ()
+    # Those that `handler.pipelines.adapted_layers` can add to.
+    if isinstance(layer, torch.nn.Linear):
+        sides = layer.in_features, layer.out_features
+    elif isinstance(layer, torch.nn.Embedding) and layer.max_norm is None:
+        sides = layer.num_embeddings, layer.embedding_dim
+    elif isinstance(layer, (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)):
+        sides = layer.in_channels, layer.out_channels
+        kernel = layer.kernel_size if is_down else (1,) * len(layer.kernel_size)
+    else:
         return [f"{found['layer']} is a {type(layer).__name__}, which takes no LoRA"]
+    if found["factor"]:
+        # Their product is looked at when all are there.
+        takes_it = isinstance(layer, torch.nn.Linear) and tensor.ndim == 2
+        return [] if takes_it else [f"{found[0]} is not a matrix for a linear layer"]
+    if found["magnitude"] and isinstance(layer, torch.nn.Embedding):
+        return [f"{found['layer']} is an {type(layer).__name__}, which takes no DoRA"]
+    rank = tensor.shape[0 if is_down else 1] if tensor.ndim > 1 else 1
+    wanted: tuple[int, ...] = (rank, sides[0]) if is_down else (sides[1], rank)
+    wanted = (sides[1],) if found["part"] == "bias" else (*wanted, *kernel)
+    if found["magnitude"]:
+        wanted = (1, sides[1], *kernel) if kernel else (sides[1],)
     if tuple(tensor.shape) != wanted:
         return [f"{found[0]} has the shape {tuple(tensor.shape)}, its layer wants {wanted}"]
     return []
-
-
-def _paired(delivery: _Delivery) -> Iterator[tuple[str, LoraLayer]]:
-    """Both weights of each layer. Raises: ArchiveError, where one of them is missing."""
-    weights: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in delivery.tensors.items():
-        found = _WEIGHT.fullmatch(name)
-        assert found is not None, "checked before"
-        part = "bias" if found["part"] == "bias" else found["side"]
-        weights.setdefault(found["layer"], {})[part] = tensor
-        if found["embedding"]:
-            weights[found["layer"]]["embedding"] = tensor
-    for layer, parts in weights.items():
-        if not {"A", "B"} <= parts.keys():
-            raise ArchiveError(f"it is half a LoRA: of {layer} it has one weight of two")
-        alpha, divisor = delivery.scale_of(layer, parts["A"].shape[0])
-        yield (
-            layer,
-            LoraLayer(
-                parts["A"], parts["B"], parts.get("bias"), alpha, divisor, "embedding" in parts
-            ),
-        )
 
 
 def _layer_of(name: str) -> str:
@@ -432,13 +401,11 @@ def read_lora(reader: LoraReader, path: Path, pipeline: Any, device: torch.devic
     Raises:
         ArchiveError: the file is damaged or no LoRA, or not all of it fits.
     """
-    return {
-        component: {
-            name: layer.to(device, pipeline.components[component].dtype)
-            for name, layer in layers.items()
-        }
-        for component, layers in reader.read_file(path).items()
-    }
+    found = {}
+    for component, layers in reader.read_file(path).items():
+        dtype = pipeline.components[component].dtype  # a search through all its weights
+        found[component] = {name: layer.to(device, dtype) for name, layer in layers.items()}
+    return found
 
 
 def in_present_names(layers: Layers) -> dict[str, torch.Tensor]:
@@ -446,9 +413,12 @@ def in_present_names(layers: Layers) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for component, of in layers.items():
         for name, layer in of.items():
+            assert isinstance(layer, LoraLayer), "only these are dropped"
             scale = layer.alpha / layer.divisor
             found[f"{component}.{name}.lora_A.weight"] = layer.down
             found[f"{component}.{name}.lora_B.weight"] = layer.up * scale
             if layer.bias is not None:
                 found[f"{component}.{name}.lora_B.bias"] = layer.bias * scale
+            if layer.magnitude is not None:
+                found[f"{component}.{name}.lora_magnitude_vector"] = layer.magnitude
     return found

@@ -9,6 +9,7 @@ beside it.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -196,17 +197,17 @@ def check_loras(model_dir: Path, paths: Iterable[Path]) -> None:
         if manifest.exists():
             members = parse_json(manifest.read_bytes(), str(manifest))["members"]
         listed = {name: listed_digest(name, each) for name, each in members.items()}
-    except (KeyError, TypeError, AttributeError, ArchiveError) as error:
+    except ArchiveError as error:
+        raise ArchiveError(f"{manifest} is damaged: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
         raise ArchiveError(f"{manifest} is damaged: {error!r}") from error
     for path in paths:
         wanted = listed.get(f"{LORA_FOLDER}/{path.name}")
         if wanted is None:
             continue
-        hasher = wanted.start()
         with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                hasher.update(chunk)
-        if hasher.hexdigest() != wanted.value:
+            digest = hashlib.file_digest(file, wanted.start)  # type: ignore[arg-type]
+        if digest.hexdigest() != wanted.value:
             raise ArchiveError(f"{path} is damaged: it does not match {MANIFEST_NAME}")
 
 

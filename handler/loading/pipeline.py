@@ -19,6 +19,7 @@ import torch
 from handler.errors import ArchiveError, ConfigError
 from handler.library_logs import quiet_libraries
 from handler.loading.contents import LORA_FOLDER
+from handler.loading.controlnets import load_controlnets
 from handler.loading.embeddings import load_embeddings
 from handler.loading.lora_files import LoraReader, in_present_names
 from handler.loading.memory import device_memory, memory_problem, weights_bytes
@@ -39,6 +40,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# What we, diffusers and PEFT raise of a LoRA that does not fit.
+_MISFITS = (ArchiveError, AttributeError, ValueError, RuntimeError, KeyError, ImportError)
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedPipeline:
@@ -54,11 +58,14 @@ class LoadedPipeline:
     loras: tuple[str, ...] = ()
     """The names of the LoRAs that were packed."""
     lora_reader: LoraReader | None = None
-    """Reads more of them, where the configuration names a folder."""
+    """What checked them, and reads more; None where none was packed and no folder is configured."""
 
 
 def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
-    """Return the configured device, else the GPU that TorchServe gave, else the CPU."""
+    """Return the configured device, else the GPU that TorchServe gave, else the CPU.
+
+    A GPU is always one by its number.
+    """
     if configured is None:
         has_gpu = torch.cuda.is_available() and gpu_id is not None and gpu_id >= 0
         return torch.device(f"cuda:{gpu_id}" if has_gpu else "cpu")
@@ -73,8 +80,8 @@ def choose_device(configured: str | None, gpu_id: int | None) -> torch.device:
             f"device is {configured!r}, but torch finds only cuda:0 "
             f"to cuda:{torch.cuda.device_count() - 1} here"
         )
-    if configured == "cuda" and gpu_id is not None and gpu_id >= 0:
-        return torch.device("cuda", gpu_id)
+    if configured == "cuda":
+        return torch.device("cuda", gpu_id if gpu_id is not None and gpu_id >= 0 else 0)
     return device
 
 
@@ -115,8 +122,9 @@ def load_opened(
             left_out = ["safety_checker"] if config.safety_checker == "off" else []
             pipeline = _from_pretrained(opened, dtype, left_out)
             reader = LoraReader(pipeline) if loras or config.lora_dir else None
-            _load_loras(pipeline, loras, reader)
-            controlnets = _load_controlnets(opened, dtype)
+            if reader is not None:
+                _load_loras(pipeline, loras, reader)
+            controlnets = load_controlnets(opened, dtype)
             load_embeddings(pipeline, opened)
         except ArchiveError:
             raise
@@ -180,26 +188,17 @@ def _from_pretrained(
     )
 
 
-def _load_controlnets(opened: OpenedPipeline, dtype: torch.dtype) -> dict[str, Any]:
-    from handler.loading.controlnets import load_controlnets
-
-    return load_controlnets(opened, dtype)
-
-
-def _load_loras(pipeline: Any, paths: Sequence[Path], reader: LoraReader | None) -> None:
+def _load_loras(pipeline: Any, paths: Sequence[Path], reader: LoraReader) -> None:
     """Load the LoRAs that were packed, each as the adapter of its file's name; all are active."""
-    if reader is None or not paths:
-        return
     for path in paths:
         try:
             _load_lora(pipeline, path, reader)
-        except (
-            *(ArchiveError, AttributeError, ValueError, RuntimeError, KeyError, ImportError),
-        ) as error:
+        except _MISFITS as error:
             raise ArchiveError(
                 f"{path}: this LoRA does not fit the pipeline: {first_lines(error)}"
             ) from error
-    pipeline.set_adapters([path.stem for path in paths])
+    if paths:
+        pipeline.set_adapters([path.stem for path in paths])
 
 
 def _load_lora(pipeline: Any, path: Path, reader: LoraReader) -> None:

@@ -7,18 +7,21 @@ modules as they are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from handler.batching.low_rank import Convolution, LowRank, Part, Scaled, add_low_rank
+from handler.batching.low_rank import Adapter, Convolution, LowRank, Part, Scaled, add_low_rank
+from handler.batching.other_adapters import Dora, Kronecker
 
 __all__ = [
     "AdaptedLayer",
+    "KroneckerWeights",
+    "LoraLayers",
     "LoraWeights",
-    "low_rank_at",
+    "adapter_at",
     "low_rank_of",
     "patched",
     "peft_layers",
@@ -38,9 +41,29 @@ class LoraWeights(Protocol):
     @property
     def bias(self) -> torch.Tensor | None: ...  # noqa: D102
     @property
+    def magnitude(self) -> torch.Tensor | None: ...  # noqa: D102
+    @property
     def alpha(self) -> float: ...  # noqa: D102
     @property
     def divisor(self) -> float: ...  # noqa: D102
+
+
+@runtime_checkable
+class KroneckerWeights(Protocol):
+    """What a LoKr adds to one layer, as it was read from a file."""
+
+    @property
+    def left(self) -> Sequence[torch.Tensor]: ...  # noqa: D102
+    @property
+    def right(self) -> Sequence[torch.Tensor]: ...  # noqa: D102
+    @property
+    def alpha(self) -> float: ...  # noqa: D102
+    @property
+    def divisor(self) -> float: ...  # noqa: D102
+
+
+LoraLayers = Mapping[str, Mapping[str, LoraWeights | KroneckerWeights]]
+"""What a LoRA adds, by component and the layer's path."""
 
 
 class AdaptedLayer:
@@ -77,9 +100,9 @@ class AdaptedLayer:
         return add_low_rank(x, output, self._num_rows, self._parts)
 
     def as_found(self) -> tuple[Scaled, ...] | None:
-        """What PEFT's layer adds by itself; None where that is no plain sum of LoRAs."""
-        if not self.is_peft or self.module.disable_adapters:
-            return None if self.is_peft and self.module.merged else ()
+        """What PEFT's layer, not merged, adds by itself; None where that is no sum of LoRAs."""
+        if self.module.disable_adapters:
+            return ()
         adapters = []
         for name in self.module.active_adapters:
             if name in self.module.scaling:
@@ -116,25 +139,38 @@ def peft_layers(module: torch.nn.Module) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
 
 
-def low_rank_at(layer: AdaptedLayer, weights: LoraWeights) -> LowRank:
+def adapter_at(layer: AdaptedLayer, weights: LoraWeights | KroneckerWeights) -> Adapter:
     """What `weights` add to `layer`, where its own weight is and in its precision.
 
     Raises:
-        ValueError: no LoRA can be added to a layer of its kind.
+        ValueError: nothing of the kind can be added to a layer of its kind.
     """
     base = layer.module.base_layer if layer.is_peft else layer.module
     if not _is_adaptable(base) or getattr(base, "max_norm", None) is not None:
         raise ValueError(f"a {type(base).__name__} takes no LoRA")
-    at = base.weight.device
-    dtype = base.weight.dtype if base.weight.is_floating_point() else weights.down.dtype
-    # As PEFT has them: torch multiplies by what could be trained in another order of sums.
-    down, up = (torch.nn.Parameter(each.to(at, dtype)) for each in (weights.down, weights.up))
-    bias = None if weights.bias is None else torch.nn.Parameter(weights.bias.to(at, dtype))
+
+    def placed(weight: torch.Tensor) -> torch.Tensor:
+        dtype = base.weight.dtype if base.weight.is_floating_point() else weight.dtype
+        # As PEFT has them: torch multiplies by what could be trained in another order of sums.
+        return torch.nn.Parameter(weight.to(base.weight.device, dtype))
+
+    if isinstance(weights, KroneckerWeights):
+        if not isinstance(base, torch.nn.Linear):
+            raise ValueError(f"a {type(base).__name__} takes no LoKr")
+        left, right = ([placed(each) for each in side] for side in (weights.left, weights.right))
+        return Kronecker(left, right, weights.alpha, weights.divisor)
+    bias = None if weights.bias is None else placed(weights.bias)
     convolution = None
     if isinstance(base, _CONVOLUTIONS):
         convolution = Convolution(base.stride, base.padding, 1, 1, base.groups)
     is_embedding = isinstance(base, torch.nn.Embedding)
-    return LowRank(down, up, weights.alpha, weights.divisor, bias, convolution, None, is_embedding)
+    down, up, scale = placed(weights.down), placed(weights.up), (weights.alpha, weights.divisor)
+    found = LowRank(down, up, *scale, bias, convolution, None, is_embedding)
+    if weights.magnitude is None:
+        return found
+    if is_embedding:
+        raise ValueError(f"a {type(base).__name__} takes no DoRA")
+    return Dora(found, placed(weights.magnitude), base.weight, base.bias)
 
 
 def low_rank_of(layer: Any, name: str) -> LowRank | None:

@@ -1,9 +1,10 @@
 """LoRAs on the modules that all requests share: each row of a merged forward under its own set.
 
 A set names LoRAs and their scales. What it adds to a layer is computed beside the layer, row by
-row, so that requests of different sets share forwards and nothing is switched. Other kinds of
-adapters (DoRA, LoHa …), and calls that scale their LoRAs for themselves, change the layers: theirs
-are forwards of one set, for which PEFT's layers are switched.
+row, so that requests of different sets share forwards and nothing is switched. Calls that scale
+their LoRAs for themselves change the layers, and what PEFT has put into the modules that is no
+plain LoRA (DoRA, LoKr …) is left to it: theirs are forwards of one set, for which PEFT's layers are
+switched.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ from typing import Any
 
 import torch
 
-from handler.batching.low_rank import LowRank, Part, Scaled
+from handler.batching.low_rank import Adapter, Part, Scaled
 from handler.pipelines.adapted_layers import (
     AdaptedLayer,
-    LoraWeights,
-    low_rank_at,
+    LoraLayers,
+    adapter_at,
     low_rank_of,
     patched,
     peft_layers,
 )
+from handler.pipelines.placement import modules_of
 
-__all__ = ["AdapterRows", "AdapterSet", "AdapterSets", "scales_adapters"]
+__all__ = ["AdapterRows", "AdapterSet", "AdapterSets", "PreparedLora", "scales_adapters"]
 
 # Reads as no set at all: whatever is asked for next has to be applied.
 _UNKNOWN: tuple[Any, Mapping[str, float]] = (None, {"": 0.0})
@@ -61,6 +63,22 @@ class AdapterSet:
         return None if self.weights is None else tuple(sorted(self.weights.items()))
 
 
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
+class PreparedLora:
+    """A LoRA that was read, where the layers are that it adds to."""
+
+    components: Mapping[int, Mapping[AdaptedLayer, Adapter]]
+    """What it adds to each layer, by the identity of the component that it is in."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What its weights occupy."""
+        return sum(each.size_bytes for of in self.components.values() for each in of.values())
+
+
+_NOTHING = PreparedLora({})
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterRows:
     """Some rows of a forward: how many, whose pipeline's, under which set."""
@@ -82,7 +100,7 @@ class AdapterSets:
         self._before: list[_Layer] | None = None
         self._peft: dict[int, list[AdaptedLayer]] = {}
         """PEFT's layers by the identity of their component; known as soon as `_before` is."""
-        self._loaded: dict[str, Mapping[int, Mapping[AdaptedLayer, LowRank]]] = {}
+        self._loaded: dict[str, PreparedLora] = {}
         self._known: set[str] = set()
         self._layers: dict[int, AdaptedLayer] = {}
         self._sets: dict[Hashable, AdapterSet] = {}
@@ -124,29 +142,15 @@ class AdapterSets:
             raise ValueError(f"{beside} do not go together with {sorted(names - set(beside))}")
         return chosen
 
-    @property
-    def loaded(self) -> Mapping[str, int]:
-        """The LoRAs that `attach` added, and the bytes of each."""
-        return {
-            name: sum(each.size_bytes for layers in found.values() for each in layers.values())
-            for name, found in self._loaded.items()
-        }
+    def prepare(self, layers: LoraLayers) -> PreparedLora:
+        """Find these layers, by component and path, and put the weights where they are.
 
-    def attach(self, name: str, layers: Mapping[str, Mapping[str, LoraWeights]]) -> None:
-        """Let requests name a LoRA that adds to these layers, by component and path.
-
-        Nothing of the modules is changed. The weights are copied to where the layers are, if they
-        are not there.
+        Nothing of the modules is changed. In any thread, also while forwards run.
 
         Raises:
-            ValueError: the name is taken, or a layer is not there.
+            ValueError: a layer is not there, or takes no LoRA.
         """
-        known = set[str]().union(*map(_names_in, self._pipelines))
-        if name in known | self._loaded.keys():
-            raise ValueError(f"there is an adapter {name!r} already")
-        if known and self._before is None:
-            self._remember()
-        found: dict[int, dict[AdaptedLayer, LowRank]] = {}
+        found: dict[int, dict[AdaptedLayer, Adapter]] = {}
         for component, paths in layers.items():
             for model in self._models(component):
                 modules = dict(getattr(model, "_orig_mod", model).named_modules())
@@ -154,8 +158,21 @@ class AdapterSets:
                     if path not in modules:
                         raise ValueError(f"{component} has no layer {path}")
                     layer = self._layer(modules[path])
-                    found.setdefault(id(model), {})[layer] = low_rank_at(layer, weights)
-        self._loaded[name] = found
+                    found.setdefault(id(model), {})[layer] = adapter_at(layer, weights)
+        return PreparedLora(found)
+
+    def attach(self, name: str, lora: PreparedLora) -> None:
+        """Let requests name a LoRA.
+
+        Raises:
+            ValueError: the name is taken.
+        """
+        known = set[str]().union(*map(_names_in, self._pipelines))
+        if name in known | self._loaded.keys():
+            raise ValueError(f"there is an adapter {name!r} already")
+        if known and self._before is None:
+            self._remember()
+        self._loaded[name] = lora
 
     def detach(self, name: str) -> None:
         """Forget a LoRA that `attach` added; requests that have named it keep it."""
@@ -177,14 +194,11 @@ class AdapterSets:
         in place of its own would be wrong.
         """
         sets = [each.adapters for each in rows]
-        if any(scales_adapters(each.kwargs) for each in rows):
-            self._switch(rows[0], is_scaled=True)
-            yield False
-        elif all(each is None for each in sets):
-            self.activate(None, None)
-            yield False
-        elif any(self.key_of(each, apart=False) is not None for each in sets):
-            self._switch(rows[0], is_scaled=False)
+        is_scaled = any(scales_adapters(each.kwargs) for each in rows)
+        is_plain = all(each is None for each in sets)
+        if is_scaled or is_plain or any(self.key_of(each, apart=False) for each in sets):
+            weights = None if sets[0] is None else sets[0].weights
+            self.activate(rows[0].pipeline, weights, scaled=is_scaled)
             yield False
         else:
             plan = self._plan(rows, padded, None if module is None else id(module))
@@ -222,11 +236,6 @@ class AdapterSets:
         """Give every layer back the adapters and weights that it had at first."""
         self.activate(None, None)
 
-    def _switch(self, first: AdapterRows, *, is_scaled: bool) -> None:
-        adapters = first.adapters
-        weights = None if adapters is None else adapters.weights
-        self.activate(first.pipeline, weights, scaled=is_scaled)
-
     def marks_of(self, adapters: AdapterSet | None, module: Any) -> frozenset[Hashable]:
         """The layers of `module` that the set adds to; the same object for the same set."""
         chosen = self._found if adapters is None else adapters
@@ -240,7 +249,8 @@ class AdapterSets:
 
     def _remember(self) -> None:
         """Look at PEFT's layers, as they are before any of them is switched."""
-        for component in _components(self._pipelines):
+        components = [each for p in self._pipelines for each in modules_of(p).values()]
+        for component in dict.fromkeys(components):
             if layers := peft_layers(component):
                 self._peft[id(component)] = [self._layer(layer) for layer in layers]
         layers = [each for found in self._peft.values() for each in found]
@@ -249,15 +259,13 @@ class AdapterSets:
 
     def _models(self, component: str) -> list[torch.nn.Module]:
         """The modules that the pipelines have under this name."""
-        parts = {
-            id(p.components.get(component)): p.components.get(component) for p in self._pipelines
-        }
-        return [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        found = (modules_of(pipeline) for pipeline in self._pipelines)
+        return list(dict.fromkeys(each[component] for each in found if component in each))
 
     def _layer(self, module: Any) -> AdaptedLayer:
-        if id(module) not in self._layers:
-            self._layers[id(module)] = AdaptedLayer(module)
-        return self._layers[id(module)]
+        """The one layer of `module`, whichever thread asks first."""
+        found = self._layers.get(id(module))
+        return found or self._layers.setdefault(id(module), AdaptedLayer(module))
 
     def _forget(self) -> None:
         """Resolve sets anew: which LoRAs there are has changed."""
@@ -294,11 +302,11 @@ class AdapterSets:
             for component, layers in self._peft.items():
                 for layer in layers:
                     if name in layer.module.scaling:
-                        adapter = low_rank_of(layer.module, name)
-                        is_mixable &= adapter is not None
-                        if adapter is not None:
-                            add(component, layer, (adapter, adapter.factor(scale)))
-            for component, adapted in self._loaded.get(name, {}).items():
+                        plain = low_rank_of(layer.module, name)
+                        is_mixable &= plain is not None
+                        if plain is not None:
+                            add(component, layer, (plain, plain.factor(scale)))
+            for component, adapted in self._loaded.get(name, _NOTHING).components.items():
                 for layer, adapter in adapted.items():
                     add(component, layer, (adapter, adapter.factor(scale)))
         return AdapterSet(weights, components, is_mixable)
@@ -344,11 +352,6 @@ def _names_in(pipeline: Any) -> set[str]:
     """The adapters that PEFT has put into the modules of `pipeline`."""
     listed: dict[str, list[str]] = getattr(pipeline, "get_list_adapters", dict)()
     return {name for names in listed.values() for name in names}
-
-
-def _components(pipelines: Sequence[Any]) -> list[torch.nn.Module]:
-    parts = {id(c): c for pipeline in pipelines for c in pipeline.components.values()}
-    return [part for part in parts.values() if isinstance(part, torch.nn.Module)]
 
 
 def _switch(pipeline: Any, adapters: Mapping[str, float]) -> None:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-__all__ = ["is_asynchronous", "placement_problem"]
+__all__ = ["devices_of", "is_asynchronous", "modules_of", "placement_problem"]
 
 # Of diffusers' own hooks, the ones that bring weights to the device for each forward.
 _OFFLOADING_HOOKS = ("group_offloading", "lazy_prefetch_group_offloading")
+
+
+def modules_of(pipeline: Any) -> dict[str, torch.nn.Module]:
+    """The components of `pipeline` that have weights, by name."""
+    parts = pipeline.components.items()
+    return {name: part for name, part in parts if isinstance(part, torch.nn.Module)}
+
+
+def devices_of(pipelines: Iterable[Any]) -> set[torch.device]:
+    """The devices that the weights of `pipelines` are on."""
+    modules = (module for pipeline in pipelines for module in modules_of(pipeline).values())
+    return {weight.device for module in modules for weight in module.parameters()}
 
 
 def placement_problem(pipeline: Any) -> str | None:
@@ -23,11 +36,7 @@ def placement_problem(pipeline: Any) -> str | None:
             "this pipeline offloads its modules to the CPU between calls, which requests in "
             "flight cannot share; load it without enable_model_cpu_offload"
         )
-    modules = {
-        name: part
-        for name, part in pipeline.components.items()
-        if isinstance(part, torch.nn.Module)
-    }
+    modules = modules_of(pipeline)
     for name, module in modules.items():
         if any(_is_offloaded(part) for part in module.modules()):
             return (
@@ -50,14 +59,9 @@ def placement_problem(pipeline: Any) -> str | None:
     return None
 
 
-def is_asynchronous(pipeline: Any) -> bool:
-    """Whether the weights of `pipeline` are on a device that works while the host goes on."""
-    return any(
-        weight.device.type not in ("cpu", "meta")
-        for part in pipeline.components.values()
-        if isinstance(part, torch.nn.Module)
-        for weight in part.parameters()
-    )
+def is_asynchronous(pipelines: Iterable[Any]) -> bool:
+    """Whether weights of `pipelines` are on a device that works while the host goes on."""
+    return any(device.type not in ("cpu", "meta") for device in devices_of(pipelines))
 
 
 def _is_offloaded(module: Any) -> bool:

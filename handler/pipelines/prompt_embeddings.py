@@ -114,32 +114,29 @@ class _Texts:
             is_given = arguments.get("prompt_embeds") is not None
             self.prompts[name] = [] if is_given else _as_list(text)
             self.negatives[name] = _as_list(opposite) if is_guided and not is_given else []
+        self._conversions: dict[tuple[str, str], str] = {}
+        self._tokens: dict[tuple[str, str], list[list[tuple[int, float]]]] = {}
         windows = [
             self._windows(name, self._converted(name, text))
             for name in self.tokenizers
             for text in (*self.prompts[name], *self.negatives[name])
         ]
         self.num_windows = max(map(len, windows), default=1)
-        is_plain = all(self._is_plain(t) for each in windows for t in each)
-        is_read = all(
-            pieces_of(text) == [Piece(text)]
-            for texts in (*self.prompts.values(), *self.negatives.values())
-            for text in texts
-        )
         self.need_windows = bool(windows) and (
             self.num_windows > 1
-            or (reading.is_weighted and not (is_plain and is_read))
+            or (reading.is_weighted and self._have_syntax())
             or (arguments.get("clip_skip") is not None and self._lack_a_layer())
         )
+
+    def _have_syntax(self) -> bool:
+        """Whether a text has weights, breaks or escapes."""
+        texts = [*self.prompts.values(), *self.negatives.values()]
+        return any(pieces_of(text) != [Piece(text)] for of in texts for text in of)
 
     def _lack_a_layer(self) -> bool:
         """Whether a text encoder has its last norm elsewhere than pipelines look for it."""
         encoders = [getattr(self._view, _PARTS[name][0]) for name in self.tokenizers]
         return not all(hasattr(encoder, _INNER) for encoder in encoders)
-
-    @staticmethod
-    def _is_plain(window: list[tuple[int, float]]) -> bool:
-        return all(weight == 1.0 for _, weight in window)
 
     def _converted(self, name: str, text: str) -> str:
         """The text as the pipeline hands it to its tokenizer: words of several vectors spelt out.
@@ -147,11 +144,19 @@ class _Texts:
         Once only: what is spelt out holds the word again.
         """
         convert = getattr(self._view, "maybe_convert_prompt", None)
-        return text if convert is None else str(convert(text, self.tokenizers[name]))
+        if convert is None:
+            return text
+        if (name, text) not in self._conversions:
+            self._conversions[name, text] = str(convert(text, self.tokenizers[name]))
+        return self._conversions[name, text]
 
     def _windows(self, name: str, text: str) -> list[list[tuple[int, float]]]:
         """The tokens of a converted text with their weights, as many in a window as fit."""
-        tokenizer = self.tokenizers[name]
+        if (name, text) not in self._tokens:
+            self._tokens[name, text] = self._tokenized(self.tokenizers[name], text)
+        return self._tokens[name, text]
+
+    def _tokenized(self, tokenizer: Any, text: str) -> list[list[tuple[int, float]]]:
         size = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
         windows: list[list[tuple[int, float]]] = [[]]
         for piece in pieces_of(text) if self._reading.is_weighted else [Piece(text)]:

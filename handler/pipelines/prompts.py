@@ -24,11 +24,17 @@ _SYNTAX = {
     "(word)1.3": re.compile(r"\)[0-9]*\.[0-9]"),
     "<lora:name:1>": re.compile(r"<(?:lora|lyco|hypernet):[^<>]{1,200}>"),
     "BREAK": re.compile(r"\bBREAK\b"),
+    "[from:to:0.5]": re.compile(
+        r"\[[^\[\]:]{0,200}:(?:[^\[\]:]{0,200}:)?\s{0,8}[0-9.]{1,9}\s{0,8}\]"
+    ),
+    "[one|two]": re.compile(r"\[[^\[\]|]{0,200}\|[^\[\]]{0,200}\]"),
+    "AND": re.compile(r"\bAND\b"),
 }
 
 
 # Those that count where words have weights.
 _WEIGHTING = ("(word:1.3)", "((word))", "[word]", "BREAK")
+_A1111 = {*_WEIGHTING, "<lora:name:1>"}
 _HOW_TO_WEIGH = '; "prompt_weighting": true reads A1111\'s weights'
 
 
@@ -50,7 +56,8 @@ def prompt_warnings(pipeline: Any, request: GenerationRequest) -> tuple[str, ...
         if request.is_weighted:
             syntax = [example for example in syntax if example not in _WEIGHTING]
         if syntax:
-            can = "" if request.is_weighted or not reads_whole else _HOW_TO_WEIGH
+            would_count = reads_whole and not request.is_weighted and _A1111 & {*syntax}
+            can = _HOW_TO_WEIGH if would_count else ""
             warnings.append(f"the {name} has {', '.join(syntax)}: it is read as plain text{can}")
         if not text or not tokenizers or reads_whole:
             continue

@@ -19,6 +19,7 @@ __all__ = [
     "least_steps",
     "make_scheduler",
     "seed_noise",
+    "start_at_the_first",
 ]
 
 # For any noise schedule of the usual kind, though diffusers lists them as compatible with none.
@@ -94,22 +95,47 @@ def seed_noise(scheduler: Any, generator: Any) -> None:
         scheduler.noise_sampler_seed = generator.initial_seed()
 
 
+def start_at_the_first(scheduler: Any) -> None:
+    """Let a scheduler whose first two timesteps are one number begin with the first of them.
+
+    Sigmas of Karras and the like lie so close at the noisy end that their timesteps are rounded to
+    one. Schedulers take the second of such, for those that begin in the middle, and find no sigma
+    for the last step: a pipeline that begins at the start does not say so to them. Mutates
+    `scheduler`, which must be private to its request.
+    """
+    find = getattr(scheduler, "index_for_timestep", None)
+    if find is None:
+        return
+
+    def index_for_timestep(timestep: Any, schedule_timesteps: Any = None) -> Any:
+        all_of_them = scheduler.timesteps if schedule_timesteps is None else schedule_timesteps
+        if len(all_of_them) > 1 and bool(all_of_them[0] == timestep == all_of_them[1]):
+            return 0
+        return find(timestep, schedule_timesteps)
+
+    scheduler.index_for_timestep = index_for_timestep
+
+
 def check_num_steps(scheduler: Any, num_steps: Any) -> None:
     """Refuse steps that begin beyond the noisiest one that the model was trained with.
 
     Steps that are spaced ``leading`` are offset, by one for Stable Diffusion: as many steps as in
-    training would begin one too far.
+    training would begin one too far. Schedulers of distilled models have no more steps than these
+    were distilled from.
 
     Raises:
         InvalidRequest: with how many steps are allowed.
     """
     config = getattr(scheduler, "config", {})
     num_trained = config.get("num_train_timesteps")
-    if not isinstance(num_steps, int) or config.get("timestep_spacing") != "leading":
+    if not isinstance(num_steps, int) or not num_trained:
         return
-    if not num_trained or 2 * num_steps <= num_trained or _begins_within(scheduler, num_steps):
+    num_distilled = config.get("original_inference_steps") or num_steps
+    is_offset = config.get("timestep_spacing") == "leading" and 2 * num_steps > num_trained
+    if not (is_offset or num_steps > num_distilled) or _begins_within(scheduler, num_steps):
         return
-    most = next(n for n in range(num_steps - 1, 0, -1) if _begins_within(scheduler, n))
+    highest = min(num_steps - 1, num_distilled)
+    most = next(n for n in range(highest, 0, -1) if _begins_within(scheduler, n))
     name = type(scheduler).__name__
     problem = f"{num_steps} is too many for {name} as it is configured; allowed: 1 to {most}"
     raise InvalidRequest(f"num_inference_steps: {problem}", {"num_inference_steps": problem})

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from diffusers.guiders.guider_utils import BaseGuidance
 
+from handler.pipelines.placement import modules_of
+
 __all__ = ["SharedState", "is_upcast", "swaps_processors"]
 
 _SWAPPING = frozenset({"set_attn_processor", "set_processor"})
@@ -28,8 +30,7 @@ class SharedState:
     """What a call of `pipeline` may leave behind on its modules."""
 
     def __init__(self, pipeline: Any) -> None:
-        parts = pipeline.components.values()
-        modules: list[Any] = [part for part in parts if isinstance(part, torch.nn.Module)]
+        modules: list[Any] = list(modules_of(pipeline).values())
         swaps = swaps_processors(type(pipeline))
         self._processors = [
             (attention, attention.processor)
@@ -39,7 +40,10 @@ class SharedState:
         ]
         self._caching = [m for m in modules if getattr(m, "is_cache_enabled", False)]
         self._upcast = [(m, m.dtype) for m in modules if is_upcast(m, "encode")]
-        hooks = any(isinstance(part, BaseGuidance) and _hooks_in(part) for part in parts)
+        hooks = any(
+            isinstance(part, BaseGuidance) and _hooks_in(part)
+            for part in pipeline.components.values()
+        )
         self.is_exclusive = swaps or hooks or bool(self._caching)
 
     def restore(self) -> None:

@@ -29,7 +29,6 @@ from handler.messages import first_lines
 
 __all__ = [
     "controlled_by",
-    "controlnet_family",
     "pictures_of",
     "pipeline_name",
     "pipelines_of",
@@ -131,7 +130,7 @@ def task_classes(pipeline_class: Any, controlnet_class: Any = None) -> dict[str,
         found[IMAGE_TO_IMAGE] = pipeline_class
     families = [*_families(pipeline_class)]
     if controlnet_class is not None and _CONTROLLED not in own:
-        families += filter(None, (controlnet_family(each, controlnet_class) for each in families))
+        families += filter(None, (_controlnet_family(each, controlnet_class) for each in families))
     for family in families:
         for kind in _classes_of(family):
             task = task_of(kind)
@@ -143,15 +142,16 @@ def task_classes(pipeline_class: Any, controlnet_class: Any = None) -> dict[str,
     return {own: pipeline_class, **{task: found[task] for task in order if task in found}}
 
 
-def controlnet_family(family: str, controlnet_class: Any) -> str | None:
+def _controlnet_family(family: str, controlnet_class: Any) -> str | None:
     """Diffusers' name of `family` with a ControlNet of this class; None where there is none."""
     base, pag, _ = family.partition("-pag")
     name = f"{base}-controlnet{pag}"
-    for kind in _classes_of(name):
-        each = inspect.signature(kind.__init__).parameters.get("controlnet")
-        wanted = "" if each is None else str(each.annotation)
-        return name if re.search(rf"\b{controlnet_class.__name__}\b", wanted) else None
-    return None
+    kinds = _classes_of(name)
+    if not kinds:
+        return None
+    parameter = inspect.signature(kinds[0].__init__).parameters.get("controlnet")
+    wanted = "" if parameter is None else str(parameter.annotation)
+    return name if re.search(rf"\b{controlnet_class.__name__}\b", wanted) else None
 
 
 def plan_tasks(
@@ -167,11 +167,11 @@ def plan_tasks(
     planned = {
         task: kind
         for task, kind in classes.items()
-        if kind is pipeline_class or _obstacle(kind, channels) is None
+        if kind is pipeline_class or _fits(kind, channels)
     }
     for name, controlnet_class in controlnets.items():
         for task, kind in task_classes(pipeline_class, controlnet_class).items():
-            if task not in classes and _obstacle(kind, channels) is None:
+            if task not in classes and _fits(kind, channels):
                 planned[pipeline_name(task, name)] = kind
     return planned
 
@@ -207,17 +207,15 @@ def _channels_of(pipeline: Any) -> dict[str, int]:
     return {name: each["in_channels"] for name, each in configs.items() if "in_channels" in each}
 
 
-def _obstacle(kind: Any, channels: Mapping[str, int]) -> str | None:
-    """Why calls of `kind` would fail with a denoiser that takes so many `channels`."""
+def _fits(kind: Any, channels: Mapping[str, int]) -> bool:
+    """Whether calls of `kind` can work with a denoiser that takes so many `channels`."""
     if "mask_image" not in _parameters(kind.__call__):
-        return None
-    for component, allowed in _DENOISERS.items():
-        number = channels.get(component)
-        counts = component == "unet" or "StableDiffusion3" in kind.__name__
-        if counts and number is not None and number not in allowed:
-            wanted = " or ".join(str(each) for each in allowed)
-            return f"its {component} takes {number} channels, and inpainting wants {wanted}"
-    return None
+        return True
+    return not any(
+        number not in _DENOISERS[component]
+        for component, number in channels.items()
+        if component == "unet" or "StableDiffusion3" in kind.__name__
+    )
 
 
 def _make(kind: Any, pipeline: Any, parts: Mapping[str, Any]) -> Any:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 from handler.api.decoding import Pictures, decode_all, forget_contents
 from handler.api.request import GenerationRequest
 from handler.config import HandlerConfig
-from handler.errors import DeadlineExceeded, EngineFault, RequestError
+from handler.errors import DeadlineExceeded, RequestError
+from handler.pipelines.adapters import PreparedLora
 from handler.service.live_requests import LiveRequest
-from handler.service.lora_shelf import Layers, LoraShelf
+from handler.service.lora_shelf import LoraShelf
+from handler.service.results import fault_of
 from handler.service.side_work import SideWork
 
 __all__ = ["Decoded", "Decoding"]
@@ -26,7 +28,7 @@ class Decoded:
 
     requests: tuple[GenerationRequest, ...]
     pictures: list[Pictures]
-    loras: Mapping[str, Layers]
+    loras: Mapping[str, PreparedLora]
 
 
 class Decoding:
@@ -45,9 +47,8 @@ class Decoding:
         self._decode = decode
         self.work = SideWork[Decoded]("decode", config.encode_threads)
 
-    def start(self, live: LiveRequest) -> None:
-        """Begin to decode the pictures of `live`, and to read the LoRAs that are not there yet."""
-        missing = [] if self._shelf is None else self._shelf.missing(live.sent.requests)
+    def start(self, live: LiveRequest, missing: Sequence[str] = ()) -> None:
+        """Begin to decode the pictures of `live`, and to read the `missing` LoRAs."""
         self.work.start(live, self._decoded, missing)
 
     def take_ended(self) -> list[tuple[LiveRequest, Decoded | RequestError]]:
@@ -57,11 +58,11 @@ class Decoding:
         for live in self.work.requests:
             if live.deadline is not None and now_s >= live.deadline:
                 self.work.discard(live)
-                late = DeadlineExceeded("the deadline passed while its pictures were decoded")
+                late = DeadlineExceeded("the deadline passed while its pictures or LoRAs were read")
                 ended.append((live, late))
         return ended
 
-    def _decoded(self, live: LiveRequest, missing: list[str]) -> Decoded:
+    def _decoded(self, live: LiveRequest, missing: Sequence[str]) -> Decoded:
         """Run in a thread."""
         loras = {} if self._shelf is None else self._shelf.read(missing)
         pictures = self._decode(live.sent.requests, self._config, live.sent.paths)
@@ -72,8 +73,4 @@ def _outcome(future: Future[Decoded]) -> Decoded | RequestError:
     error = future.exception()
     if error is None:
         return future.result()
-    if isinstance(error, RequestError):
-        return error
-    fault = EngineFault("the request could not be read; the server's log says why")
-    fault.__cause__ = error
-    return fault
+    return fault_of(error, "the request could not be read; the server's log says why")

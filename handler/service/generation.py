@@ -1,7 +1,7 @@
 """Follow every request from its body to its reply: read, submit, wait, encode, answer exactly once.
 
-    open ─▶ read_call ─▶ Decoding ─▶ EngineQueue ─▶ … ticks … ─▶ SideWork ─▶ take_replies
-            api          decoding    queueing       engine       side_work
+    open ─▶ read_call ─▶ Decoding ─▶ EngineQueue ─▶ … ticks … ─▶ Encoding ─▶ take_replies
+            api          decoding    queueing       engine       encoding
 
 It knows neither TorchServe nor HTTP's framing; the handler maps ids and replies to its context.
 """
@@ -11,20 +11,27 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from handler.api.call import Call, CancelCall, read_call
+from handler.api.call import Call, CancelCall, DescribeCall, read_call
 from handler.api.decoding import Pictures, decode_all
-from handler.api.replies import FLAGGED, Reply, cancel_reply, error_reply, success_reply
+from handler.api.replies import (
+    FLAGGED,
+    Reply,
+    cancel_reply,
+    describe_reply,
+    error_reply,
+    success_reply,
+)
 from handler.api.request import GenerationRequest
 from handler.api.result import Result
 from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
 from handler.engine.device_faults import is_device_lost
-from handler.engine.ticket import State, Ticket
+from handler.engine.ticket import State, StepEnd, Ticket
 from handler.errors import (
     Cancelled,
     Conflict,
@@ -38,20 +45,22 @@ from handler.pipelines.preview import Previewer
 from handler.pipelines.safety import SafetyChecker
 from handler.service.decoding import Decoding
 from handler.service.draining import Drain, num_live_reply
+from handler.service.encoding import Encoding
 from handler.service.event_stream import EventStream
 from handler.service.live_requests import LiveRequest, LiveRequests
 from handler.service.lora_shelf import LoraShelf, named_by
 from handler.service.metrics import Load, Meter, Sample
 from handler.service.queueing import EngineQueue
 from handler.service.reading import draw_seed, read_requests
+from handler.service.records import Record, Watcher
 from handler.service.results import (
     as_request_error,
-    checked_result,
     device_lost,
+    fault_of,
     pipeline_fault,
     result_of,
 )
-from handler.service.side_work import SideWork, wait_for_any
+from handler.service.side_work import wait_for_any
 
 __all__ = ["GenerationService"]
 
@@ -67,7 +76,7 @@ class GenerationService:
     `pipeline` is what the engine serves. `checker` looks at its pictures in the threads that encode
     them, and is given back by `close`. `shelf` has the LoRAs of a folder. `model_name` and `config`
     go into the replies, which `encode` makes; `decode` makes the pictures that requests begin with;
-    `clock` is the engine's.
+    `watchers` are told of every request that has ended; `clock` is the engine's.
     """
 
     def __init__(
@@ -83,16 +92,14 @@ class GenerationService:
         decode: Callable[..., list[Pictures]] = decode_all,
         checker: SafetyChecker | None = None,
         shelf: LoraShelf | None = None,
+        watchers: Sequence[Watcher] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.config = config
         self.traits = traits
         self._engine = engine
         self._pipeline = pipeline
-        self._model_name = model_name
         self._draw_seed = draw_seed
-        self._encode = encode
-        self._checker = checker
         self._clock = clock
         self._queue = EngineQueue(engine, traits.tasks, config.max_waiting)
         self._live = LiveRequests()
@@ -100,8 +107,9 @@ class GenerationService:
         self._previewer = Previewer(pipeline)
         self._shelf = shelf
         self._decoding = Decoding(config, clock, decode, shelf)
-        self._encoders = SideWork[Reply]("encode", config.encode_threads)
+        self._encoding = Encoding(config, model_name, encode, checker)
         self._meter = Meter()
+        self._watchers = tuple(watchers)
         self._drain: Drain | None = None
         self.is_device_lost = False
         """Whether the device failed for good: this process can only tell so, and end."""
@@ -137,6 +145,8 @@ class GenerationService:
                 raise device_lost()
             if isinstance(sent, CancelCall):
                 self._replies[request_id] = self._cancel(request_id, sent.request_id)
+            elif isinstance(sent, DescribeCall):
+                self._replies[request_id] = describe_reply(self.traits, request_id=request_id)
             elif self._drain is not None:
                 seconds_left = max(0, math.ceil(self._drain.until_s - self._clock()))
                 raise Draining(
@@ -144,14 +154,12 @@ class GenerationService:
                     seconds_left + _BACK_AFTER_S,
                 )
             else:
-                self._accept(request_id, sent)
-        except RequestError as error:
-            self._refuse(request_id, error)
+                self._accept(request_id, sent, headers.get("traceparent", ""))
         except Exception as error:
             # An exception here would be TorchServe's answer to every live request.
-            fault = EngineFault("the request could not be taken in; the server's log says why")
-            fault.__cause__ = error
-            self._refuse(request_id, fault)
+            told = fault_of(error, "the request could not be taken in; the server's log says why")
+            self._note(told)
+            self._refuse(request_id, told, headers)
 
     def advance(self, budget_s: float | None = None, *, hold_s: float = 0.0) -> None:
         """Tick until a request can be answered or `budget_s` is used; None: until all can be.
@@ -167,7 +175,7 @@ class GenerationService:
                 self._step()
             else:
                 timeout_s = None if ends_s is None else max(0.0, ends_s - self._clock())
-                wait_for_any([self._decoding.work, self._encoders], timeout_s)
+                wait_for_any([self._decoding.work, self._encoding.work], timeout_s)
             self._collect_decoded()
             self._collect_encoded()
             if ends_s is None:
@@ -195,6 +203,7 @@ class GenerationService:
         live = self._live.get(request_id)
         if live is not None:
             self._meter.request_ended("disconnected")
+            self._tell(live.record, "disconnected")
             self._release(live, Cancelled("the client closed the connection"))
 
     def read(self, bodies: Sequence[Mapping[str, object]]) -> list[GenerationRequest]:
@@ -213,7 +222,8 @@ class GenerationService:
         """
         pictures = decode_all(requests, self.config, [""] * len(requests))
         if self._shelf is not None:
-            self._shelf.attach(self._shelf.read(self._shelf.missing(requests)))
+            read = self._shelf.read(self._shelf.missing(requests))
+            self._shelf.attach(read, wanted=self._wanted_loras())
         tickets = self._queue.submit(requests, pictures)
         while not all(ticket.ended for ticket in tickets):
             if self.is_device_lost:
@@ -222,19 +232,18 @@ class GenerationService:
         for ticket in tickets:
             if ticket.error is not None:
                 raise as_request_error(ticket.error, ticket.num_steps_done)
-        return [self._checked(result) for result in self._results(tickets, requests)]
+        return [self._encoding.checked(result) for result in self._results(tickets, requests)]
 
     def close(self) -> None:
         """End every request and give the pipeline back."""
         for request_id in self._live.ids:
             self.drop(request_id)
         self._decoding.work.close()
-        self._encoders.close()
+        self._encoding.work.close()
         self._engine.close()
-        if self._checker is not None:
-            self._checker.give_back()
+        self._encoding.give_checker_back()
 
-    def _accept(self, request_id: str, sent: Call) -> None:
+    def _accept(self, request_id: str, sent: Call, traceparent: str) -> None:
         if sent.request_id is not None and self._live.find(sent.request_id) is not None:
             raise Conflict(
                 f"the id {sent.request_id!r} belongs to a request that is still running; "
@@ -245,25 +254,36 @@ class GenerationService:
         if sent.stream:
             stream = EventStream(self._previewer, sent.preview_every, self._clock)
         live = LiveRequest(request_id, sent, self._clock(), stream)
-        is_lacking = self._shelf is not None and bool(self._shelf.missing(sent.requests))
-        if is_lacking or any(request.pictures for request in sent.requests):
+        if self._watchers:
+            live.record = Record(
+                request_id, live.opened_s, sent.request_id, traceparent, sent.requests
+            )
+        missing = [] if self._shelf is None else self._shelf.missing(sent.requests)
+        if missing or any(request.pictures for request in sent.requests):
             if self._live:
                 self._queue.check_room()
-            self._decoding.start(live)
+            self._decoding.start(live, missing)
         else:
             self._submit(live, [{} for _ in sent.requests], is_limited=bool(self._live))
         self._live.add(live)
 
     def _submit(self, live: LiveRequest, pictures: Sequence[Pictures], *, is_limited: bool) -> None:
         """Queue a request; alone it is taken in however long a line it forms by itself."""
+        on_step: Callable[[StepEnd], None] | None = None
+        if live.stream is not None:
+            on_step = live.stream.on_step
+        if live.record is not None:
+            on_step = live.record.marking(self._clock, on_step)
         tickets = self._queue.submit(
             live.sent.requests,
             pictures,
             deadline_s=None if live.deadline is None else live.deadline - self._clock(),
-            on_step=None if live.stream is None else live.stream.on_step,
+            on_step=on_step,
             is_limited=is_limited,
         )
         self._live.add_tickets(live, tickets)
+        if live.record is not None:
+            live.record.tickets = tickets
 
     def _end_drained(self) -> None:
         """End what still runs when the time of a drain is up; what is drawn is delivered."""
@@ -271,7 +291,7 @@ class GenerationService:
             return
         for request_id in self._live.ids:
             live = self._live.get(request_id)
-            if live is not None and live not in self._encoders:
+            if live is not None and live not in self._encoding.work:
                 self._fail(
                     live,
                     Draining("the server stops and could not finish the request; send it again"),
@@ -302,26 +322,24 @@ class GenerationService:
             self._meter.steps_done(ticket.num_steps_done)
             live = self._live.take_ticket(ticket)
             # Tickets that end in one tick are all done when the first of them is looked at.
-            if live is not None and live not in self._encoders:
+            if live is not None and live not in self._encoding.work:
                 self._on_ended(live, ticket)
 
     def _on_ended(self, live: LiveRequest, ticket: Ticket) -> None:
         if ticket.state is State.FAILED:
             assert ticket.error is not None
-            told = as_request_error(ticket.error, ticket.num_steps_done)
-            if isinstance(told, DeviceLost):
-                self._lose_device(ticket.error)
-            else:
-                self._fail(live, told)
+            self._end(live, as_request_error(ticket.error, ticket.num_steps_done))
         elif all(t.state is State.DONE for t in live.tickets):
             try:
                 results = self._results(live.tickets, live.sent.requests)
             except Exception as error:  # pictures and tokenizers are the pipeline's own
-                self._fail(live, pipeline_fault(error))
+                self._end(live, pipeline_fault(error))
                 return
             for result in results:
                 self._meter.images_drawn(result)
-            self._encoders.start(live, self._success_reply, results)
+            self._encoding.start(live, results)
+            if live.record is not None:
+                live.record.encoding_s = self._clock()
 
     def _results(
         self, tickets: Sequence[Ticket], requests: Sequence[GenerationRequest]
@@ -330,42 +348,36 @@ class GenerationService:
 
     def _collect_decoded(self) -> None:
         ended = self._decoding.take_ended()
-        coming = [*(live for live, _ in ended), *self._decoding.work.requests]
-        wanted = named_by(request for live in coming for request in live.sent.requests)
+        if not ended:
+            return
+        wanted = self._wanted_loras(live for live, _ in ended)
         for live, decoded in ended:
+            if self._live.get(live.request_id) is not live:
+                continue  # the device was lost with one before it
+            if isinstance(decoded, RequestError):
+                self._end(live, decoded)
+                continue
             try:
-                if isinstance(decoded, RequestError):
-                    raise decoded
                 live.sent = replace(live.sent, requests=decoded.requests)
                 if self._shelf is not None:
                     self._shelf.attach(decoded.loras, wanted=wanted)
                 self._submit(live, decoded.pictures, is_limited=len(self._live) > 1)
-            except RequestError as error:
-                self._fail(live, error)
+            except Exception as error:
+                problem = "the request could not be queued; the server's log says why"
+                self._end(live, fault_of(error, problem))
+
+    def _wanted_loras(self, others: Iterable[LiveRequest] = ()) -> set[str]:
+        """The LoRAs that `others` name, and those whose files or pictures are still read."""
+        coming = [*others, *self._decoding.work.requests]
+        return named_by(request for live in coming for request in live.sent.requests)
 
     def _collect_encoded(self) -> None:
-        for live, encoded in self._encoders.take_finished():
-            error = encoded.exception()
-            if error is None:
-                self._release(live)
-                reply = encoded.result()
-                self._answer(live, reply, "flagged" if FLAGGED in reply.headers else "ok")
-            elif isinstance(error, RequestError):
-                self._fail(live, error)
+        for live, encoded in self._encoding.take_ended():
+            if isinstance(encoded, RequestError):
+                self._end(live, encoded)
             else:
-                fault = EngineFault("the picture could not be encoded; the server's log says why")
-                fault.__cause__ = error
-                self._fail(live, fault)
-
-    def _success_reply(self, live: LiveRequest, results: Sequence[Result]) -> Reply:
-        """Run in a thread of the pool."""
-        return self._encode(
-            live.sent,
-            [self._checked(result) for result in results],
-            request_id=live.request_id,
-            model_name=self._model_name,
-            config=self.config,
-        )
+                self._release(live)
+                self._answer(live, encoded, "flagged" if FLAGGED in encoded.headers else "ok")
 
     def _lose_device(self, error: BaseException) -> None:
         """Tell all whose pictures are not drawn; the engine's requests stay where they stand."""
@@ -373,13 +385,21 @@ class GenerationService:
         self.is_device_lost = True
         for request_id in self._live.ids:
             live = self._live.get(request_id)
-            if live is not None and live not in self._encoders:
+            if live is not None and live not in self._encoding.work:
                 self._live.remove(live)
+                self._decoding.work.discard(live)
                 self._answer(live, _error_reply(device_lost(), request_id), DeviceLost.code)
 
-    def _checked(self, result: Result) -> Result:
-        refuses = self.config.safety_checker == "refuse"
-        return checked_result(result, self._checker, refuses=refuses)
+    def _end(self, live: LiveRequest, error: RequestError) -> None:
+        """End a request by what went wrong with it, and everybody's where that was the device."""
+        self._note(error)
+        if self._live.get(live.request_id) is live:
+            self._fail(live, error)
+
+    def _note(self, error: RequestError) -> None:
+        """Where `error` says that the device is lost, tell all that wait for it."""
+        if isinstance(error, DeviceLost) and not self.is_device_lost:
+            self._lose_device(error.__cause__ or error)
 
     def _fail(self, live: LiveRequest, error: RequestError) -> None:
         self._release(live, error)
@@ -387,18 +407,29 @@ class GenerationService:
 
     def _answer(self, live: LiveRequest, reply: Reply, outcome: str) -> None:
         self._meter.request_ended(outcome, total_s=self._clock() - live.opened_s)
+        self._tell(live.record, outcome)
         self._replies[live.request_id] = reply if live.stream is None else live.stream.close(reply)
 
-    def _refuse(self, request_id: str, error: RequestError) -> None:
+    def _refuse(self, request_id: str, error: RequestError, headers: Mapping[str, str]) -> None:
         """Answer a request that was not accepted."""
         self._meter.request_ended(error.code)
+        if self._watchers:
+            client_id, traceparent = headers.get("x-request-id"), headers.get("traceparent", "")
+            self._tell(Record(request_id, self._clock(), client_id, traceparent), error.code)
         self._replies[request_id] = _error_reply(error, request_id)
+
+    def _tell(self, record: Record | None, outcome: str) -> None:
+        if record is None:
+            return
+        record.ended_s, record.outcome = self._clock(), outcome
+        for watcher in self._watchers:
+            watcher(record)
 
     def _release(self, live: LiveRequest, reason: RequestError | None = None) -> None:
         """Forget the request; what still runs of it is cancelled."""
         self._live.remove(live)
         self._decoding.work.discard(live)
-        self._encoders.discard(live)
+        self._encoding.work.discard(live)
         for ticket in live.tickets:
             self._engine.cancel(ticket, reason)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from handler.api.call import Call
 from handler.engine.ticket import Ticket
 from handler.service.event_stream import EventStream
+from handler.service.records import Record
 
 __all__ = ["LiveRequest", "LiveRequests"]
 
@@ -24,6 +25,8 @@ class LiveRequest:
     opened_s: float
     stream: EventStream | None = None
     tickets: list[Ticket] = field(default_factory=list)
+    record: Record | None = None
+    """What is told of it at its end; None: nobody wants to be told."""
 
     @property
     def deadline(self) -> float | None:

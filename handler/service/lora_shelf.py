@@ -1,26 +1,33 @@
 """The LoRAs that requests may name: those packed, and files of a folder, read at first use.
 
-A file is read and checked in a thread; the engine is given it between two ticks. Those that were
-not asked for the longest make room for others, but never one that a request in flight draws with.
+A file is read, checked and put where the weights are in a thread; between two ticks the engine is
+only told its name. Those that were not asked for the longest make room for others, but never one
+that a request in flight draws with.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from handler.api.lora_names import is_lora_name, lora_problem
 from handler.api.request import GenerationRequest
 from handler.engine import InFlightEngine
 from handler.errors import ArchiveError, InvalidRequest, QueueFull
+from handler.pipelines.adapters import PreparedLora
 
-__all__ = ["Layers", "LoraNames", "LoraShelf", "named_by"]
+__all__ = ["LoraNames", "LoraShelf", "named_by"]
 
 _SUFFIX = ".safetensors"
 
-Layers = Mapping[str, Mapping[str, Any]]
+_SWITCH_S = 5e-5
+
+_Layers = Mapping[str, Mapping[str, Any]]
 """What a LoRA adds to each layer, by component and the layer's path."""
 
 
@@ -61,7 +68,7 @@ class LoraShelf:
         self,
         engine: InFlightEngine,
         names: LoraNames,
-        read: Callable[[Path], Layers],
+        read: Callable[[Path], _Layers],
         *,
         max_loras: int,
         max_bytes: int,
@@ -74,6 +81,7 @@ class LoraShelf:
         self._attached: dict[str, int] = {}
         """The bytes of each; the one asked for last stands last."""
         self._reading = threading.Lock()
+        self._read_ones = WeakValueDictionary[tuple[Path, int, int], PreparedLora]()
 
     def missing(self, requests: Iterable[GenerationRequest]) -> list[str]:
         """The LoRAs that `requests` name and that are to be read first; uses the others."""
@@ -82,8 +90,8 @@ class LoraShelf:
             self._attached[name] = self._attached.pop(name)
         return sorted(wanted - self._attached.keys())
 
-    def read(self, names: Iterable[str]) -> dict[str, Layers]:
-        """Read LoRAs of the folder, in any thread.
+    def read(self, names: Iterable[str]) -> dict[str, PreparedLora]:
+        """Read LoRAs of the folder and prepare them, in any thread.
 
         Raises:
             InvalidRequest: a file has gone, or is no LoRA that fits the pipeline.
@@ -94,25 +102,36 @@ class LoraShelf:
             if path is None:
                 raise _refused(lora_problem([name], self._names) or f"{name} has gone")
             try:
-                with self._reading:
-                    found[name] = self._read(path)
-            except (ArchiveError, OSError) as error:
+                with self._reading, _switching_often():
+                    found[name] = self._prepared(path)
+            except (ArchiveError, OSError, ValueError) as error:
                 raise _refused(f"{name} cannot be used: {error}") from error
         return found
 
-    def attach(self, loras: Mapping[str, Layers], *, wanted: Collection[str] = ()) -> None:
+    def attach(self, loras: Mapping[str, PreparedLora], *, wanted: Collection[str] = ()) -> None:
         """Give the engine what was read; `wanted` are not to make room for it.
 
         Raises:
-            InvalidRequest: one alone is larger than all may be.
+            InvalidRequest: one alone is larger than all may be, or the engine does not take it.
             QueueFull: all that there is room for are in use.
         """
-        for name, layers in loras.items():
+        for name, lora in loras.items():
             if name not in self._attached:
-                size = sum(_size_bytes(each) for of in layers.values() for each in of.values())
-                self._make_room(name, size, {*wanted, *loras})
-                self._engine.attach_lora(name, layers)
-                self._attached[name] = size
+                self._make_room(name, lora.size_bytes, {*wanted, *loras})
+                try:
+                    self._engine.attach_lora(name, lora)
+                except ValueError as error:
+                    raise _refused(f"{name} cannot be used: {error}") from error
+                self._attached[name] = lora.size_bytes
+
+    def _prepared(self, path: Path) -> PreparedLora:
+        """What was read of a file, once for requests that ask for it at the same time."""
+        stat = path.stat()
+        key = path, stat.st_mtime_ns, stat.st_size
+        lora = self._read_ones.get(key)
+        if lora is None:
+            lora = self._read_ones[key] = self._engine.prepare_lora(self._read(path))
+        return lora
 
     def _make_room(self, name: str, size: int, wanted: Collection[str]) -> None:
         if size > self._max_bytes:
@@ -138,10 +157,19 @@ def named_by(requests: Iterable[GenerationRequest]) -> set[str]:
     return {name for request in requests for name in request.loras or ()}
 
 
-def _size_bytes(layer: Any) -> int:
-    bias = 0 if layer.bias is None else layer.bias.nbytes
-    size: int = layer.down.nbytes + layer.up.nbytes + bias
-    return size
+@contextmanager
+def _switching_often() -> Iterator[None]:
+    """Within it, no thread computes in Python for longer than a moment where another one waits.
+
+    The engine's thread asks for the interpreter after each of a forward's hundreds of operations,
+    and would wait Python's usual 5 ms for it, every time.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _refused(problem: str) -> InvalidRequest:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from handler.api.result import Result
 from handler.engine.forward import Counters
+from handler.errors import DeadlineExceeded, EngineFault, OutOfMemory, QueueFull
 
 __all__ = ["COUNTERS", "GAUGES", "HISTOGRAMS", "Load", "Meter", "Sample", "emit"]
 
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 COUNTERS = {
     "diffusers_requests_total": ("outcome",),
     "diffusers_images_total": (),
+    "diffusers_task_images_total": ("task",),
+    "diffusers_lora_images_total": ("lora",),
     "diffusers_steps_total": (),
     "diffusers_ticks_total": (),
     "diffusers_tick_seconds_total": (),
@@ -34,7 +38,24 @@ GAUGES: dict[str, tuple[str, ...]] = {
     "diffusers_requests_in_flight": (),
     "diffusers_requests_waiting": (),
     "diffusers_rows_in_flight": (),
+    "diffusers_max_rows": (),
+    "diffusers_max_waiting": (),
+    "diffusers_worker_start_time_seconds": (),
+    "diffusers_worker_info": (
+        *("version", "archive", "pipeline", "source"),
+        *("torch", "diffusers", "device"),
+    ),
+    "diffusers_worker_memory_bytes": (),
+    "diffusers_gpu_memory_bytes": ("kind",),
 }
+# What an operator watches for; the others are counted once they happen.
+_OUTCOMES = dict.fromkeys(
+    (
+        *("ok", "disconnected"),
+        *(error.code for error in (DeadlineExceeded, EngineFault, OutOfMemory, QueueFull)),
+    ),
+    0,
+)
 HISTOGRAMS = {"diffusers_request_seconds": ("stage",)}
 
 
@@ -69,6 +90,8 @@ class Meter:
         self._outcomes: Counter[str] = Counter()
         self._seconds: list[tuple[str, float]] = []
         self._num_images = self._num_steps = 0
+        self._by_task: Counter[str] = Counter()
+        self._by_lora: Counter[str] = Counter()
         self._last = Counters()
         self._is_known = False
 
@@ -84,7 +107,11 @@ class Meter:
 
     def images_drawn(self, result: Result) -> None:
         """Count the pictures of one ticket, and the time that each stage took."""
-        self._num_images += len(result.images)
+        num_images = len(result.images)
+        self._num_images += num_images
+        self._by_task[result.request.engine_task] += num_images
+        for name in result.request.loras or ():
+            self._by_lora[name] += num_images
         timings = result.timings
         self._seconds += [
             ("queue", timings.queue_s),
@@ -111,11 +138,11 @@ class Meter:
             - last.out_of_memory_retries,
         }
         samples = [
-            *(
-                Sample("counter", "diffusers_requests_total", n, (outcome,))
-                for outcome, n in self._outcomes.items()
-            ),
             # Zeros once, so that a rare count is there to be watched before it first happens.
+            *_by("diffusers_requests_total", {} if self._is_known else _OUTCOMES),
+            *_by("diffusers_requests_total", self._outcomes),
+            *_by("diffusers_task_images_total", self._by_task),
+            *_by("diffusers_lora_images_total", self._by_lora),
             *(
                 Sample("counter", name, value)
                 for name, value in counts.items()
@@ -128,10 +155,15 @@ class Meter:
             ),
         ]
         self._is_known = True
-        self._outcomes.clear()
+        for counted in (self._outcomes, self._by_task, self._by_lora):
+            counted.clear()
         self._seconds.clear()
         self._num_images = self._num_steps = 0
         return samples
+
+
+def _by(name: str, counts: Mapping[str, int]) -> list[Sample]:
+    return [Sample("counter", name, number, (label,)) for label, number in counts.items()]
 
 
 def emit(samples: list[Sample], sink: Any, model_name: str) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 from handler.api.decoding import Pictures
 from handler.api.request import GenerationRequest
+from handler.api.shortcuts import SHORTCUTS
 from handler.engine import InFlightEngine
+from handler.engine.shortcuts import Shortcuts
 from handler.engine.ticket import StepEnd, Ticket
 from handler.errors import InvalidRequest, QueueFull, RequestError
 from handler.pipelines.arguments import pipeline_arguments
@@ -116,8 +118,14 @@ class EngineQueue:
                 deadline_s=deadline_s,
                 adapters=request.loras,
                 on_step=on_step,
+                shortcuts=_shortcuts_of(request),
             )
         except RequestError:
             raise
         except Exception as error:  # among others a scheduler's own code, made from its name
             raise as_request_error(error, 0) from error
+
+
+def _shortcuts_of(request: GenerationRequest) -> Shortcuts:
+    asked = {name: request.extra[name] for name in SHORTCUTS if name in request.extra}
+    return Shortcuts(**asked)  # type: ignore[arg-type]  # numbers, by the table

@@ -21,7 +21,14 @@ from handler.errors import (
 from handler.pipelines.prompts import prompt_warnings
 from handler.pipelines.safety import SafetyChecker, verdicts_of
 
-__all__ = ["as_request_error", "checked_result", "device_lost", "pipeline_fault", "result_of"]
+__all__ = [
+    "as_request_error",
+    "checked_result",
+    "device_lost",
+    "fault_of",
+    "pipeline_fault",
+    "result_of",
+]
 
 
 def result_of(ticket: Ticket, request: GenerationRequest, pipeline: Any) -> Result:
@@ -72,6 +79,19 @@ def as_request_error(error: BaseException, num_steps_done: int) -> RequestError:
 
     Where that is another error than `error`, `error` is its ``__cause__``.
     """
+    if isinstance(error, ValueError) and not num_steps_done:
+        told = InvalidRequest(f"the pipeline refuses the request: {error}")
+        told.__cause__ = error
+        return told
+    return pipeline_fault(error)
+
+
+def fault_of(error: BaseException, message: str) -> RequestError:
+    """Return what a client is told of an error that no request's value explains by itself.
+
+    That is `message`, unless `error` says what it is told: a lost device, or memory that ran out.
+    Where it is another error than `error`, `error` is its ``__cause__``.
+    """
     if isinstance(error, RequestError):
         return error
     told: RequestError
@@ -79,14 +99,18 @@ def as_request_error(error: BaseException, num_steps_done: int) -> RequestError:
         told = device_lost()
     elif is_out_of_memory(error):
         told = OutOfMemory(
-            "the picture does not fit into the device's memory, even alone; ask for a smaller one"
+            "the request does not fit into the memory, even alone; ask for a smaller picture"
         )
-    elif isinstance(error, ValueError) and not num_steps_done:
-        told = InvalidRequest(f"the pipeline refuses the request: {error}")
     else:
-        return pipeline_fault(error)
+        told = EngineFault(message)
     told.__cause__ = error
     return told
+
+
+def pipeline_fault(error: BaseException) -> RequestError:
+    """Return what a client is told of an error in the pipeline's own code, as `fault_of` does."""
+    name = type(error).__name__
+    return fault_of(error, f"the pipeline failed: {name}; the server's log says why")
 
 
 def device_lost() -> DeviceLost:
@@ -95,11 +119,3 @@ def device_lost() -> DeviceLost:
         "the device failed and the worker starts again; this request may not be the cause of it: "
         "send it again later, once"
     )
-
-
-def pipeline_fault(error: BaseException) -> EngineFault:
-    """Return what a client is told of an error in the pipeline's own code, its ``__cause__``."""
-    name = type(error).__name__
-    fault = EngineFault(f"the pipeline failed: {name}; the server's log says why")
-    fault.__cause__ = error
-    return fault

@@ -64,7 +64,7 @@ def check_settings(
     skeleton: Skeleton, config: HandlerConfig, loras: Collection[str]
 ) -> Iterator[str]:
     """Yield what the configuration asks for that the pipeline does not do, with these LoRAs."""
-    from handler.api.request import check_against_pipeline
+    from handler.api.request_checks import check_against_pipeline
     from handler.pipelines.describe import describe
 
     if skeleton.pipeline is None:

@@ -54,6 +54,8 @@ _NEEDS_MORE = {
     "VisualClozeGenerationPipeline": "pictures as examples",
     "VisualClozePipeline": "pictures as examples",
 }
+# Classes of diffusers 0.42 that fail in every call of an engine.
+_FAILS = {"StableDiffusionParadigmsPipeline": "it loses count of its steps where they are reported"}
 
 
 def scope_problem(cls: Any, index: ModelIndex) -> str | None:
@@ -69,6 +71,8 @@ def scope_problem(cls: Any, index: ModelIndex) -> str | None:
         return f"{name} cannot be called itself: it only holds the parts of other pipelines"
     if gives := _MISNAMED.get(name) or _gives_instead(cls):
         return f"{name} gives {gives}, not pictures: only pipelines that draw pictures are served"
+    if fault := _FAILS.get(name):
+        return f"{name} does not draw here, by a fault of diffusers: {fault}"
     wanted = [
         each.name
         for each in inspect.signature(call).parameters.values()

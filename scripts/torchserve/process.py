@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from handler.service.draining import Drain
+from scripts.background import read_saved, running_process, save
 from scripts.errors import ServerError
 from scripts.hints import to_run
 from scripts.interrupts import signals_as_interrupts, signals_held
@@ -67,10 +68,9 @@ class TorchServer:
     def find(cls, state_dir: Path) -> TorchServer | None:
         """Return the instance that runs with this state directory, if any."""
         try:
-            saved = json.loads((state_dir / "server.json").read_text())
-            process = psutil.Process(saved["pid"])
-            # The PID alone may have been given to somebody else since.
-            if process.create_time() != saved["created_s"]:
+            saved = read_saved(state_dir / "server.json")
+            process = running_process(saved)
+            if process is None:
                 return None
             options = Options(
                 state_dir=state_dir,
@@ -345,7 +345,7 @@ class TorchServer:
             "log_offset": self._log_offset,
             **{name: str(Path(getattr(self.options, name)).resolve()) for name in PATH_OPTIONS},
         }
-        self.state.saved.write_text(json.dumps(saved, indent=2) + "\n")
+        save(self.state.saved, saved)
 
 
 def _end_session(leader: subprocess.Popen[bytes]) -> None:

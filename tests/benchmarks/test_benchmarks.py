@@ -16,7 +16,7 @@ import httpx2
 import pytest
 import torch
 
-from benchmarks import cpu, engine, gpu, load, pictures, report, traffic
+from benchmarks import cpu, engine, gpu, gpu_forward, load, pictures, report, traffic
 from benchmarks.shapes import MODELS, count_flops
 from benchmarks.traffic import CLASSES, Outcome, Wish, mixed_wishes, summarise
 from tests.support.compilers import Compiler
@@ -315,6 +315,28 @@ def test_the_gpu_benchmark_from_its_command_line(
     assert "tiny: the engine's own share" in capsys.readouterr().out
     (behind,) = (run for run in written["tiny"] if run["of_waiting"] is not None)
     assert behind["of_waiting"] > 0
+
+
+def test_a_forward_is_measured_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "tiny", "--code", "eager", "--rows", "4", "--device", "cpu"]
+    assert gpu_forward.main(arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["forward_ms"] == pytest.approx(2 * told["a_step_of_one_guided_picture_ms"])
+    assert set(told["decode_ms"]) == {"contiguous_format", "channels_last"}
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
+        ("triton_poi_fused_convolution_native_group_norm_silu_107", "compiled by Triton"),
+        ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc", "convolution"),
+        ("nvjet_sm90_hsh_256x128_64x4_1x2_h_bz_coopA_bias_TNT", "matrix product"),
+        ("void at::native::vectorized_elementwise_kernel<8, at::native::CUDAFunc", "other"),
+    ],
+)
+def test_kernels_are_sorted_by_their_names(kernel: str, kind: str) -> None:
+    assert gpu_forward.kind_of(kernel) == kind
 
 
 def test_what_fails_is_named_and_the_rest_is_measured(results: Path) -> None:

@@ -7,6 +7,7 @@ import base64
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -54,6 +55,15 @@ def in_flight(server: TorchServer) -> float:
     return metrics(server).get("diffusers_requests_in_flight", 0.0)
 
 
+def victim_of(server: TorchServer, victim: str) -> int:
+    """The process id of the server, or of its worker."""
+    model = server.model()
+    assert model is not None
+    pid = model.ready_pids[0] if victim == "worker" else server.pid
+    assert pid is not None
+    return pid
+
+
 @pytest.mark.parametrize("victim", ["worker", "server"])
 def test_killed_under_load(
     gateway: RunningGateway, instances: tuple[TorchServer, TorchServer], victim: str
@@ -71,11 +81,7 @@ def test_killed_under_load(
             await asyncio.to_thread(
                 lambda: until(lambda: in_flight(second), lambda number: number > 3)
             )
-            model = second.model()
-            assert model is not None
-            pid = model.ready_pids[0] if victim == "worker" else second.pid
-            assert pid is not None
-            os.kill(pid, signal.SIGKILL)
+            os.kill(victim_of(second, victim), signal.SIGKILL)
             drawn = await asyncio.gather(*drawing)
             again = await asyncio.gather(*(draw(client, seed) for seed in range(24)))
             return drawn, again
@@ -88,6 +94,40 @@ def test_killed_under_load(
         difference = pixels_of(one).astype(int) - pixels_of(other)
         assert np.abs(difference).max() <= 2
     assert np.abs(pixels_of(drawn[0]).astype(int) - pixels_of(drawn[1])).max() > 2
+
+
+@pytest.fixture(scope="module")
+def third(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchServer]:
+    yield from serve(tmp_path_factory.mktemp("third"))
+
+
+@pytest.mark.parametrize("victim", ["worker", "server"])
+def test_what_stands_still_is_drawn_elsewhere(
+    instance: TorchServer, third: TorchServer, tmp_path: Path, victim: str
+) -> None:
+    """SIGSTOP: connections are accepted, and nothing ever comes back."""
+    run_dirs = [third.state_dir, instance.state_dir]
+    with running_gateway(tmp_path, run_dirs, silence_s=5.0) as gateway:
+        until(lambda: gateway.log, lambda log: log.count("is READY") == 2)
+        pid = victim_of(third, victim)
+
+        async def talk() -> list[str]:
+            async with AsyncOpenAI(
+                base_url=f"{gateway.url}/v1", api_key="none", max_retries=0
+            ) as client:
+                drawing = [asyncio.create_task(draw(client, seed)) for seed in range(8)]
+                await asyncio.to_thread(lambda: until(lambda: in_flight(third), bool))
+                os.kill(pid, signal.SIGSTOP)
+                return await asyncio.gather(*drawing)
+
+        try:
+            drawn = asyncio.run(talk())
+            assert len(set(drawn)) == 8
+            assert "said nothing for 5 s" in gateway.log
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        until(lambda: gateway.log, lambda log: "answers again" in log)
+        until(lambda: gateway.log, lambda log: log.count("is READY") == 3)
 
 
 def pixels_of(encoded: str) -> np.ndarray:

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ async def fleet(
 
 
 def order(prompt: str = "a ring", work: float = 1.0, key: str = "") -> Order:
-    return Order(MODEL, json.dumps({"prompt": prompt, "seed": 7}).encode(), work, key)
+    content = json.dumps({"prompt": prompt, "seed": 7}).encode()
+    return Order(MODEL, lambda: content, work, key)
 
 
 async def eventually(is_so: Callable[[], bool]) -> None:
@@ -179,6 +181,45 @@ def test_what_waits_at_a_dead_worker_is_moved(tmp_path: Path) -> None:
     run(check())
 
 
+def test_an_instance_that_stands_still_counts_as_dead_until_it_answers(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with fleet(tmp_path, 2, silence_s=0.5) as (gateway, (first, second)):
+            first.stands_still = True
+            reply = await gateway.forwarder.send(order())
+            assert (reply.status, reply.headers["x-seed"]) == (200, "7")
+            assert [each.fields for each in second.received] == [{"prompt": "a ring", "seed": 7}]
+            # It says that it is READY, and gets nothing.
+            for _ in range(4):
+                await gateway.forwarder.send(order())
+                await asyncio.sleep(0.1)
+            assert (len(first.received), len(second.received)) == (0, 5)
+            first.stands_still = False
+            await eventually(lambda: bool(first.cancelled))
+            before = len(first.received)
+
+            async def gets_one_again() -> bool:
+                await gateway.forwarder.send(order())
+                return len(first.received) > before
+
+            async with asyncio.timeout(10):
+                while not await gets_one_again():
+                    await asyncio.sleep(0.05)
+
+    run(check())
+
+
+def test_an_instance_that_draws_for_long_and_answers_is_not_dead(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with fleet(tmp_path, 2, silence_s=0.3) as (gateway, (first, second)):
+            first.answer = lambda _: asyncio.sleep(1.5)
+            reply = await gateway.forwarder.send(order())
+            assert reply.status == 200
+            assert (len(first.received), len(second.received)) == (1, 0)
+            assert first.cancelled  # it was asked meanwhile
+
+    run(check())
+
+
 def test_full_instances_are_asked_again(tmp_path: Path) -> None:
     async def check() -> None:
         async with fleet(tmp_path, 1) as (gateway, (fake,)):
@@ -262,6 +303,28 @@ def test_first_come_first_served(tmp_path: Path) -> None:
                 await asyncio.sleep(0)
             await asyncio.gather(*sending)
             assert [each.fields["prompt"] for each in fake.received] == list("012345")
+
+    run(check())
+
+
+def test_what_waits_has_no_body_yet(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with fleet(tmp_path, 1, max_in_flight=1) as (gateway, (fake,)):
+            free, written = asyncio.Event(), list[int]()
+            fake.answer = lambda _: wait_for(free)
+
+            def write(number: int) -> bytes:
+                written.append(number)
+                return b"{}"
+
+            orders = [Order(MODEL, partial(write, number), 1.0) for number in range(5)]
+            sending = [asyncio.create_task(gateway.forwarder.send(each)) for each in orders]
+            await eventually(lambda: gateway.fleet.num_waiting == 4)
+            await eventually(lambda: len(fake.received) == 1)
+            assert written == [0]
+            free.set()
+            await asyncio.gather(*sending)
+            assert written == [0, 1, 2, 3, 4]
 
     run(check())
 

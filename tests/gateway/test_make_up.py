@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import urllib.request
@@ -14,36 +13,21 @@ import pytest
 import yaml
 from openai import OpenAI
 
-from scripts.gateway_process import GatewayProcess
+from scripts.gateway_process import GatewayOptions, GatewayProcess
 from scripts.repository import REPOSITORY
 from scripts.torchserve.process import TorchServer
+from scripts.up import UP
 from tests.support.gateways import free_port
+from tests.support.makes import linked_clone, linked_environment, make
 from tests.support.ports import free_ports
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    return subprocess.run(
-        ["make", *arguments],
-        cwd=REPOSITORY,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-
-
 @pytest.fixture
 def places(tmp_path: Path) -> Iterator[list[str]]:
     """Arguments that keep a make within `tmp_path`, and ports of its own."""
-    virtual = tmp_path / "venv"
-    virtual.mkdir()
-    for name in ("bin", "lib", "pyvenv.cfg"):
-        (virtual / name).symlink_to(Path(sys.prefix) / name)
-    (virtual / ".installed").touch()
+    virtual = linked_environment(tmp_path)
     http, grpc = free_ports()
     yield [
         *(f"VENV={virtual}", f"STORE={tmp_path / 'a store'}", f"RUN_DIR={tmp_path / 'a run'}"),
@@ -85,6 +69,47 @@ def test_up_and_down(tmp_path: Path, places: list[str]) -> None:
     assert down.returncode == 0, down.stderr
     assert GatewayProcess.find(tmp_path / "a run-gateway") is None
     assert server.pid is None
+
+
+def test_the_port_is_that_of_its_settings_unless_it_is_given(places: list[str]) -> None:
+    others = [each for each in places if not each.startswith("GATEWAY_PORT=")]
+    assert "--gateway-port" not in make("-n", "up", *others).stdout
+    assert "--gateway-port 8001" in make("-n", "up", *others, "GATEWAY_PORT=8001").stdout
+    assert UP.parse([]).gateway_port is None
+
+
+def test_clean_takes_nothing_of_others(tmp_path: Path, places: list[str]) -> None:
+    clone = linked_clone(tmp_path)
+    for name, line in (("ours", "INFO gateway listens at http://127.0.0.1:8000"), ("home", "mine")):
+        folder = tmp_path / name
+        (folder / "pictures").mkdir(parents=True)
+        (folder / "gateway.log").write_text(f"2026-01-01 00:00:00 {line}\n")
+        (folder / "jobs.sqlite").touch()
+        cleaned = make("clean", *places, f"GATEWAY_DIR={folder}", folder=clone)
+        assert cleaned.returncode == 0, cleaned.stderr
+    left = {
+        name: sorted(each.name for each in (tmp_path / name).iterdir()) for name in ("ours", "home")
+    }
+    assert left == {"ours": ["jobs.sqlite"], "home": ["gateway.log", "jobs.sqlite", "pictures"]}
+
+
+# As a command does, the test lets go of what it has started.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_large_log_is_put_aside(tmp_path: Path) -> None:
+    (tmp_path / "gateway.yaml").write_text(f"port: {free_port()}\nrun_dirs: [none]\n")
+    options = GatewayOptions(tmp_path / "state", tmp_path / "gateway.yaml")
+    (tmp_path / "state").mkdir()
+    with (tmp_path / "state" / "gateway.log").open("wb") as log:
+        log.truncate(65 * 1024**2)
+    started = GatewayProcess.start(options)
+    found = GatewayProcess.find(options.state_dir)
+    assert found is not None
+    assert found.url == started.url
+    found.stop(10)
+    started.stop(10)  # it has gone already
+    assert GatewayProcess.find(options.state_dir) is None
+    assert (tmp_path / "state" / "gateway.log.1").stat().st_size == 65 * 1024**2
+    assert (tmp_path / "state" / "gateway.log").stat().st_size < 10_000
 
 
 def test_a_key_is_shown_once(tmp_path: Path, places: list[str]) -> None:

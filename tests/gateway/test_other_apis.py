@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import BadRequestError
+from PIL import Image
 
 from tests.support.client import curl, pixels, post_json
 from tests.support.gateways import RunningGateway
@@ -26,6 +29,19 @@ def test_hugging_faces_client(gateway: RunningGateway, path: str) -> None:
     assert image.size == (64, 64)
     with pytest.raises(BadRequestError, match="height"):
         client.text_to_image("a red ring", **{**SMALL, "height": 65})
+
+
+def test_a_form_with_a_file(gateway: RunningGateway, tmp_path: Path) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (128, 64), "red").save(picture, "PNG")
+    (tmp_path / "in.png").write_bytes(picture.getvalue())
+    answer = curl(
+        f"{gateway.url}/predictions/stable_diffusion",
+        *("-F", "prompt=100% a bluer ring é", "-F", f"image=@{tmp_path / 'in.png'}"),
+        *("-F", "steps=2", "-F", "strength=1"),
+    )
+    assert answer.status == 200, answer.body
+    assert pixels(answer.body).shape == (64, 128, 3)
 
 
 def test_kserve_v1(gateway: RunningGateway) -> None:

@@ -13,7 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors.torch import save_file
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
@@ -23,10 +25,13 @@ from selenium.webdriver.support.ui import WebDriverWait
 from gateway.page import fields_of
 from handler.api.schema import PICTURE_FIELDS
 from handler.config import HandlerConfig
+from scripts.repository import REPOSITORY
 from scripts.torchserve.process import TorchServer
 from tests.support.browsers import need_chromium, running_chromium
 from tests.support.client import curl
 from tests.support.gateways import RunningGateway, running_gateway
+from tests.support.loras import kohya_lora
+from tests.support.serving import serve
 from tests.support.traffic import metrics, until
 
 PROMPT = "a large red heart on a cyan background"
@@ -204,6 +209,53 @@ class TestServing:
         assert (answer["model"], answer["ready"]) == ("stable_diffusion", True)
         assert (steps["default"], steps["maximum"]) == (4, 1000)
         assert curl(f"{gateway.url}/v1/fields?model=nothing").status == 404
+
+    def test_fields_that_the_model_has(self, gateway: RunningGateway) -> None:
+        fields = curl(f"{gateway.url}/v1/fields").json()["fields"]
+        named = {each["name"]: each for each in fields}
+        assert {"prompt", "seed", "image", "strength", "clip_skip", "n"} <= named.keys()
+        assert not named.keys() & {"pag_scale", "true_cfg_scale", "loras", "control_image"}
+        assert {"ddim", "euler"} <= set(named["scheduler"]["suggestions"])
+
+
+@pytest.fixture(scope="module")
+def gateway_with_loras(
+    drawing_gateway: RunningGateway, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RunningGateway]:
+    """In front of an instance of its own, with two LoRAs in a folder."""
+    folder = tmp_path_factory.mktemp("loras")
+    pipeline = DiffusionPipeline.from_pretrained(REPOSITORY / "demo" / "pipeline")
+    for seed, name in enumerate(("ink", "wool")):
+        ends = ("to_q", "to_v", "to_out.0", "proj_in", "conv1")
+        tensors = kohya_lora({"lora_unet": pipeline.unet}, seed=seed, alpha=2.0, std=0.2, ends=ends)
+        save_file(tensors, folder / f"{name}.safetensors")
+    for server in serve(tmp_path_factory.mktemp("instance"), lora_dir=str(folder)):
+        with running_gateway(tmp_path_factory.mktemp("gateway"), [server.state_dir]) as running:
+            yield running
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_loras_are_offered(browser: webdriver.Chrome, gateway_with_loras: RunningGateway) -> None:
+    page = Page(browser, gateway_with_loras.url)
+    page.open_as_new()
+    page["details-more"].find_element(By.TAG_NAME, "summary").click()
+    buttons = {each.text: each for each in page.all("[data-field=loras] .shapes button")}
+    assert buttons.keys() == {"ink", "wool"}
+    assert page.all("[data-field=pag_scale]") == []
+    page.fill(prompt=PROMPT, seed=3)
+    page.draw()
+    without = array(page.last_picture())
+    for name, expected in (("ink", "ink:1"), ("wool", "ink:1, wool:1"), ("ink", "wool:1")):
+        # From below the bar with the button Draw.
+        page.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", buttons[name])
+        buttons[name].click()
+        assert page.value("loras") == expected
+    pressed = {name: each.get_attribute("aria-pressed") for name, each in buttons.items()}
+    assert pressed == {"ink": "false", "wool": "true"}
+    page.draw()
+    assert np.abs(array(page.last_picture()) - without).max() > 20
+    assert page.console() == []
 
 
 @pytest.mark.server

@@ -21,7 +21,8 @@ DEVICES = [
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    return torch.device(request.param)
+    """With its number, as pipelines tell theirs."""
+    return torch.device(request.param, 0)
 
 
 @pytest.fixture(autouse=True)

@@ -104,6 +104,8 @@ def test_what_the_requests_took_is_given_back() -> None:
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
 
-    first = draw()
-    assert [draw() for _ in range(3)] == [first] * 3
+    # The first also leaves what the engine learns about the pipeline.
+    first, *later = (draw() for _ in range(4))
+    assert max(later) <= first
+    assert len(set(later)) == 1
     engine.close()

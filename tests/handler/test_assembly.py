@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from handler.api.decoding import decode_pictures
 from handler.api.traits import PipelineTraits
 from handler.assembly import assemble, short_request
 from handler.config import HandlerConfig
@@ -62,6 +64,16 @@ def test_what_does_not_fit_the_pipeline_is_refused_and_leaves_it_alone(
     assert "forward" not in vars(pipeline.pipeline.unet)
 
 
+def test_more_loras_than_may_be_on_need_to_be_chosen() -> None:
+    packed = replace(loaded(), loras=tuple(f"l{i}" for i in range(17)))
+    config = HandlerConfig.from_mapping(QUICK)
+    with pytest.raises(ConfigError, match="default_loras: 17 LoRAs are packed, and at most 16"):
+        assemble(packed, config, model_name="tiny", warm_up=False)
+    chosen = replace(config, default_loras={})
+    with closing(assemble(packed, chosen, model_name="tiny", warm_up=False)) as service:
+        assert service.read([{"body": {"prompt": "a"}}])[0].loras == {}
+
+
 @pytest.mark.parametrize("warm_up", [True, False])
 def test_warming_up_draws_every_size_unless_told_not_to(
     warm_up: bool, caplog: pytest.LogCaptureFixture
@@ -73,6 +85,35 @@ def test_warming_up_draws_every_size_unless_told_not_to(
         num_ticks = {s.name: s.value for s in service.samples()}["diffusers_ticks_total"]
     assert (num_ticks > 0) == warm_up
     assert ("warmed up" in caplog.text) == warm_up
+
+
+@pytest.mark.parametrize("sizes", [None, ["32x32"]])
+def test_no_picture_is_decoded_for_a_warm_up_that_is_not_drawn(
+    sizes: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[object] = []
+
+    def decode(request: Any, config: Any) -> Any:
+        decoded.append(request)
+        return decode_pictures(request, config)
+
+    monkeypatch.setattr("handler.assembly.decode_pictures", decode)
+    with assembled(warm_up_sizes=sizes):
+        assert bool(decoded) == bool(sizes)
+
+
+def test_requests_leave_out_what_they_say() -> None:
+    """Sent, or configured; beside one that has everything computed."""
+    with assembled(num_inference_steps=12, guidance_scale=5.0, warm_up=False) as service:
+
+        def rows(**fields: Any) -> float:
+            before = {sample.name: sample.value for sample in service.samples()}
+            service.draw(service.read([{"body": {"prompt": "a cat", "seed": 1, **fields}}]))
+            after = {sample.name: sample.value for sample in service.samples()}
+            name = "diffusers_forward_rows_total"
+            return after[name] - before.get(name, 0)
+
+        assert rows(guidance_end=0.0) < rows()
 
 
 def traits(**changes: Any) -> PipelineTraits:

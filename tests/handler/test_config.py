@@ -179,3 +179,34 @@ def test_the_shipped_file_is_valid() -> None:
     # Cancelling must get through while the waiting room is full.
     config = HandlerConfig()
     assert document["batchSize"] > config.max_rows + config.max_waiting
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ({"ink": 1, "style": -10}, {"ink": 1.0, "style": -10.0}),
+        (["ink", "style"], {"ink": 1.0, "style": 1.0}),
+        ([], {}),
+    ],
+)
+def test_default_loras(written: object, read: dict[str, float]) -> None:
+    assert HandlerConfig.from_mapping({"default_loras": written}).default_loras == read
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [{"name": "a"}],
+        ["a", 1],
+        "a",
+        {"a": 10.5},
+        {"a": True},
+        {"a": None},
+        {"": 1},
+        {f"l{i}": 1 for i in range(17)},
+        [f"l{i}" for i in range(17)],
+    ],
+)
+def test_what_are_no_default_loras(wrong: object) -> None:
+    with pytest.raises(ConfigError, match="up to 16 names with scales, -10 to 10"):
+        HandlerConfig.from_mapping({"default_loras": wrong})

@@ -10,6 +10,7 @@ from handler import errors
 from handler.errors import (
     ArchiveError,
     ConfigError,
+    DeviceLost,
     Draining,
     InvalidRequest,
     QueueFull,
@@ -18,7 +19,9 @@ from handler.errors import (
 )
 
 CLASSES = [
-    c for _, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == "handler.errors"
+    c
+    for name, c in inspect.getmembers(errors, inspect.isclass)
+    if c.__module__ == "handler.errors" and not name.startswith("_")
 ]
 REQUEST_ERRORS = [c for c in CLASSES if issubclass(c, RequestError) and c is not RequestError]
 
@@ -63,8 +66,10 @@ def test_fields_are_copied_into_the_body() -> None:
     }
 
 
-@pytest.mark.parametrize("cls", [QueueFull, Draining])
-def test_who_is_only_busy_says_when_to_come_again(cls: type[QueueFull] | type[Draining]) -> None:
+@pytest.mark.parametrize("cls", [QueueFull, Draining, DeviceLost])
+def test_who_is_only_busy_says_when_to_come_again(
+    cls: type[QueueFull] | type[Draining] | type[DeviceLost],
+) -> None:
     assert cls("full", retry_after_s=7).headers == {"Retry-After": "7"}
     assert int(cls("full").headers["Retry-After"]) >= 1
     assert InvalidRequest("no").headers == {}

@@ -11,7 +11,7 @@ from scripts.console import DONE, FAILED, MISUSED
 
 COMMANDS = (
     *("demo", "pack", "inspect", "verify", "serve", "stop", "restart", "status", "logs"),
-    *("up", "gateway"),
+    *("up", "gateway", "key"),
     *("push", "pull", "download", "zip", "completion"),
 )
 

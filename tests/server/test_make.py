@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,31 +15,14 @@ from scripts.repository import REPOSITORY
 from scripts.torchserve.options import Ports
 from scripts.torchserve.process import TorchServer
 from scripts.torchserve.state import StateDir
+from tests.support.makes import linked_clone, linked_environment, make
 from tests.support.toy_archive import write_toy_archive
-
-
-def make(*arguments: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess[str]:
-    """Run make in the repository, as from a shell: not as a part of the make that runs tests."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
-    return subprocess.run(
-        ["make", *arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
 
 
 @pytest.fixture
 def places(tmp_path: Path) -> Iterator[list[str]]:
     """Arguments that keep a make within `tmp_path`: paths with spaces, and ports of its own."""
-    virtual = tmp_path / "venv"
-    virtual.mkdir()
-    for name in ("bin", "lib", "pyvenv.cfg"):
-        (virtual / name).symlink_to(Path(sys.prefix) / name)
-    (virtual / ".installed").touch()
+    virtual = linked_environment(tmp_path)
     (tmp_path / "a store").mkdir()
     ports = Ports.free()
     while Ports.starting_at(ports.inference, ports.grpc_inference).taken():
@@ -98,12 +80,7 @@ def test_an_archive_of_the_users_own_is_not_replaced(tmp_path: Path, places: lis
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """What `make clean` needs of the repository, whose caches are to stay."""
-    clone = tmp_path / "clone"
-    clone.mkdir()
-    packages = ("diffusers_torchserve", "handler", "scripts")
-    for name in ("Makefile", "constraints.txt", "pyproject.toml", "config", *packages):
-        (clone / name).symlink_to(REPOSITORY / name)
-    return clone
+    return linked_clone(tmp_path)
 
 
 def test_a_run_dir_of_somebody_else_is_left_as_it_is(

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
 import yaml
 
+from handler import __version__
 from handler.service.metrics import COUNTERS, GAUGES, HISTOGRAMS
 from scripts.repository import REPOSITORY
 from scripts.torchserve.process import TorchServer
 from tests.support.client import curl, post_json
-from tests.support.traffic import cancel, metrics, until, watching
+from tests.support.traffic import SSE, cancel, metrics, until, watching
 
 OURS = {**COUNTERS, **GAUGES, **HISTOGRAMS}
 
@@ -28,6 +35,7 @@ def test_traffic_is_counted(server: TorchServer, url: str) -> None:
     assert changed["diffusers_requests_total{outcome=invalid_request}"] == 1
     assert changed["diffusers_requests_total{outcome=cancelled}"] == 1
     assert changed["diffusers_images_total"] == 5
+    assert changed["diffusers_task_images_total{task=text-to-image}"] == 5
     assert 5 + 2 * 7 + 1 <= changed["diffusers_steps_total"] < 1000
     assert changed["diffusers_request_seconds_count{stage=total}"] == 3
     for stage in ("queue", "denoise", "decode"):
@@ -44,7 +52,7 @@ def test_traffic_is_counted(server: TorchServer, url: str) -> None:
 def test_every_declared_metric_of_ours_is_there(server: TorchServer, url: str) -> None:
     post_json(url, {"prompt": "a"})
     shown = {name.partition("{")[0] for name in settled(server)}
-    assert shown >= {*COUNTERS, *GAUGES}
+    assert shown >= {*COUNTERS, *GAUGES} - {"diffusers_lora_images_total"}
     assert {f"{name}_bucket" for name in HISTOGRAMS} <= shown
     declared = yaml.safe_load((REPOSITORY / "config" / "metrics.yaml").read_text())
     names = {m["name"] for kind in declared["model_metrics"].values() for m in kind}
@@ -61,6 +69,36 @@ def test_nothing_else_with_our_prefix_and_torchserves_own_beside(server: TorchSe
     assert "PredictionTime" in text
 
 
+def test_what_waits_is_seen_to_wait(server: TorchServer, url: str) -> None:
+    """Guided pictures are two rows: more of them than fit wait, and the gauges say so."""
+    settled(server)
+    max_rows = metrics(server)["diffusers_max_rows"]
+    num = int(max_rows) // 2 + 3
+    with ExitStack() as stack:
+        for _ in range(num):
+            stack.enter_context(open_request(url, {"prompt": "a", "steps": 1000}))
+        full = until(lambda: metrics(server), lambda m: m["diffusers_requests_waiting"] == 3)
+        assert full["diffusers_requests_waiting"] == 3
+        assert full["diffusers_requests_in_flight"] == num - 3
+        assert full["diffusers_rows_in_flight"] == max_rows
+        before = full["diffusers_requests_total{outcome=disconnected}"]
+    # Those that were watched have left.
+    after = settled(server)
+    assert after["diffusers_requests_waiting"] == after["diffusers_rows_in_flight"] == 0
+    assert after["diffusers_requests_total{outcome=disconnected}"] - before == num
+
+
+def test_a_worker_tells_of_itself(server: TorchServer, url: str) -> None:
+    text = curl(server.metrics_url).body.decode()
+    (info,) = [line for line in text.splitlines() if line.startswith("diffusers_worker_info{")]
+    assert f'version="{__version__}"' in info
+    assert 'pipeline="StableDiffusionPipeline"' in info
+    values = metrics(server)
+    assert values["diffusers_worker_memory_bytes"] > 100e6
+    assert values["diffusers_gpu_memory_bytes{kind=total}"] == 0
+    assert 0 < time.time() - values["diffusers_worker_start_time_seconds"] < 3600
+
+
 def settled(server: TorchServer) -> dict[str, float]:
     """The metrics once all that ran is counted: lines of the worker's are read a little later."""
     last: dict[str, float] = {}
@@ -70,3 +108,19 @@ def settled(server: TorchServer) -> dict[str, float]:
             return now
         last = now
     return last
+
+
+@contextmanager
+def open_request(url: str, fields: Mapping[str, object]) -> Iterator[None]:
+    """A stream that is left at the end of the block, whether it has begun or waits."""
+    process = subprocess.Popen(
+        [
+            *("curl", "-sSN", "--noproxy", "*", "--max-time", "120", "-o", "/dev/null", url),
+            *("-H", "Content-Type: application/json", *SSE, "-d", json.dumps(dict(fields))),
+        ]
+    )
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()

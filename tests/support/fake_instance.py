@@ -40,6 +40,7 @@ class Received:
     path: str
     upstream_id: str
     fields: dict[str, Any]
+    traceparent: str = ""
 
 
 @dataclass(slots=True)
@@ -51,6 +52,10 @@ class FakeInstance:
     received: list[Received] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     open_requests: int = 0
+    metrics: str = ""
+    """What it says at /metrics; nothing: it has none."""
+    stands_still: bool = False
+    """Whether its worker does; the management API goes on."""
     answer: Callable[[Received], Any] | None = None
 
     @property
@@ -61,13 +66,23 @@ class FakeInstance:
         status = "READY" if self.is_ready else "UNLOADED"
         return web.json_response([{"workers": [{"id": "9000", "status": status}]}])
 
+    async def tell_metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics, status=200 if self.metrics else 404)
+
     async def predict(self, request: web.Request) -> web.StreamResponse:
         content = json.loads(await request.read())
+        while self.stands_still:
+            await asyncio.sleep(0.01)
         if "cancel" in content:
             self.cancelled.append(content["cancel"])
+            known = any(each.upstream_id == content["cancel"] for each in self.received)
+            if not known:
+                error = {"code": "not_found", "message": "no such request", "fields": {}}
+                return web.json_response({"error": error}, status=404)
             return web.json_response({"cancelled": content["cancel"]})
         upstream_id = request.headers.get("X-Request-Id", "")
-        received = Received(request.path, upstream_id, content)
+        traceparent = request.headers.get("traceparent", "")
+        received = Received(request.path, upstream_id, content, traceparent)
         self.received.append(received)
         self.open_requests += 1
         try:
@@ -95,6 +110,7 @@ async def running_instance(**settings: Any) -> AsyncIterator[FakeInstance]:
     fake = FakeInstance(**settings)
     app = web.Application()
     app.router.add_get(f"/models/{MODEL}", fake.manage)
+    app.router.add_get("/metrics", fake.tell_metrics)
     app.router.add_post(f"/predictions/{MODEL}", fake.predict)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()

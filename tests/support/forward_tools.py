@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from handler.engine.forward import BatchedForward, Failure
 from handler.engine.parking import ModuleCall, Slot
+from handler.engine.row_adapters import RowAdapters
 from handler.engine.ticket import Ticket
+from handler.pipelines.adapters import AdapterSet, AdapterSets
 from handler.pipelines.cost import Cost
 
 
@@ -44,16 +46,23 @@ def slot_of(body: Callable[[torch.Tensor, Any], Any]) -> Slot:
     )
 
 
-def call(slot: Slot, *values: float, timestep: Any = None, exact: bool = False, **more: Any) -> Any:
-    """A parked call with one row for each value."""
-    ticket = Ticket(kwargs={}, cost=Cost(len(values), 0), exact=exact, **more)
+def call(
+    slot: Slot,
+    *values: float,
+    timestep: Any = None,
+    exact: bool = False,
+    adapters: Mapping[str, float] | None = None,
+) -> Any:
+    """A parked call with one row for each value; its `adapters` cannot be mixed with others."""
+    found = None if adapters is None else AdapterSet(adapters, {}, is_mixable=False)
+    ticket = Ticket(kwargs={}, cost=Cost(len(values), 0), exact=exact, adapter_set=found)
     sample = torch.tensor(values, dtype=torch.float32).reshape(-1, 1).expand(-1, 3)
     bound = slot.signature.bind(sample, timestep=timestep)
     return ModuleCall(slot, ticket, bound, len(values))
 
 
 def batched(max_rows: int = 16, **options: Any) -> BatchedForward:
-    return BatchedForward(lambda: 0.0, max_rows, **options)
+    return BatchedForward(lambda: 0.0, max_rows, RowAdapters(AdapterSets([])), **options)
 
 
 def run(forward: BatchedForward, calls: Sequence[ModuleCall]) -> list[Any]:

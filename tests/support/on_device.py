@@ -42,9 +42,15 @@ def kwargs_of(name: str, index: int, **changes: Any) -> dict[str, Any]:
     """Arguments of request `index`; five of them differ in steps, guidance and prompt."""
     if name != DEMO:
         return {**example_kwargs(name, index), **changes}
-    colours = ("red", "blue", "green", "pink", "black")
+    colour, background = (
+        ("red", "cyan"),
+        ("blue", "white"),
+        ("green", "yellow"),
+        ("pink", "black"),
+        ("black", "pink"),
+    )[index % 5]
     return {
-        "prompt": f"a {colours[index % 5]} circle on a white background",
+        "prompt": f"a large {colour} circle on a {background} background",
         "num_inference_steps": (6, 9, 5, 8, 7)[index % 5],
         "guidance_scale": (7.5, 1.0, 4.0, 1.0, 2.5)[index % 5],
         "height": 256,

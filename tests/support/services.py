@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from diffusers import StableDiffusionPipeline
@@ -15,6 +15,7 @@ from handler.engine import InFlightEngine
 from handler.pipelines.describe import describe
 from handler.pipelines.tasks import pipelines_of
 from handler.service.generation import GenerationService
+from handler.service.records import Watcher
 from tests.support.clock import Clock
 from tests.support.pipelines import build
 
@@ -91,6 +92,7 @@ def make_service(
     draw_seed: Callable[[], int] = lambda: 5,
     encode: Callable[..., Reply] = success_reply,
     service_clock: Callable[[], float] | None = None,
+    watchers: Sequence[Watcher] = (),
     **settings: Any,
 ) -> GenerationService:
     """A service on `pipeline`, by default a `faulty` one; `settings` are its configuration's."""
@@ -108,6 +110,7 @@ def make_service(
         model_name="tiny",
         draw_seed=draw_seed,
         encode=encode,
+        watchers=watchers,
         clock=service_clock or clock,
     )
 
@@ -159,9 +162,9 @@ def error_of(reply: Reply) -> dict[str, Any]:
 
 
 def counted(service: GenerationService) -> dict[tuple[str, tuple[str, ...]], float]:
-    """What the service's metrics counted since the last time, by name and labels."""
+    """What the service's metrics counted since the last time, by name and labels; no zeros."""
     return {
         (sample.name, sample.dimensions): sample.value
         for sample in service.samples()
-        if sample.kind == "counter"
+        if sample.kind == "counter" and sample.value
     }

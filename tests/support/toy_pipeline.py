@@ -65,6 +65,8 @@ class ToyVAE(torch.nn.Module):
 
 
 class ToyPipeline(DiffusionPipeline):
+    num_timesteps = 0
+
     def __init__(self, text_encoder: Any, unet: Any, vae: Any, scheduler: Any) -> None:
         super().__init__()
         self.register_modules(text_encoder=text_encoder, unet=unet, vae=vae, scheduler=scheduler)
@@ -97,8 +99,8 @@ class ToyPipeline(DiffusionPipeline):
             rows = self.scheduler.scale_model_input(rows, t)
             noise = self.denoise(rows, t, embeds)
             if is_guided:
-                free, bound = noise.chunk(2)
-                noise = free + guidance_scale * (bound - free)
+                noise_uncond, noise_text = noise.chunk(2)
+                noise = noise_uncond + guidance_scale * (noise_text - noise_uncond)
             # Some schedulers' step takes no generator, and none that is given draws without one.
             keywords = {"generator": generator} if self.draws_noise else {}
             latents = self.scheduler.step(noise, t, latents, return_dict=False, **keywords)[0]

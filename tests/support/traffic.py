@@ -23,6 +23,7 @@ ENDLESS: dict[str, object] = {
     "width": 768,
     "output_format": "json",
 }
+_OWN_LABELS = ("outcome", "stage", "le", "task", "lora", "kind")
 T = TypeVar("T")
 SSE = ("-H", "Accept: text/event-stream")
 
@@ -102,6 +103,6 @@ def metrics(server: TorchServer) -> dict[str, float]:
         if match is not None:
             labels = dict(re.findall(r'(\w+)="([^"]*)"', match[2]))
             assert labels.pop("ModelName") == server.model_name
-            own = ",".join(f"{k}={labels[k]}" for k in ("outcome", "stage", "le") if k in labels)
+            own = ",".join(f"{k}={labels[k]}" for k in _OWN_LABELS if k in labels)
             values[match[1] + (f"{{{own}}}" if own else "")] = float(match[3])
     return values

@@ -14,7 +14,7 @@ import pytest
 
 from gateway.body import Sent
 from gateway.gateway import Gateway
-from gateway.jobs.job import ENDED, Job, State
+from gateway.jobs.job import ENDED, Job, State, WebhookState
 from gateway.jobs.requests import fingerprint, read_job
 from gateway.jobs.webhooks import read_secret
 from gateway.settings import Settings
@@ -190,6 +190,49 @@ def test_no_more_are_drawn_at_a_time_than_may_be(tmp_path: Path) -> None:
     run(check())
 
 
+def test_a_job_that_is_claimed_here_again_takes_no_place_for_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its lease was not renewed in time: it is drawn twice until the first drawing learns so."""
+
+    async def check() -> None:
+        may_renew, may_end = asyncio.Event(), asyncio.Event()
+
+        async def answer(received: Received) -> bytes:
+            await may_end.wait()
+            return drawn(received)
+
+        async with (
+            running_instance(answer=answer) as fake,
+            running(tmp_path, fake, concurrency=2, lease_s=0.5) as gateway,
+        ):
+            renew = gateway.jobs.store.renew
+
+            async def renew_late(*arguments: Any) -> bool:
+                await may_renew.wait()
+                return await renew(*arguments)
+
+            monkeypatch.setattr(gateway.jobs.store, "renew", renew_late)
+            twice = await post(gateway)
+            while len(fake.received) < 2:
+                await asyncio.sleep(0.02)
+            may_renew.set()
+            while not fake.cancelled:
+                await asyncio.sleep(0.02)
+            assert gateway.jobs.runner.progress(twice) is not None
+            may_end.set()
+            assert (await until(gateway, twice, has_ended)).state is State.SUCCEEDED
+            # Both places are there.
+            may_end.clear()
+            for _ in range(2):
+                await post(gateway)
+            while fake.open_requests < 2:
+                await asyncio.sleep(0.02)
+            may_end.set()
+
+    run(check())
+
+
 def test_the_fingerprint_is_that_of_what_was_sent() -> None:
     fields = {"prompt": "a ring", "seed": 1}
     one = fingerprint(Sent(fields, files={"image": (b"a", b"b")}))
@@ -201,6 +244,40 @@ def test_the_fingerprint_is_that_of_what_was_sent() -> None:
         Sent(fields),
     ]
     assert len({one, *map(fingerprint, others)}) == 5
+
+
+def test_a_silent_receiver_of_webhooks_delays_no_other(tmp_path: Path) -> None:
+    async def check() -> None:
+        silent = asyncio.Event()
+
+        async def receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            head = await reader.readuntil(b"\r\n\r\n")
+            if head.startswith(b"POST /silent "):
+                silent.set()
+                await reader.read()  # until the gateway hangs up
+            else:
+                writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+            writer.close()
+
+        hosts = {"webhook_hosts": ["127.0.0.1"]}
+        async with (
+            running_instance(answer=drawn) as fake,
+            await asyncio.start_server(receive, "127.0.0.1") as server,
+            running(tmp_path, fake, **hosts) as gateway,
+        ):
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            await post(gateway, webhook_url=f"{url}/silent")
+            await silent.wait()
+            others = [await post(gateway, webhook_url=f"{url}/other") for _ in range(20)]
+            async with asyncio.timeout(5):
+                for other in others:
+                    await until(
+                        gateway,
+                        other,
+                        lambda job: job.webhook_state is WebhookState.DELIVERED,
+                    )
+
+    run(check())
 
 
 def test_the_secret_of_webhooks(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
 from collections.abc import Coroutine
 from dataclasses import replace
 from pathlib import Path
@@ -390,6 +391,32 @@ def test_the_next_start_takes_up_what_a_killed_gateway_drew(tmp_path: Path, cloc
         assert (await take(again)).id == "a"
         await again.close()
         assert (tmp_path / "jobs.sqlite").stat().st_mode & 0o777 == 0o600
+
+    run(check())
+
+
+def test_a_transaction_that_is_cancelled_while_it_begins_leaves_none_open(
+    tmp_path: Path, clock: Clock
+) -> None:
+    async def check() -> None:
+        database = SqliteDatabase(tmp_path / "jobs.sqlite", clock)
+        await database.open()
+        other = sqlite3.connect(tmp_path / "jobs.sqlite", timeout=0, isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        work = asyncio.create_task(database.next_id(MODELS))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        work.cancel()
+        await asyncio.sleep(0)
+        other.execute("ROLLBACK")
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        # Whoever else writes to the file can.
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("ROLLBACK")
+        other.close()
+        assert await database.next_id(MODELS) is None
+        await database.close()
 
     run(check())
 

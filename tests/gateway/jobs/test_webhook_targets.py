@@ -98,6 +98,7 @@ def test_a_name_stands_for_public_addresses_and_those_that_are_named() -> None:
         *("100.64.0.1", "224.0.0.1", "255.255.255.255", "192.0.2.1"),
         *("::", "::1", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:169.254.169.254"),
         *("64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1", "2001:db8::1"),
+        *("64:ff9b:1::a9fe:a9fe", "::127.0.0.1", "::ffff:0:127.0.0.1", "fec0::1"),
     ],
 )
 def test_no_other_address_is_connected_to(address: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 
 from handler.api.body import HOW_TO_SEND, MAX_FIELDS, Payload, media_type, open_body
+from handler.api.foreign_names import HOW_PICTURES_ARE_SENT
 from handler.errors import InvalidRequest, TooLarge
+from tests.support.pictures import encoded
 
 JSON = {"content-type": "application/json"}
 TEXT = {"content-type": "text/plain; charset=utf-8"}
@@ -112,7 +114,7 @@ def test_json_nested_beyond_the_interpreters_stack() -> None:
 
 
 def test_integers_of_more_digits_than_python_reads() -> None:
-    with pytest.raises(InvalidRequest, match="is not JSON"):
+    with pytest.raises(InvalidRequest, match="is not JSON: a number is too long"):
         open_body({"body": b"1" * 5000}, JSON, max_body_bytes=2**30)
 
 
@@ -190,3 +192,20 @@ def test_more_fields_than_any_request_has_are_refused_unread(row: dict[str, obje
     with pytest.raises(InvalidRequest) as caught:
         open_body(row, {}, max_body_bytes=10**6)
     assert caught.value.fields == {"body": f"has {MAX_FIELDS + 1} fields; allowed are {MAX_FIELDS}"}
+
+
+def test_a_file_under_a_name_that_is_no_field_is_told_where_pictures_go() -> None:
+    file = encoded((8, 8))
+    row: dict[str, object] = {"prompt": file, "file": file, "notes": b"\xff"}
+    problems = read(row).problems
+    assert problems["file"] == HOW_PICTURES_ARE_SENT
+    assert problems["prompt"] == "is not UTF-8 text (byte 0x89 at 0)"
+    assert problems["notes"] == "is not UTF-8 text (byte 0xff at 0)"
+
+
+def test_an_encoded_body_is_told_what_it_is() -> None:
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    found = problem({"body": b"\x1f\x8b\x08"}, headers)
+    assert found == {"Content-Encoding": "'gzip' cannot be read; send the body as it is"}
+    plain = {**headers, "content-encoding": "identity"}
+    assert read({"body": b'{"prompt": "a"}'}, plain).fields == {"prompt": "a"}

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from handler.api.fields import FieldReader
+from handler.api.schema import Field, Kind
+from handler.config import HandlerConfig
 from handler.messages import show, shown_name, summarise
 
 NAN, INFINITY = float("nan"), float("inf")
@@ -81,7 +83,10 @@ def test_booleans(value: str, meant: bool) -> None:
     assert typed(b=meant).boolean("b") is meant
     reader = typed(b=value)
     assert reader.boolean("b") is None
-    assert reader.problems["b"].endswith("is neither true nor false")
+    assert reader.problems["b"].endswith("is neither true nor false; write it without quotes")
+    reader = typed(b="yes")
+    assert reader.boolean("b") is None
+    assert reader.problems["b"] == "'yes' is neither true nor false"
 
 
 def test_text_is_stripped_and_checked() -> None:
@@ -100,10 +105,10 @@ def test_text_is_stripped_and_checked() -> None:
 
 def test_choices() -> None:
     choices = {"png": "png", "jpg": "jpeg"}
-    assert typed(f=" JPG").choice("f", choices) == "jpeg"
+    assert typed(f=" JPG").choice("f", choices=choices) == "jpeg"
     reader = typed(f="pmg", g=3)
-    assert reader.choice("f", choices) is None
-    assert reader.choice("g", choices) is None
+    assert reader.choice("f", choices=choices) is None
+    assert reader.choice("g", choices=choices) is None
     assert "did you mean png?" in reader.problems["f"]
     assert "3 is not allowed; one of png, jpg" in reader.problems["g"]
 
@@ -113,6 +118,26 @@ def test_two_names_of_one_field() -> None:
     assert reader.take("num_inference_steps", ["steps"]) is None
     assert "num_inference_steps and steps" in reader.problems["num_inference_steps"]
     assert reader.rest() == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (Kind.TEXT, "a"),
+        (Kind.INTEGER, 3),
+        (Kind.NUMBER, 3.0),
+        (Kind.BOOLEAN, True),
+        (Kind.CHOICE, "png"),
+        (Kind.ID, "r-1"),
+        (Kind.LORAS, {"ink": 1.0}),
+    ],
+)
+def test_a_field_of_any_kind_may_have_other_names(kind: Kind, value: object) -> None:
+    each = Field(name="f", kind=kind, meaning="", aliases=("g",), maximum=9, choices={"png": "png"})
+    assert typed(g=value).read(each, HandlerConfig()) == value
+    reader = typed(f=value, g=value)
+    assert reader.read(each, HandlerConfig()) is None
+    assert reader.problems == {"f": "given more than once, as f and g: send one of them"}
 
 
 def test_null_is_absent() -> None:

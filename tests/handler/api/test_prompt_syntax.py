@@ -41,6 +41,8 @@ def pieces(prompt: str) -> list[tuple[str | None, float]]:
         ("BREAKFAST", [("BREAKFAST", 1.0)]),
         ("(a:1.2.3)", [("a:1.2.3", 1.1)]),
         ("()", [("", 1.0)]),
+        ("(a [b) c] d", [("a ", 1.1), ("b", 1.0), (" c", round(1 / 1.1, 6)), (" d", 1.0)]),
+        ("(a (b", [("a ", 1.1), ("b", 1.21)]),
     ],
 )
 def test_pieces(prompt: str, wanted: list[tuple[str | None, float]]) -> None:
@@ -53,6 +55,20 @@ def test_any_text_has_pieces(prompt: str) -> None:
     assert found
     plain = "".join(piece.text or "" for piece in found)
     assert set(plain) <= set(prompt)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("(a" * 100_000, "a" * 100_000),
+        ("(a" * 100_000 + ":1)" * 100_000, "a" * 100_000),
+        ("[(a" * 50_000 + ")]" * 50_000, "a" * 50_000),
+        (":" * 100_000, ":" * 100_000),
+    ],
+)
+def test_brackets_may_nest_as_deep_as_they_like(prompt: str, text: str) -> None:
+    """To look at all that is inside of each would take hours."""
+    assert "".join(piece.text or "" for piece in pieces_of(prompt)) == text
 
 
 def test_text_without_syntax_is_one_piece() -> None:
@@ -73,8 +89,8 @@ def test_weights_within_the_range_are_none() -> None:
     [
         ("a <lora:ink:0.8> b", "a  b", {"ink": 0.8}),
         ("<lora:ink>", "", {"ink": 1.0}),
-        ("<lora:a:1><lora:b:-0.5> x", " x", {"a": 1.0, "b": -0.5}),
-        ("<lora:a:1> <lora:a:1.0>", " ", {"a": 1.0}),
+        ("<lora:a:1><lora:b:-0.5> x", "x", {"a": 1.0, "b": -0.5}),
+        ("<lora:a:1> <lora:a:1.0>", "", {"a": 1.0}),
         ("a <b> c", "a <b> c", {}),
     ],
 )
@@ -82,7 +98,18 @@ def test_loras_are_taken_out(prompt: str, text: str, loras: dict[str, float]) ->
     assert take_loras(prompt) == (text, loras)
 
 
-@pytest.mark.parametrize("prompt", ["<lora:a:x>", "<lora:a:1> <lora:a:2>", "<lora:a:nan>"])
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<lora:a:x>",
+        "<lora:a:1> <lora:a:2>",
+        "<lora:a:nan>",
+        "<lora:a:1_0>",
+        "<lora:a:>",
+        "<lora:a:1:1>",
+        "<lora:a:１>",
+    ],
+)
 def test_a_lora_without_one_scale_is_a_problem(prompt: str) -> None:
     with pytest.raises(ValueError, match="<lora:a:"):
         take_loras(prompt)

@@ -59,7 +59,7 @@ def reply_to(
     envelope_id: str | None = None,
     config: HandlerConfig = CONFIG,
     request_id: str = "id-1",
-    jpeg_quality: int | None = None,
+    jpeg_quality: int = CONFIG.jpeg_quality,
 ) -> Reply:
     call = Call(
         requests=tuple(r.request for r in results),
@@ -216,20 +216,13 @@ def test_metadata_can_be_turned_off(output_format: str) -> None:
     assert not any(form in without for form in forms)
 
 
-def test_jpeg_quality_is_the_configured_one() -> None:
-    coarse = HandlerConfig(jpeg_quality=5)
-    assert len(reply_to([result()], "jpeg", config=coarse).body) < len(
-        reply_to([result()], "jpeg").body
-    )
-
-
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
-def test_jpeg_quality_is_the_requests_where_it_says_one(output_format: str) -> None:
-    coarse, default, fine = (
+def test_jpeg_quality_is_that_of_the_call(output_format: str) -> None:
+    coarse, middle, fine = (
         len(reply_to([result()], output_format, jpeg_quality=quality).body)
-        for quality in (5, None, 100)
+        for quality in (5, 90, 100)
     )
-    assert coarse < default < fine
+    assert coarse < middle < fine
 
 
 def test_warnings_are_headers_in_rfc_7234s_form() -> None:

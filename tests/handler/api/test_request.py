@@ -7,7 +7,9 @@ from collections.abc import Mapping
 
 import pytest
 
-from handler.api.request import GenerationRequest, check_against_pipeline, parse_fields
+from handler.api.request import GenerationRequest
+from handler.api.request_checks import check_against_pipeline
+from handler.api.request_fields import parse_fields
 from handler.api.schema import MAX_SEED
 from handler.api.traits import PipelineTraits
 from handler.config import HandlerConfig
@@ -311,9 +313,23 @@ def test_defaults_that_do_not_fit_the_pipeline_stop_start_up() -> None:
     assert str(caught.value).splitlines()[1:] == [
         "  height: 520 is not a multiple of 16; nearest are 512 and 528",
         "  width: 776 is not a multiple of 16; nearest are 768 and 784",
-        "  scheduler: 'lcm' is not one of ddim",
+        "  scheduler: 'lcm' does not go with this pipeline; allowed: ddim",
         "  negative_prompt: this pipeline takes none",
     ]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "problem"),
+    [
+        ("eulr_a", "'eulr_a' does not go with this pipeline; did you mean euler_a? allowed: "),
+        ("Euler a Karras", "'Euler a Karras': Euler a has no Karras sigmas in diffusers; its sig"),
+    ],
+)
+def test_a_configured_sampler_is_told_what_a_requests_is(scheduler: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_against_pipeline(HandlerConfig(scheduler=scheduler), TRAITS)
+    assert f"  scheduler: {problem}" in str(caught.value)
+    assert problem in problems({"prompt": "a", "scheduler": scheduler})["scheduler"]
 
 
 def test_loras_that_a_weighted_prompt_names_are_the_field() -> None:
@@ -324,10 +340,45 @@ def test_loras_that_a_weighted_prompt_names_are_the_field() -> None:
     both = parse({"prompt": "a <lora:ink:0.8>", "loras": {"style": 1}, **ON}, traits=traits)
     assert both.loras == {"ink": 0.8, "style": 1.0}
     assert parse({"prompt": "a <lora:ink:0.8>"}, traits=traits).loras is None
-    wrong = [
-        ({"prompt": "a <lora:ink:x>"}, "prompt"),
-        ({"prompt": "a <lora:ikn:1>"}, "loras"),
-        ({"prompt": "a <lora:ink:1>", "loras": {"ink": 2}}, "loras"),
-    ]
-    for fields, field in wrong:
-        assert problems({**fields, **ON}, traits=traits).keys() == {field}
+
+
+MANY = " ".join(f"<lora:l{number}:1>" for number in range(17))
+MOST = [f"l{number}" for number in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        (
+            {"prompt": "a <lora:ink:x>"},
+            {"prompt": "the scale of <lora:ink:…> is 'x', not a number"},
+        ),
+        (
+            {"prompt": "a <lora:ink:99999>"},
+            {"prompt": "the scale of ink is 99999.0; allowed: -10 to 10"},
+        ),
+        ({"prompt": f"a {MANY}"}, {"prompt": "17 LoRAs are named; allowed are 16"}),
+        (
+            {"prompt": "a <lora:ink:1>", "loras": MOST},
+            {"loras": "with those in the prompt, 17 LoRAs are named; allowed are 16"},
+        ),
+        ({"prompt": " <lora:ink> "}, {"prompt": "is empty but for its LoRA tags"}),
+        (
+            {"prompt": "a <lora:ink:1>", "loras": {"ink": 2}},
+            {"loras": "'ink' has another scale in the prompt"},
+        ),
+    ],
+)
+def test_loras_in_a_prompt_are_checked_like_those_of_the_field(
+    fields: dict[str, object], found: dict[str, str]
+) -> None:
+    traits = dataclasses.replace(WEIGHTED, loras=frozenset({"ink", *MOST}))
+    assert problems({**fields, **ON}, traits=traits) == found
+
+
+def test_a_lora_in_a_prompt_that_there_is_not_is_told_those_that_there_are() -> None:
+    traits = dataclasses.replace(WEIGHTED, loras=frozenset({"ink", "style"}))
+    found = problems({"prompt": "a <lora:ikn:1>", **ON}, traits=traits)
+    assert "did you mean ink? there are ink, style" in found["loras"]
+    found = problems({"prompt": "a <lora:../ink:1>", **ON}, traits=traits)
+    assert "'../ink' is not the name of a LoRA" in found["prompt"]

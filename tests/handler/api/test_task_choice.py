@@ -124,7 +124,7 @@ def test_the_task_follows_from_the_pictures(fields: dict[str, Any], task: str) -
             {"strength": 0.5},
             {
                 "strength": "this task has no such parameter; image-to-image, inpainting,"
-                " image-to-image+control has it"
+                " image-to-image+control have it"
             },
         ),
         ({"control": "canny"}, {"control": "needs control_image, the picture that it follows"}),
@@ -334,8 +334,22 @@ def test_the_pictures_of_a_body_are_bounded_together() -> None:
     call = read_call({"body": body(3)}, {}, CONFIG, SERVED, draw_seed=lambda: 1)
     assert isinstance(call, Call)
     assert refusal(body(4)) == {
-        "instances": "have 4 pictures of 67084288 pixels together; allowed are 50331648"
+        "instances": "have 4 pictures of 67084288 pixels together, a picture counted once for each"
+        " size that it is brought to; allowed are 50331648"
     }
+
+
+def test_a_picture_counts_for_each_size_that_it_is_decoded_in() -> None:
+    def body(*sizes: int) -> dict[str, Any]:
+        return {
+            "image": as_base64(header_only_png(4096, 4096)),
+            "instances": [{"prompt": "a", "width": size, "height": size} for size in sizes],
+        }
+
+    sent = {"body": body(64, 128, 192, 64, 128, 192)}
+    assert isinstance(read_call(sent, {}, CONFIG, SERVED, draw_seed=lambda: 1), Call)
+    found = refusal(body(64, 128, 192, 256))
+    assert "have 4 pictures of 67108864 pixels together" in found["instances"]
 
 
 def test_metadata() -> None:

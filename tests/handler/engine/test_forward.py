@@ -167,7 +167,7 @@ def test_what_prepares_a_forward_fails_for_its_calls_alone() -> None:
 
     def prepare(calls: Sequence[ModuleCall]) -> None:
         asked.append(len(calls))
-        if calls[0].ticket.adapters:
+        if calls[0].ticket.lora_names:
             raise RefusedError
 
     forward, slot = batched(prepare=prepare), slot_of(doubled)

@@ -85,3 +85,16 @@ def test_as_many_steps_as_in_training_are_refused_before_they_fail(scheduler: st
     assert "allowed: 1 to" in error.value.fields["num_inference_steps"]
     engine.submit(kwargs_of(0, num_inference_steps=1000), scheduler="DDIM sgm_uniform")
     engine.close()
+
+
+def test_steps_so_close_that_two_have_one_timestep_are_drawn_in_flight() -> None:
+    """The pipeline called directly fails at its last step."""
+    pipeline = build("stable_diffusion")
+    kwargs = kwargs_of(0, num_inference_steps=60)
+    with pytest.raises(IndexError):
+        solo(pipeline, "DPM++ 2M beta", kwargs)
+    engine = InFlightEngine(pipeline)
+    ticket = engine.submit(kwargs_of(0, num_inference_steps=60), scheduler="DPM++ 2M beta")
+    engine.run()
+    engine.close()
+    assert torch.isfinite(image_of(ticket.result())).all()

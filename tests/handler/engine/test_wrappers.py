@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
+from inspect import BoundArguments
 from typing import Any
 
 import pytest
 import torch
 
+from handler.batching.halves import doubled, second_half
 from handler.engine import CompiledForwards, ForwardWrapper
 from handler.engine.parking import ModuleCall
 from handler.engine.wrappers import UNANSWERED
@@ -75,17 +79,38 @@ def test_a_step_cache_gives_the_same_alone_and_in_company() -> None:
     assert min((e - p).abs().max() for e, p in zip(expected, plain, strict=True)) > 100 * BOUND
 
 
-def test_answered_rows_leave_the_tick() -> None:
+def test_who_is_answered_runs_on_into_the_forward_of_the_tick() -> None:
+    """Requests at different steps meet in each tick, though each leaves out every second one."""
     rows: list[int] = []
     pipeline = toy()
     pipeline.unet.enter.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
     with opened(pipeline, wrappers=[EverySecond()]) as engine:
-        first = engine.submit(toy_kwargs(0, num_inference_steps=6))
+        first = engine.submit(toy_kwargs(0, num_inference_steps=20))
         step_until(engine, lambda: first.num_steps_done == 1)
-        engine.submit(toy_kwargs(1, num_inference_steps=6))
+        second = engine.submit(toy_kwargs(1, num_inference_steps=20))
+        step_until(engine, lambda: second.num_steps_done == 3)
+        before = first.num_steps_done, second.num_steps_done
+        rows.clear()
+        engine.step()
+        assert (first.num_steps_done, second.num_steps_done) == (before[0] + 2, before[1] + 2)
+        assert rows == [4], "both in one"
         engine.run()
-    assert set(rows) == {2}, "one step apart, they never meet"
-    assert len(rows) == 3 + 3
+    assert first.num_steps_done == second.num_steps_done == 20
+
+
+def test_a_call_is_asked_about_once() -> None:
+    asked: list[ModuleCall] = []
+
+    class Asking(ForwardWrapper):
+        def before(self, call: ModuleCall) -> Any:
+            asked.append(call)
+            return UNANSWERED
+
+    with opened(toy(), wrappers=[Asking()]) as engine:
+        engine.submit(toy_kwargs(0, num_inference_steps=4))
+        engine.submit(toy_kwargs(1, num_inference_steps=5))
+        engine.run()
+    assert len(asked) == len(set(asked)) == 4 + 5
 
 
 def test_an_exact_request_meets_no_wrapper() -> None:
@@ -162,15 +187,45 @@ def test_what_a_wrapper_remembers_is_freed_when_the_ticket_ends(end: str) -> Non
     assert keeping.num_alive == 0
 
 
+# Fewer rows
+
+
+def test_a_call_may_run_narrower_than_the_pipeline_sees() -> None:
+    """The rows with the prompt alone, twice: as if there were no guidance."""
+
+    class Half(ForwardWrapper):
+        def narrow(self, call: ModuleCall) -> ModuleCall:
+            half = second_half(call.bound.arguments, call.num_rows)
+            assert half is not None
+            bound = BoundArguments(call.bound.signature, OrderedDict(half))
+            return replace(call, bound=bound, num_rows=call.num_rows // 2)
+
+        def widen(self, call: ModuleCall, output: Any) -> Any:
+            return doubled(output, call.num_rows)
+
+    class Seeing(ForwardWrapper):
+        def after(self, call: ModuleCall, output: Any) -> None:
+            assert len(output[0]) == call.num_rows == 2
+
+    rows: list[int] = []
+    pipeline = toy()
+    pipeline.unet.enter.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    with opened(pipeline, wrappers=[Half(), Seeing()]) as engine:
+        tickets = [engine.submit(toy_kwargs(i, guidance_scale=5.0)) for i in range(2)]
+        engine.run()
+    assert max(rows) == 2, "one row each, in one forward"
+    assert all_right(tickets, [solo(toy(), i, guidance_scale=1.0) for i in range(2)])
+
+
 # Errors and order
 
 
-@pytest.mark.parametrize("place", ["before", "after"])
+@pytest.mark.parametrize("place", ["before", "narrow", "widen", "after"])
 def test_an_error_of_a_wrapper_is_the_tickets(place: str) -> None:
     def fail(self: ForwardWrapper, call: ModuleCall, *output: Any) -> Any:
         if call.ticket.kwargs["prompt"] == "bad":
             raise LookupError("the cache is gone")
-        return UNANSWERED
+        return {"before": UNANSWERED, "narrow": call, "widen": output and output[0]}.get(place)
 
     kind = type("Failing", (ForwardWrapper,), {place: fail})
     with opened(toy(), wrappers=[kind()]) as engine:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from handler.engine import InFlightEngine
 from handler.errors import ArchiveError
-from handler.loading.lora_files import LoraReader
+from handler.loading.lora_files import LoraReader, read_lora
 from tests.support.loras import kohya_lora
 from tests.support.pipelines import build, example_kwargs, image_of
 
@@ -23,6 +27,7 @@ PREFIXES = {
         "lora_te2": "text_encoder_2",
     },
 }
+PATH = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 
 
@@ -68,7 +73,7 @@ def test_what_is_read_draws_what_diffusers_draws(family: str, form: str) -> None
     plain = image_of(build(family)(**example_kwargs(family, 0)))
     for exact in (True, False):
         engine = InFlightEngine(pipeline, exact=exact)
-        engine.attach_lora("a", layers)
+        engine.attach_lora("a", engine.prepare_lora(layers))
         styled = engine.submit(example_kwargs(family, 0), adapters={"a": 0.7})
         other = engine.submit(example_kwargs(family, 0))
         engine.run()
@@ -109,6 +114,52 @@ def test_the_scale_stands_in_the_files_metadata() -> None:
         LoraReader(pipeline).read(diffusers_own("stable_diffusion"), wrong)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rank_pattern": {"(": 2}},
+        {"lora_alpha": "much"},
+        {"alpha_pattern": [1]},
+        {"r": None, "x": 1},
+    ],
+    ids=repr,
+)
+def test_metadata_that_cannot_be_read_is_the_files_error(wrong: dict[str, Any]) -> None:
+    config = {"r": 2, "lora_alpha": 8, "rank_pattern": {"attn2.to_v": 3}, **wrong}
+    if "x" in wrong:
+        del config["r"]
+    text = json.dumps({f"unet.{key}": value for key, value in config.items()})
+    with pytest.raises(ArchiveError, match="its lora_adapter_metadata cannot be read"):
+        LoraReader(build("stable_diffusion")).read(
+            diffusers_own("stable_diffusion"), {"lora_adapter_metadata": text}
+        )
+
+
+def test_reading_ranks_that_differ_takes_about_as_long_as_equal_ones() -> None:
+    """The name of every layer may be the pattern of every other: compile each of them once."""
+    num_layers = 700
+    pipeline = build("stable_diffusion")
+    pipeline.unet.many = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(num_layers))
+    reader = LoraReader(pipeline)
+
+    def seconds(num_ranks: int) -> float:
+        file = {}
+        for i in range(num_layers):
+            rank = i % num_ranks + 1
+            file[f"unet.many.{i}.lora_A.weight"] = torch.ones(rank, 2)
+            file[f"unet.many.{i}.lora_B.weight"] = torch.ones(2, rank)
+        started_s = time.thread_time()
+        layers = reader.read(file, {})["unet"]
+        seconds = time.thread_time() - started_s
+        assert [layer.divisor for layer in layers.values()] == [
+            i % num_ranks + 1 for i in range(num_layers)
+        ]
+        return seconds
+
+    equal_s = seconds(1)
+    assert seconds(4) < 20 * equal_s
+
+
 def dora() -> dict[str, torch.Tensor]:
     return {**kohya("stable_diffusion"), f"{KEY}.dora_scale": torch.ones(8, 1)}
 
@@ -133,11 +184,13 @@ def with_other(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
             "lora_unet_other",
         ),
         (lambda: with_other(stray=torch.ones(3, 3, 3)), "stray"),
+        (lambda: {f"unet.{PATH}.lora_magnitude_vector": torch.ones(8)}, "it does not fit"),
         (
-            lambda: {f"unet.{KEY}.lora_magnitude_vector": torch.ones(8)},
-            "it is a DoRA, which is not applied",
+            lambda: {f"{KEY}.lokr_w1": torch.ones(2, 2)},
+            "not applied to a StableDiffusionPipeline (",
         ),
-        (lambda: {f"{KEY}.lokr_w1": torch.ones(2, 2)}, "it is a LoKr of LyCORIS"),
+        (lambda: {f"{KEY}.lokr_w1": torch.ones(2, 2)}, f"its keys are {KEY}.lokr_w1"),
+        (lambda: {f"{KEY}.hada_w1_a": torch.ones(2, 2)}, "it is a LoHa of LyCORIS"),
         (dict, "it is"),
     ],
 )
@@ -145,6 +198,34 @@ def test_what_is_not_applied_is_named(tensors: Any, words: str) -> None:
     with pytest.raises(ArchiveError) as raised:
         LoraReader(build("stable_diffusion")).read(tensors(), {})
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        torch.nn.AvgPool2d(2),
+        torch.nn.ConvTranspose2d(4, 4, 1),
+        torch.nn.Embedding(4, 4, max_norm=1.0),
+        torch.nn.LayerNorm(4),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_layer_that_takes_no_lora_is_named(layer: torch.nn.Module) -> None:
+    pipeline = build("stable_diffusion")
+    pipeline.unet.odd = layer
+    ends = (1, 1) if isinstance(layer, torch.nn.ConvTranspose2d) else ()
+    down, up = torch.ones(2, 4, *ends), torch.ones(4, 2, *ends)
+    file = {"unet.odd.lora_A.weight": down, "unet.odd.lora_B.weight": up}
+    with pytest.raises(ArchiveError, match=f"odd is a {type(layer).__name__}, which takes no LoRA"):
+        LoraReader(pipeline).read(file, {})
+
+
+@pytest.mark.parametrize("shape", [(), (8,), (2, 7), (2, 8, 1, 1)])
+def test_a_weight_of_another_shape_is_named(shape: tuple[int, ...]) -> None:
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"
+    file = {**diffusers_own("stable_diffusion"), name: torch.ones(shape)}
+    with pytest.raises(ArchiveError, match="it does not fit the pipeline"):
+        LoraReader(build("stable_diffusion")).read(file, {})
 
 
 def test_a_control_lora_leaves_the_reader_as_it_was() -> None:
@@ -166,3 +247,30 @@ def test_a_control_lora_leaves_the_reader_as_it_was() -> None:
 def test_a_pipeline_without_loras_says_so() -> None:
     with pytest.raises(ArchiveError, match="takes no LoRAs"):
         LoraReader(object()).read(kohya("stable_diffusion"), {})
+
+
+def test_a_component_is_asked_once_for_its_precision(tmp_path: Path) -> None:
+    """Models search all their weights for it: once a layer is seconds for a large one."""
+    save_file(kohya("stable_diffusion"), tmp_path / "a.safetensors")
+    pipeline = build("stable_diffusion")
+    asked: list[str] = []
+
+    class Counted:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        @property
+        def dtype(self) -> torch.dtype:
+            asked.append(self.name)
+            return torch.float64 if self.name == "unet" else torch.float16
+
+    components = {name: Counted(name) for name in ("unet", "text_encoder")}
+    layers = read_lora(
+        LoraReader(pipeline),
+        tmp_path / "a.safetensors",
+        SimpleNamespace(components=components),
+        torch.device("cpu"),
+    )
+    dtypes = {name: {each.down.dtype for each in of.values()} for name, of in layers.items()}
+    assert dtypes == {"unet": {torch.float64}, "text_encoder": {torch.float16}}
+    assert sorted(asked) == ["text_encoder", "unet"]

@@ -174,7 +174,7 @@ def test_a_packed_lora_of_kohya_is_applied_whole(tmp_path: Path) -> None:
     ]
     assert len(adapted) == len(file) // 3
     with closing(InFlightEngine(plain)) as engine:
-        engine.attach_lora("style", LoraReader(plain).read(file, {}))
+        engine.attach_lora("style", engine.prepare_lora(LoraReader(plain).read(file, {})))
         ticket = engine.submit(example_kwargs("stable_diffusion", 0), adapters={"style": 1.0})
         engine.run()
         expected = ticket.result().images
@@ -198,7 +198,7 @@ def test_a_damaged_lora_is_refused(tmp_path: Path) -> None:
             manifest.write_text(json.dumps({"members": {name: {key: listed}}}))
             assert words in refusal(model_dir)
     manifest.write_text(json.dumps({"members": {name: {"crc32": 0}}}))
-    assert "PIPELINE.json is damaged" in refusal(model_dir)
+    assert f"PIPELINE.json is damaged: {name}: the manifest lists none" in refusal(model_dir)
     manifest.write_text("{}")
     assert "PIPELINE.json is damaged" in refusal(model_dir)
 
@@ -227,6 +227,8 @@ def test_device_without_cuda(configured: str | None, gpu_id: int | None, expecte
         (None, 1, "cuda:1"),
         (None, None, "cpu"),
         ("cuda", 1, "cuda:1"),
+        ("cuda", None, "cuda:0"),
+        ("cuda", -1, "cuda:0"),
         ("cuda:0", 1, "cuda:0"),
         ("cpu", 1, "cpu"),
     ],

@@ -262,6 +262,18 @@ def test_equal_scales_share_a_forward_and_others_do_not() -> None:
         assert engine.counters.merged_forwards == 2
 
 
+def test_scaled_calls_of_different_sets_share_no_forward() -> None:
+    """Sets so faint that their calls agree in one forward say nothing of others."""
+    pipeline = with_adapters()
+    with opened(pipeline) as engine:
+        for strength in (1e-6, 1.0):
+            sets: list[Set] = [{"a": strength}, {"b": strength}]
+            tickets = [engine.submit(kwargs_of(0, 0.5), adapters=adapters) for adapters in sets]
+            engine.run()
+    for ticket, adapters in zip(tickets, sets, strict=True):
+        assert difference(ticket, expected(0, adapters, 0.5)) < BOUND
+
+
 @pytest.mark.parametrize("was_disabled", [False, True])
 def test_the_layers_are_given_back_as_they_were_found(was_disabled: bool) -> None:
     pipeline = with_adapters()

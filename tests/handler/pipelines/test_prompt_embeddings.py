@@ -77,6 +77,26 @@ def test_pipelines_with_clip_and_a_unet_read_windows(family: str) -> None:
     assert reads_windows(shared(family)) == expected
 
 
+@pytest.mark.parametrize("family", CLIP)
+@pytest.mark.parametrize("prompt", [LONG, f"{LONG} (a:1.2)"])
+def test_a_text_is_tokenized_once(
+    family: str, prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    tokenizer = type(shared(family).tokenizer)
+    call = tokenizer.__call__
+
+    def noted(self: Any, text: str, *args: Any, **kwargs: Any) -> Any:
+        read.append(text)
+        return call(self, text, *args, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "__call__", noted)
+    encoded(family, prompt, WEIGHTED)
+    assert LONG in {each.strip() for each in read}
+    num_tokenizers = 2 if family == "stable_diffusion_xl" else 1
+    assert len(read) == num_tokenizers * len(set(read))
+
+
 @pytest.mark.parametrize("reading", [PLAIN, WEIGHTED])
 @pytest.mark.parametrize("prompt", ["a cat", "a b c"])
 def test_layers_are_skipped_of_prompts_that_fit_too(prompt: str, reading: PromptReading) -> None:

@@ -179,6 +179,10 @@ def test_no_family_fails_for_its_warnings(family: str) -> None:
         ("a red+++ ring", "word++"),
         ("a (red ring)1.3", "(word)1.3"),
         ("a red ring <lora:style:0.8> BREAK a blue star", "<lora:name:1>, BREAK"),
+        ("a [red:blue:0.5] ring", "[word], [from:to:0.5]"),
+        ("a [red::5] ring", "[word], [from:to:0.5]"),
+        ("a [red|blue] ring", "[word], [one|two]"),
+        ("a ring AND a star", "AND"),
     ],
 )
 def test_syntax_that_is_read_as_plain_text_is_named(prompt: str, syntax: str) -> None:
@@ -197,11 +201,28 @@ def test_syntax_that_counts_has_no_warning() -> None:
     weighted = request(prompt, extra={"prompt_weighting": True})
     (warning,) = prompt_warnings(pipeline, weighted)
     assert warning == "the prompt has word++, <lora:name:1>: it is read as plain text"
+    edited = request("a [red:blue:0.5] ring", extra={"prompt_weighting": True})
+    (warning,) = prompt_warnings(pipeline, edited)
+    assert warning == "the prompt has [from:to:0.5]: it is read as plain text"
+
+
+@pytest.mark.parametrize("prompt", ["a red+++ ring", "a (red ring)1.3"])
+def test_syntax_of_others_is_not_told_to_count_as_a1111s(prompt: str) -> None:
+    (warning,) = prompt_warnings(shared("stable_diffusion"), request(prompt))
+    assert warning.endswith("it is read as plain text")
 
 
 @pytest.mark.parametrize(
     "prompt",
-    ["a ring (red)", "C++ and 1+1", "the ratio 4:3", "(at 10:30) noon", "a break", "a - b"],
+    [
+        "a ring (red)",
+        "C++ and 1+1",
+        "the ratio 4:3",
+        "(at 10:30) noon",
+        "a break",
+        "a - b",
+        "and [10:30 noon",
+    ],
 )
 def test_plain_text_has_no_warning(prompt: str) -> None:
     assert prompt_warnings(shared("kandinsky_2_2"), request(prompt)) == ()

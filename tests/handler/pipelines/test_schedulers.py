@@ -11,7 +11,8 @@ import diffusers
 import pytest
 import torch
 
-from handler.api.samplers import SAMPLERS, SCHEDULER_CLASSES, samplers_of
+from handler.api.sampler_table import SAMPLERS, SCHEDULER_CLASSES
+from handler.api.samplers import samplers_of
 from handler.errors import InvalidRequest
 from handler.pipelines.schedulers import (
     check_num_steps,
@@ -19,6 +20,7 @@ from handler.pipelines.schedulers import (
     least_steps,
     make_scheduler,
     seed_noise,
+    start_at_the_first,
 )
 from tests.support.pipelines import FAMILIES, build, example_kwargs, image_of, shared
 
@@ -236,6 +238,30 @@ def test_as_many_steps_as_in_training_are_drawn_or_refused(name: str) -> None:
         check_num_steps(each, steps)
         each.set_timesteps(steps)
         assert 0 <= each.timesteps.min() <= each.timesteps.max() < 1000
+
+
+@pytest.mark.parametrize("name", ["DPM++ 2M beta", "DEIS beta", "UniPC beta", "SA Solver beta"])
+def test_steps_so_close_that_two_have_one_timestep_are_drawn(name: str) -> None:
+    """In diffusers alone the last step has no sigma."""
+    scheduler = make_scheduler(shared("stable_diffusion"), name)
+    scheduler.set_timesteps(150)
+    assert scheduler.timesteps[0] == scheduler.timesteps[1]
+    with pytest.raises((IndexError, AssertionError)):
+        denoised(scheduler, 150)
+    start_at_the_first(scheduler)
+    assert len(scheduler.timesteps) == 150
+    denoised(scheduler, 150)
+
+
+def test_no_more_steps_than_a_distilled_model_has() -> None:
+    pipeline = shared("stable_diffusion")
+    scheduler = make_scheduler(pipeline, "lcm")
+    check_num_steps(scheduler, 50)
+    with pytest.raises(InvalidRequest) as error:
+        check_num_steps(scheduler, 60)
+    problem = error.value.fields["num_inference_steps"]
+    assert problem.startswith("60 is too many for LCMScheduler")
+    assert problem.endswith("allowed: 1 to 50")
 
 
 def test_each_is_fresh_and_has_the_pipelines_configuration() -> None:

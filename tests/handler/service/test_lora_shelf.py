@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import functools
 import json
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 
 from handler.assembly import assemble
 from handler.config import HandlerConfig
+from handler.engine import InFlightEngine
 from handler.loading.lora_files import LoraReader
 from handler.loading.pipeline import LoadedPipeline
 from handler.service.generation import GenerationService
@@ -131,7 +134,7 @@ def test_a_lora_that_comes_while_others_draw_changes_nothing_of_theirs(folder: P
         ("../style", "'../style' is not the name of a LoRA"),
         (["https://example.org/a"], "is not the name of a LoRA"),
         (7, "7 names no LoRAs; send"),
-        ([{"name": "style", "weight": 1}], "names no LoRA; send"),
+        ([{"name": "style", "weight": 1}], "'weight' says nothing of a LoRA; send"),
         ({f"l{i}": 1 for i in range(17)}, "17 LoRAs are named; allowed are 16"),
     ],
 )
@@ -158,13 +161,65 @@ def test_a_file_that_does_not_fit_is_refused_by_its_keys(folder: Path) -> None:
     assert "torn cannot be used" in error_of(replies["torn"])["fields"]["loras"]
 
 
-def test_the_longest_unused_goes_and_never_one_in_use(folder: Path) -> None:
+def test_what_the_engine_does_not_take_is_the_requests_own_error(folder: Path) -> None:
+    with serving(folder) as service:
+        service._engine.attach_lora(
+            "ink", service._engine.prepare_lora({})
+        )  # by that name there is one already
+        ask(service, "r", loras=["ink"])
+        ask(service, "other", loras=["wool"])
+        replies = finish(service)
+    assert (replies["r"].status, replies["other"].status) == (400, 200)
+    assert "ink cannot be used: there is" in error_of(replies["r"])["fields"]["loras"]
+
+
+def test_all_that_takes_its_time_is_done_beside_the_engines_thread(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read once for all that ask, and never for long without giving way to the engine's thread."""
+    at_work: list[tuple[str, int, float]] = []
+
+    def noting(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            at_work.append((name, threading.get_ident(), sys.getswitchinterval()))
+            return function(*args)
+
+        return noted
+
+    usual_s = sys.getswitchinterval()
+    monkeypatch.setattr(LoraReader, "read_file", noting("read", LoraReader.read_file))
+    monkeypatch.setattr(
+        InFlightEngine, "prepare_lora", noting("place", InFlightEngine.prepare_lora)
+    )
+    with serving(folder) as service:
+        for request_id in "abc":
+            ask(service, request_id, loras=["wool"])
+        replies = finish(service)
+    assert {reply.status for reply in replies.values()} == {200}
+    assert [name for name, *_ in at_work].count("read") == 1
+    assert {name for name, *_ in at_work} == {"read", "place"}
+    assert threading.get_ident() not in {thread for _, thread, _ in at_work}
+    assert max(interval_s for *_, interval_s in at_work) <= usual_s / 10
+    assert sys.getswitchinterval() == usual_s
+
+
+def test_the_longest_unused_goes_and_never_one_in_use(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    read_file = LoraReader.read_file
+
+    def noted(reader: LoraReader, path: Path) -> Any:
+        read.append(path.stem)
+        return read_file(reader, path)
+
+    monkeypatch.setattr(LoraReader, "read_file", noted)
     with serving(folder, max_loras=2) as service:
         engine = service._engine
-        for name in ("ink", "style", "ink", "wool"):
+        for name in ("ink", "style", "ink", "wool", "ink", "wool"):
             ask(service, name, loras=[name])
             finish(service)
-        assert set(engine.loras) == {"ink", "wool"}
+        assert read == ["ink", "style", "wool"], "style made room for wool"
         ask(service, "long", loras=["ink", "wool"], steps=900)
         tick(service, 2)
         while not engine.num_running:

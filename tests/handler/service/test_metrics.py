@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import ast
+import json
 import logging
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
-from handler import errors
+from handler import __version__, errors
 from handler.api.request import GenerationRequest
 from handler.api.result import Result, Timings
+from handler.config import HandlerConfig
 from handler.engine import InFlightEngine
 from handler.engine.forward import Counters
 from handler.service.metrics import COUNTERS, GAUGES, HISTOGRAMS, Load, Meter, Sample, emit
+from handler.service.worker_metrics import WorkerMetrics, archive_labels
 from scripts.repository import REPOSITORY
 from tests.support.frontend import METRICS
 from tests.support.pipelines import build, example_kwargs
 
-REQUEST = GenerationRequest("a", None, 1, 4, 7.5, 32, 32, 2, None)
+LORAS = {"loras": {"style": 1.0, "detail": 0.5}}
+REQUEST = GenerationRequest("a", None, 1, 4, 7.5, 32, 32, 2, None, LORAS)
 RESULT = Result(REQUEST, (Image.new("RGB", (8, 8)),) * 2, Timings(0.1, 0.2, 0.3))
 DECLARED = yaml.safe_load(METRICS.read_text())
 IDLE = Load(0, 0, 0)
 OURS = {**COUNTERS, **GAUGES, **HISTOGRAMS}
+OF_THE_WORKER = {
+    sample.name for sample in WorkerMetrics(HandlerConfig(), {}, torch.device("cpu")).samples()
+}
 
 
 def sink() -> MetricsCacheYamlImpl:
@@ -81,16 +90,21 @@ def test_names_and_units_follow_prometheus() -> None:
     for kind in ("counter", "gauge", "histogram"):
         for metric in DECLARED["model_metrics"][kind]:
             if metric["name"] in OURS:
-                assert metric["unit"] == ("Seconds" if "_seconds" in metric["name"] else "Count")
+                name = metric["name"]
+                unit = "Bytes" if name.endswith("_bytes") else "Count"
+                assert metric["unit"] == ("Seconds" if "_seconds" in name else unit)
 
 
 def test_traffic_becomes_samples_once() -> None:
     meter = Meter()
+    meter.samples(Counters(), IDLE)
     traffic(meter)
     load = Load(2, 2, 2)
     first = by_name(meter.samples(busy(out_of_memory_retries=1), load))
-    assert first.keys() == OURS.keys()
+    assert first.keys() == OURS.keys() - OF_THE_WORKER
     assert first["diffusers_requests_total"] == [(1, ("ok",)), (1, ("invalid_request",))]
+    assert first["diffusers_task_images_total"] == [(2, ("text-to-image",))]
+    assert first["diffusers_lora_images_total"] == [(2, ("style",)), (2, ("detail",))]
     assert first["diffusers_images_total"] == [(2, ())]
     assert first["diffusers_steps_total"] == [(4, ())]
     assert first["diffusers_forward_rows_total"] == [(70, ())]
@@ -102,14 +116,19 @@ def test_traffic_becomes_samples_once() -> None:
     ]
     # Nothing happened since: only gauges are left to say.
     again = by_name(meter.samples(busy(out_of_memory_retries=1), load))
-    assert again == {name: [(2.0, ())] for name in GAUGES}
+    assert again == {name: [(2.0, ())] for name in GAUGES.keys() - OF_THE_WORKER}
     more = by_name(meter.samples(busy(out_of_memory_retries=1, rows=75), load))
     assert more["diffusers_forward_rows_total"] == [(5, ())]
 
 
 def test_counters_are_there_before_they_first_count() -> None:
     first = by_name(Meter().samples(Counters(), IDLE))
-    names = (COUNTERS.keys() - {"diffusers_requests_total"}) | GAUGES.keys()
+    outcomes = first.pop("diffusers_requests_total")
+    assert (0, ("disconnected",)) in outcomes
+    assert (0, ("engine_fault",)) in outcomes
+    assert {value for value, _ in outcomes} == {0}
+    counters = {name for name, dimensions in COUNTERS.items() if not dimensions}
+    names = counters | GAUGES.keys() - OF_THE_WORKER
     assert first == {name: [(0, ())] for name in names}
 
 
@@ -129,7 +148,7 @@ def test_emitted_as_torchserve_writes_them(caplog: pytest.LogCaptureFixture) -> 
     lines = [r.getMessage() for r in caplog.records]
     assert len(lines) == len(samples)
     assert all(line.startswith("[METRICS]diffusers_") for line in lines)
-    (ok,) = [line for line in lines if "outcome:ok" in line]
+    ok = [line for line in lines if "outcome:ok" in line][-1]
     assert ok.startswith(
         "[METRICS]diffusers_requests_total.Count:1|#outcome:ok,ModelName:tiny,Level:Model|"
     )
@@ -185,6 +204,48 @@ def test_emitting_costs_less_than_a_hundredth_of_the_ticks() -> None:
         log.propagate = propagate
         log.setLevel(level)
     assert min(costs_s) < 0.01
+
+
+def test_what_a_worker_says_of_itself(tmp_path: Path) -> None:
+    manifest = tmp_path / "PIPELINE.json"
+    source = {"model_id": "org/a,model:1", "revision": "main"}
+    manifest.write_text(json.dumps({"pipeline": {"class": "ToyPipeline"}, "source": source}))
+    labels = archive_labels(manifest)
+    begun_s = time.time()
+    worker = WorkerMetrics(HandlerConfig(max_rows=12, max_waiting=34), labels, torch.device("cpu"))
+    values = by_name(worker.samples())
+    assert values["diffusers_max_rows"] == [(12, ())]
+    assert values["diffusers_max_waiting"] == [(34, ())]
+    ((started_s, _),) = values["diffusers_worker_start_time_seconds"]
+    assert begun_s <= started_s <= time.time()
+    ((one, info),) = values["diffusers_worker_info"]
+    named = dict(zip(GAUGES["diffusers_worker_info"], info, strict=True))
+    assert (one, named["version"], named["device"]) == (1, __version__, "cpu")
+    assert (named["pipeline"], named["source"]) == ("ToyPipeline", "org/a_model_1_main")
+    assert named["torch"] == torch.__version__
+    assert re.fullmatch("[0-9a-f]{12}", named["archive"])
+    manifest.write_text(manifest.read_text() + "\n")
+    assert archive_labels(manifest)["archive"] != named["archive"]
+    ((resident, _),) = values["diffusers_worker_memory_bytes"]
+    assert resident > 50e6
+    held = bytearray(100_000_000)
+    held[::4096] = b"x" * len(held[::4096])
+    ((more, _),) = by_name(worker.samples())["diffusers_worker_memory_bytes"]
+    assert more - resident > 50e6
+    assert {kind for _, (kind,) in values["diffusers_gpu_memory_bytes"]} == {
+        *("allocated", "reserved", "free", "total")
+    }
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"pipeline": []}', '{"pipeline": {}}'])
+def test_an_archive_of_another_tool_says_nothing(tmp_path: Path, content: str | None) -> None:
+    manifest = tmp_path / "PIPELINE.json"
+    if content is not None:
+        manifest.write_text(content)
+    assert archive_labels(manifest) == {}
+    samples = WorkerMetrics(HandlerConfig(), {}, "cpu").samples()
+    (info,) = [sample for sample in samples if sample.name == "diffusers_worker_info"]
+    assert info.dimensions[1:4] == ("unknown",) * 3
 
 
 class _Nowhere:

@@ -18,7 +18,9 @@ from diffusers import (
 )
 from PIL import Image
 
+from handler.api.call import Call
 from handler.api.decoding import Pictures, decode_all
+from handler.api.replies import Reply, success_reply
 from handler.api.traits import PipelineTraits
 from handler.engine import InFlightEngine
 from handler.pipelines.describe import describe
@@ -56,12 +58,16 @@ class Gate:
 
     def __init__(self) -> None:
         self.is_open = threading.Event()
+        self.has_ended = threading.Event()
         self.threads: set[str] = set()
 
     def __call__(self, *args: Any) -> list[Pictures]:
         self.threads.add(threading.current_thread().name)
         assert self.is_open.wait(60)
-        return decode_all(*args)
+        try:
+            return decode_all(*args)
+        finally:
+            self.has_ended.set()
 
 
 @pytest.fixture
@@ -76,7 +82,12 @@ def start(clock: Clock, gate: Gate) -> Iterator[Start]:
     """Start services of three tasks; without `gated` pictures are decoded at once."""
     services = []
 
-    def make(*, gated: bool = False, **settings: Any) -> GenerationService:
+    def make(
+        *,
+        gated: bool = False,
+        encode: Callable[..., Reply] = success_reply,
+        **settings: Any,
+    ) -> GenerationService:
         parts = build("stable_diffusion").components
         pipelines = {
             task: kind(**parts, requires_safety_checker=False) for task, kind in CLASSES.items()
@@ -101,6 +112,7 @@ def start(clock: Clock, gate: Gate) -> Iterator[Start]:
                 traits,
                 model_name="tiny",
                 draw_seed=lambda: 5,
+                encode=encode,
                 decode=gate if gated else decode_all,
                 clock=clock,
             )
@@ -252,7 +264,7 @@ def test_a_deadline_counts_from_the_acceptance(start: Start, gate: Gate, clock: 
     tick(service)
     replies = service.take_replies()
     assert error_of(replies["decoding"])["message"] == (
-        "the deadline passed while its pictures were decoded"
+        "the deadline passed while its pictures or LoRAs were read"
     )
     open_request(service, "drawing", deadline_s=5, **{**SENT, "num_inference_steps": LONG})
     clock.now_s += 4
@@ -307,11 +319,14 @@ def test_one_id_is_taken_while_its_picture_is_decoded(start: Start, gate: Gate) 
     assert statuses(finish(service)) == {"a": 200}
 
 
-def test_what_the_decoder_does_not_expect_ends_one_request(start: Start) -> None:
+@pytest.mark.parametrize(("error", "status"), [(KeyError("a"), 500), (MemoryError(), 507)])
+def test_what_the_decoder_does_not_expect_ends_one_request(
+    start: Start, error: Exception, status: int
+) -> None:
     service = start()
 
     def fail(*args: Any) -> list[Pictures]:
-        raise MemoryError
+        raise error
 
     pipeline = build("stable_diffusion")
     broken = GenerationService(
@@ -323,5 +338,66 @@ def test_what_the_decoder_does_not_expect_ends_one_request(start: Start) -> None
         decode=fail,
     )
     open_request(broken, "a", **SENT)
-    assert statuses(finish(broken)) == {"a": 500}
+    assert statuses(finish(broken)) == {"a": status}
     broken.close()
+
+
+def test_a_lost_device_ends_what_is_decoded_too(
+    start: Start, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What becomes of it afterwards is nobody's, while the pictures that are drawn are encoded."""
+    is_encoded = threading.Event()
+
+    def encode(*args: Any, **kwargs: Any) -> Reply:
+        assert is_encoded.wait(60)
+        return success_reply(*args, **kwargs)
+
+    def fail(engine: InFlightEngine) -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    service = start(gated=True, encode=encode)
+    open_request(service, "drawn", num_inference_steps=1)
+    while service.load.num_running or service.load.num_waiting:
+        tick(service)
+    open_request(service, "decoded", **{**SENT, "image": BROKEN})
+    open_request(service, "next", num_inference_steps=LONG)
+    monkeypatch.setattr(InFlightEngine, "step", fail)
+    tick(service)
+    assert statuses(service.take_replies()) == {"decoded": 503, "next": 503}
+    gate.is_open.set()
+    gate.has_ended.wait(60)
+    tick(service, 3)
+    is_encoded.set()
+    assert statuses(finish(service)) == {"drawn": 200}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (MemoryError(), 507),
+        (RuntimeError("CUDA error: device-side assert triggered"), 503),
+        (OSError("no disk"), 500),
+    ],
+)
+def test_what_fails_in_a_thread_is_told_as_what_it_is(
+    start: Start, error: Exception, status: int
+) -> None:
+    """A safety checker in the threads that encode computes on the device, too."""
+
+    def encode(call: Call, *args: Any, **kwargs: Any) -> Reply:
+        if call.request_id == "bad":
+            raise error
+        return success_reply(call, *args, **kwargs)
+
+    service = start(encode=encode)
+    open_request(service, "bad", num_inference_steps=1, request_id="bad")
+    open_request(service, "good", num_inference_steps=1)
+    open_request(service, "long", num_inference_steps=40)
+    expected = {"bad": status, "good": 200, "long": 503 if status == 503 else 200}
+    while "bad" in service.live_ids or "good" in service.live_ids:
+        tick(service)
+        for request_id, reply in service.take_replies().items():
+            assert reply.status == expected.pop(request_id)
+    for request_id, reply in finish(service).items():
+        assert reply.status == expected.pop(request_id)
+    assert not expected

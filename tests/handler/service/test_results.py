@@ -7,8 +7,15 @@ from typing import Any, cast
 
 import pytest
 
-from handler.errors import EngineFault, InvalidRequest, OutOfMemory, RequestError
-from handler.service.results import as_request_error, result_of
+from handler.errors import (
+    Conflict,
+    DeviceLost,
+    EngineFault,
+    InvalidRequest,
+    OutOfMemory,
+    RequestError,
+)
+from handler.service.results import as_request_error, fault_of, result_of
 
 
 class Drawing:
@@ -56,3 +63,25 @@ def test_another_error_gets_one_and_is_its_cause(
 
 def test_what_the_pipeline_says_of_its_own_faults_is_not_told() -> None:
     assert "secret" not in as_request_error(KeyError("a secret"), 0).message
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), OutOfMemory),
+        (RuntimeError("CUDA error: device-side assert triggered"), DeviceLost),
+        (ValueError("no"), EngineFault),
+    ],
+)
+def test_a_fault_is_told_by_what_the_error_says_or_in_the_words_of_where_it_was(
+    error: Exception, told: type[RequestError]
+) -> None:
+    found = fault_of(error, "it could not be read")
+    assert type(found) is told
+    assert found.__cause__ is error
+    assert (found.message == "it could not be read") is (told is EngineFault)
+
+
+def test_a_fault_that_has_a_status_keeps_it() -> None:
+    known = Conflict("no")
+    assert fault_of(known, "it could not be read") is known

@@ -11,7 +11,7 @@ from pathlib import Path
 import diffusers
 from safetensors.torch import load_file
 
-import scripts
+import handler
 from scripts.archive.manifest import dump, torchserve_manifest
 from scripts.repository import REPOSITORY
 from tests.support.archives import save_pipeline
@@ -61,7 +61,7 @@ def test_the_tools_version_is_the_projects() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     assert project["project"]["dynamic"] == ["version"]
     source = REPOSITORY / project["tool"]["hatch"]["version"]["path"]
-    assert source == Path(scripts.__file__).resolve()
+    assert source == Path(handler.__file__).resolve()
 
 
 def test_halves_of_surrogate_pairs_stay_as_json_has_them() -> None:

@@ -76,6 +76,7 @@ def test_what_draws_pictures_is_served(name: str) -> None:
         ("StableDiffusionXLControlNetUnionPipeline", "needs the kind of its control picture"),
         ("StableDiffusion3ControlNetInpaintingPipeline", "needs a mask for its control picture"),
         ("StableDiffusionGLIGENPipeline", "needs phrases with their boxes"),
+        ("StableDiffusionParadigmsPipeline", "does not draw here, by a fault of diffusers"),
         ("DiTPipeline", "needs class_labels, which a request cannot give"),
         ("VersatileDiffusionPipeline", "cannot be called itself"),
     ],

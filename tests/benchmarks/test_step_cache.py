@@ -1,0 +1,65 @@
+"""The benchmarks of step caches and of stalls, on a pipeline that takes milliseconds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import report, stalls, step_cache
+from benchmarks.engine import Request
+from handler.acceleration import step_policy
+from tests.support.pipelines import SIDE_PX, build
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    kwargs = Request.kwargs
+    size = {"height": SIDE_PX, "width": SIDE_PX}
+    monkeypatch.setattr(Request, "kwargs", lambda self: {**kwargs(self), **size})
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(step_policy, "MAX_ERROR", float("inf"))
+    return tmp_path
+
+
+def tiny() -> Any:
+    return build("stable_diffusion")
+
+
+def test_what_is_left_out_is_measured_and_compared(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_cache, "SIZE_PX", SIDE_PX)
+    monkeypatch.setattr(step_cache, "NUM_IMAGES", 2)
+    monkeypatch.setattr(step_cache, "mixed_requests", lambda: [Request("a", 4, 5.0, 0, "unipc")])
+    monkeypatch.setattr(step_cache, "KINDS", ((12, None), (10, "euler_a")))
+    assert step_cache.main(["--rounds", "2", "--prompts", "2"], load=tiny) == 0
+    found = json.loads((results / "step_cache.json").read_text())
+    gain = found["figures"][0]
+    assert gain["name"] == "50 steps, saturated: step_cache 0.5 / off"
+    assert gain["target"] == ">= 1.6"
+    assert len(gain["values"]) == 2
+    lines = [line for line in found["pictures"] if line["scheduler"] == "DDIM"]
+    full, *others = lines
+    assert (full["forwards"], full["difference_of_255"]) == (12, 0)
+    by_name = {line["setting"]: line for line in others}
+    half = by_name["step_cache 0.5"]
+    assert half["forwards"] == step_policy.num_computed(12, 0.5)
+    assert half["difference_of_255"] > 0
+    assert by_name["guidance to 0.5"]["forwards"] == 12
+    assert by_name["guidance to 0.5"]["rows"] < full["rows"]
+    assert by_name[f"{half['forwards']:.0f} steps in place of 12"]["steps"] == 12
+
+
+@pytest.mark.parametrize("in_bursts", [True, False])
+@pytest.mark.usefixtures("results")
+def test_gaps_are_those_of_the_long_request(
+    in_bursts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stalls, "NUM_STEPS", 12)
+    monkeypatch.setattr(stalls, "OTHER_STEPS", 2)
+    ticks = iter(range(10_000))
+    gaps = stalls.gaps_s(tiny(), lambda: float(next(ticks)), in_bursts=in_bursts)
+    assert gaps == [1.0] * 11
