@@ -103,12 +103,16 @@ class Supervisor:
 
         Raises: ServerError, where all have failed.
         """
+        # The first of each: what a second try says may be about the first one's remains.
+        errors: dict[str, ServerError] = {}
         while not self._has_to_end:
-            outcomes = [keeper.outcome() for keeper in self._keepers]
-            if None not in outcomes:
-                errors = [keeper.error for keeper in self._keepers if keeper.error is not None]
-                if not any(outcomes) and errors:
-                    raise errors[0]
+            outcomes = {keeper.name: keeper.outcome() for keeper in self._keepers}
+            for keeper in self._keepers:
+                if keeper.error is not None:
+                    errors.setdefault(keeper.name, keeper.error)
+            if None not in outcomes.values():
+                if not any(outcomes.values()) and errors:
+                    raise next(iter(errors.values()))
                 return True
             self._tick()
         return False
