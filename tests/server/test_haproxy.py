@@ -202,8 +202,9 @@ def test_checks_leave_no_errors_in_the_log(site: Site) -> None:
 
 
 def test_what_is_for_those_inside_is_not_shown(site: Site) -> None:
-    answer = site.post("/metrics", {})
-    assert (answer.status, answer.json()["error"]["code"]) == (404, "route_not_found")
+    for path in ("/metrics", "/metrics/instances"):
+        answer = site.post(path, {})
+        assert (answer.status, answer.json()["error"]["code"]) == (404, "route_not_found"), path
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_sent(site: Site, tmp_path: Path) -> None:
