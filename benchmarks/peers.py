@@ -51,17 +51,17 @@ Fields = Mapping[str, Any]
 PARAMETERS: Mapping[str, Fields] = {
     "seed 7": {"seed": 7},
     "seed 0": {"seed": 0},
-    "size": {"seed": 7, "height": 512, "width": 640},
+    "size": {"seed": 7, "height": 640, "width": 512},
     "steps": {"seed": 7, "num_inference_steps": 9},
     "guidance": {"seed": 7, "guidance_scale": 1.5},
     "negative prompt": {"seed": 7, "negative_prompt": "a red heart"},
     "scheduler": {"seed": 7, "scheduler": "DPMSolverMultistepScheduler"},
 }
-"""What is asked beside the prompt, 12 steps, guidance 4 and 256 px where nothing else is said."""
+"""What is asked beside the prompt, 12 steps, guidance 4 and 512 px where nothing else is said."""
 DEFAULTS: Fields = {
     "prompt": PROMPT,
-    "height": 256,
-    "width": 256,
+    "height": 512,
+    "width": 512,
     "num_inference_steps": 12,
     "guidance_scale": 4.0,
 }
@@ -163,11 +163,7 @@ def parameters_of(
             told[name] = f"refused ({response.status_code})"
             continue
         picture = Image.open(io.BytesIO(response.content)).convert("RGB")
-        is_same = picture.size == expected[name].size
-        if is_same:
-            levels = [np.asarray(each, dtype=float) for each in (picture, expected[name])]
-            is_same = bool(np.abs(levels[0] - levels[1]).max() <= SAME_LEVELS)
-        told[name] = "honoured" if is_same else "ignored"
+        told[name] = "honoured" if is_same(picture, expected[name]) else "ignored"
     return told
 
 
@@ -184,7 +180,18 @@ def expected_pictures() -> dict[str, Image.Image]:
         if arguments.pop("scheduler", None):
             pipeline.scheduler = DPMSolverMultistepScheduler.from_config(own.config)
         drawn[name] = pipeline(**arguments, generator=generator).images[0].convert("RGB")
+    for name, picture in drawn.items():
+        if name != "seed 7" and is_same(picture, drawn["seed 7"]):
+            raise ValueError(f"{name} changes nothing, so nobody could be seen to ignore it")
     return drawn
+
+
+def is_same(ours: Image.Image, theirs: Image.Image) -> bool:
+    """Whether two pictures are equal up to rounding."""
+    if ours.size != theirs.size:
+        return False
+    levels = [np.asarray(each, dtype=float) for each in (ours, theirs)]
+    return bool(np.abs(levels[0] - levels[1]).max() <= SAME_LEVELS)
 
 
 def measure(
