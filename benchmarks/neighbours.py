@@ -25,7 +25,8 @@ from diffusers import DiffusionPipeline
 
 from benchmarks.engine import NUM_REQUESTS, Request, mixed_requests, submit, timed
 from benchmarks.report import Figure, Spread, write_report
-from benchmarks.served import NUM_CLIENTS, NUM_REQUESTS as NUM_SERVED, PIPELINE, saturate
+from benchmarks.served import NUM_CLIENTS, PIPELINE, saturate
+from benchmarks.served import NUM_REQUESTS as NUM_SERVED
 from benchmarks.systems import one_at_a_time, ours
 from demo.build import build_pipeline
 from handler.acceleration.channels_last import put_channels_last
@@ -50,7 +51,7 @@ def neighbours(num_busy: int) -> Iterator[None]:
 
 
 class _Side:
-    """An engine of its own on its own copy of the pipeline, which lives as long as a server does."""
+    """An engine on a copy of the pipeline; it learns for as long as a server would."""
 
     def __init__(self, pipeline: DiffusionPipeline, wrappers: Sequence[ForwardWrapper]) -> None:
         self.engine = InFlightEngine(
