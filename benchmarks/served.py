@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from benchmarks.report import Figure, Spread
 from benchmarks.systems import System, one_at_a_time, ours
 
-__all__ = ["measure_served"]
+__all__ = ["NUM_CLIENTS", "Load", "measure_served", "saturate"]
 
 PIPELINE = Path("demo/pipeline")
 NUM_CLIENTS = 16
@@ -54,7 +54,7 @@ def measure_served(rounds: int, speed: str) -> list[Figure]:
                 "two workers", PIPELINE, folder, num_workers=2, settings={**alone, "num_threads": 1}
             ),
         ]
-        runs = [[_saturate(system, folder / "state") for system in systems] for _ in range(rounds)]
+        runs = [[saturate(system, folder / "state") for system in systems] for _ in range(rounds)]
     speedups, waits = [], []
     for in_flight, *others in runs:
         best = max(others, key=lambda load: load.images_per_s)
@@ -72,7 +72,7 @@ def measure_served(rounds: int, speed: str) -> list[Figure]:
     return figures
 
 
-def _saturate(system: System, state_dir: Path) -> Load:
+def saturate(system: System, state_dir: Path, num_requests: int = NUM_REQUESTS) -> Load:
     """All requests through `NUM_CLIENTS` clients that each wait for their reply."""
     draw = random.Random(0)
     bodies: list[dict[str, object]] = [
@@ -84,7 +84,7 @@ def _saturate(system: System, state_dir: Path) -> Load:
             "height": 768,
             "width": 768,
         }
-        for seed in range(NUM_REQUESTS)
+        for seed in range(num_requests)
     ]
     # Should this be interrupted, the server goes first, and the clients wait for nothing more.
     with ThreadPoolExecutor(NUM_CLIENTS) as clients, system.serving(state_dir) as server:

@@ -19,6 +19,7 @@ from PIL import Image
 from handler.acceleration.guidance_interval import GuidanceInterval
 from handler.acceleration.speed import SpeedUp, make_plan
 from handler.acceleration.step_cache import StepCache
+from handler.acceleration.thread_choice import thread_choices
 from handler.api.decoding import decode_pictures
 from handler.api.request import GenerationRequest
 from handler.api.request_checks import check_against_pipeline
@@ -79,7 +80,12 @@ def assemble(
         max_pixels=config.max_pixels_in_flight,
         exact=config.exact,
         buckets=speed_up.buckets or (BUCKETS if config.pad_to_buckets else ()),
-        wrappers=[*speed_up.wrappers, GuidanceInterval(), StepCache()],
+        wrappers=[
+            *speed_up.wrappers,
+            *thread_choices(config, loaded.device),
+            GuidanceInterval(),
+            StepCache(),
+        ],
     )
     service = GenerationService(
         engine,
