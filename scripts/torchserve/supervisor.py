@@ -125,24 +125,22 @@ class Supervisor:
             self._tick()
 
     def _roll(self) -> None:
-        """Restart one after another: the next once the one before is READY."""
+        """Restart one after another, first what does not serve; nobody leaves as the last."""
         logger.info("rolling restart: begins")
         _tell_systemd("RELOADING=1")
         try:
             options = list(self._supervision.plan())
             if [each.state_dir for each in options] != [each.state_dir for each in self._options]:
                 raise ServerError("another number of instances needs a stop and a start")
-            for index, (keeper, own) in enumerate(zip(self._keepers, options, strict=True)):
-                self._leave_haproxy(index)
-                number = keeper.restart(own, self._supervision.drain_s)
-                while (outcome := keeper.outcome(number)) is None:
-                    if self._has_to_end:
-                        return
-                    self._tick()
-                set_state(self._supervision.run_dir, index, "ready")
-                if not outcome:
-                    raise ServerError(f"instance {keeper.name} did not come back: {keeper.error}")
-                if keeper is not self._keepers[-1]:
+            left = list(range(len(options)))
+            while left:
+                index = min(left, key=lambda each: (self._keepers[each].is_serving(), each))
+                self._wait_for_another(index)
+                self._restart(index, options[index])
+                if self._has_to_end:
+                    return
+                left.remove(index)
+                if left:
                     time.sleep(_SETTLE_S)
             self._options, self._started_as = options, fingerprint(options)
             self._roll_problem = None
@@ -155,6 +153,38 @@ class Supervisor:
             self._num_rolls += 1
             self._record()
             _tell_systemd("READY=1")
+
+    def _wait_for_another(self, index: int) -> None:
+        """Return when another instance than this one serves, or this one does not, or is alone.
+
+        Raises: ServerError, where none does in time.
+        """
+        own = self._keepers[index]
+        others = [each for each in self._keepers if each is not own]
+        until_s = time.monotonic() + self._supervision.timeout_s
+        has_told = False
+        while others and not self._has_to_end and own.is_serving():
+            if any(each.is_serving() for each in others):
+                return
+            if time.monotonic() > until_s:
+                raise ServerError(f"instance {own.name} is the only one that serves: it stays")
+            if not has_told:
+                logger.info("rolling restart: instance %s waits until another serves", own.name)
+                has_told = True
+            self._tick()
+
+    def _restart(self, index: int, options: Options) -> None:
+        """Return when an instance is READY again, or a signal came. Raises: ServerError."""
+        self._leave_haproxy(index)
+        keeper = self._keepers[index]
+        number = keeper.restart(options, self._supervision.drain_s)
+        while (outcome := keeper.outcome(number)) is None:
+            if self._has_to_end:
+                return
+            self._tick()
+        set_state(self._supervision.run_dir, index, "ready")
+        if not outcome:
+            raise ServerError(f"instance {keeper.name} did not come back: {keeper.error}")
 
     def _leave_haproxy(self, index: int) -> None:
         """Return when an instance has no more gRPC calls of HAProxy, or they last too long.
