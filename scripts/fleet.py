@@ -23,7 +23,7 @@ from scripts.gateway_process import environment
 from scripts.hints import option, to_run
 from scripts.torchserve.accelerators import chosen_gpus
 from scripts.torchserve.draining import GRACE_S, drain
-from scripts.torchserve.fleet import FleetRecord, fingerprint, members
+from scripts.torchserve.fleet import FleetRecord, fingerprint, fleet_over, members
 from scripts.torchserve.launch import end_orphans
 from scripts.torchserve.options import Options, Ports
 from scripts.torchserve.process import TorchServer
@@ -33,6 +33,7 @@ from scripts.torchserve.supervisor import Supervision, Supervisor, request_stop
 __all__ = [
     "fleet_status",
     "is_fleet",
+    "refuse_member",
     "refuse_mixing",
     "restart_fleet",
     "run_in_foreground",
@@ -294,4 +295,17 @@ def refuse_mixing(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"{arguments.run_dir} holds a fleet of {len(record.instances)}: `{to_run('stop')}` "
             f"first, or say {option('instances')} or {option('gpus')} again"
+        )
+
+
+def refuse_member(run_dir: Path) -> None:
+    """Raise UsageError, where `run_dir` is that of one instance of a supervised fleet.
+
+    Its supervisor would start again what is stopped, and beside what is started.
+    """
+    if (found := fleet_over(run_dir)) is not None:
+        folder, record = found
+        raise UsageError(
+            f"{run_dir} is one of {len(record.instances)} instances, which process {record.pid} "
+            f"supervises: it is started and stopped with them, by {option('run_dir')}{folder}"
         )

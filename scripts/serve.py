@@ -17,6 +17,7 @@ from scripts.errors import ServerError
 from scripts.fleet import (
     fleet_status,
     is_fleet,
+    refuse_member,
     refuse_mixing,
     restart_fleet,
     run_in_foreground,
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(arguments: argparse.Namespace) -> int:
     """Serve an archive, unless this very instance runs already."""
+    refuse_member(arguments.run_dir)
     if getattr(arguments, "foreground", False):
         return run_in_foreground(arguments)
     if is_fleet(arguments):
@@ -108,6 +110,7 @@ def stop(arguments: argparse.Namespace) -> int:
 
     HAProxy and a gateway in front of it are stopped first: what they have sent still finishes.
     """
+    refuse_member(arguments.run_dir)
     haproxy = HaproxyProcess.find(haproxy_dir_of(arguments.run_dir).resolve())
     if haproxy is not None:
         print(f"Stopping HAProxy (process {haproxy.pid}) ...", flush=True)
@@ -138,6 +141,7 @@ def stop(arguments: argparse.Namespace) -> int:
 
 def restart(arguments: argparse.Namespace) -> int:
     """Restart what runs, with what the store has now: a fleet one instance after another."""
+    refuse_member(arguments.run_dir)
     if (fleet := FleetRecord.read(arguments.run_dir)) is not None:
         return restart_fleet(fleet, arguments.run_dir)
     running = TorchServer.find(arguments.run_dir)
