@@ -135,7 +135,7 @@ stop: ## Stop the server once its requests are finished; those that take longer 
 
 status: ## Say what is served and whether it is ready
 	@$(IS_INSTALLED)
-	@$(CLI) status --run-dir "$(RUN_DIR)"
+	@$(CLI) status --run-dir "$(RUN_DIR)" --gateway-dir "$(GATEWAY_DIR)"
 
 logs: ## Follow the server's log
 	@$(IS_INSTALLED)

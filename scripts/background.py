@@ -16,6 +16,7 @@ from scripts.interrupts import signals_held
 
 __all__ = [
     "end_process",
+    "is_suspended",
     "last_lines",
     "read_saved",
     "running_process",
@@ -60,6 +61,14 @@ def running_process(saved: Mapping[str, Any]) -> psutil.Process | None:
         return None if process.status() == psutil.STATUS_ZOMBIE else process
     except psutil.NoSuchProcess:
         return None
+
+
+def is_suspended(process: psutil.Process) -> bool:
+    """Whether a process has been stopped by a signal, and does nothing until SIGCONT."""
+    try:
+        return bool(process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP))
+    except psutil.NoSuchProcess:
+        return False
 
 
 def end_process(process: psutil.Process, timeout_s: float) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 
 from scripts.archive.store import choose_archive
 from scripts.background import last_lines, start_in_background
-from scripts.console import DONE, FAILED
+from scripts.console import DONE
 from scripts.errors import ServerError, UsageError
 from scripts.gateway_process import environment
 from scripts.hints import option, to_run
@@ -31,7 +29,6 @@ from scripts.torchserve.state import FLEET_LOG, FLEET_RECORD, StateDir
 from scripts.torchserve.supervisor import Supervision, Supervisor, request_stop
 
 __all__ = [
-    "fleet_status",
     "is_fleet",
     "refuse_member",
     "refuse_mixing",
@@ -237,55 +234,6 @@ def restart_fleet(record: FleetRecord, run_dir: Path) -> int:
             print("Done.")
             return DONE
         time.sleep(_POLL_S)
-
-
-def fleet_status(record: FleetRecord, *, as_json: bool) -> int:
-    """Say how every instance is; 1 where one does not draw, or nobody supervises them."""
-    folders = [Path(each.state_dir) for each in record.instances]
-    with ThreadPoolExecutor(len(folders)) as pool:
-        seen = list(pool.map(_look, folders))
-    is_supervised = record.supervisor is not None
-    instances = [
-        {
-            **asdict(state),
-            "url": None if server is None else server.url,
-            "model": None if server is None else server.model_name,
-            "pid": None if server is None else server.pid,
-            "problem": state.problem or problem,
-        }
-        for state, (server, problem) in zip(record.instances, seen, strict=True)
-    ]
-    if as_json:
-        supervisor = record.pid if is_supervised else None
-        state = {"supervisor": supervisor, "instances": instances}
-        rolls = {"num_rolls": record.num_rolls, "roll_problem": record.roll_problem}
-        print(json.dumps({**state, **rolls}, indent=2))
-    else:
-        _print_table(record, instances)
-    return DONE if is_supervised and not any(each["problem"] for each in instances) else FAILED
-
-
-def _look(state_dir: Path) -> tuple[TorchServer | None, str | None]:
-    server = TorchServer.find(state_dir)
-    return (None, "it does not run") if server is None else (server, server.problem())
-
-
-def _print_table(record: FleetRecord, instances: Sequence[dict[str, object]]) -> None:
-    if record.supervisor is None:
-        print(f"nobody supervises them: process {record.pid} has ended; start them again")
-    else:
-        print(f"supervisor   process {record.pid}")
-    if record.roll_problem is not None:
-        print(f"restart      given up: {record.roll_problem}")
-    for each in instances:
-        device = f"GPU {each['device']}" if each["device"] else "CPU"
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(str(each["since_s"]))))
-        print(
-            f"{each['state']:<12} {each['url'] or '-'}  {device}  process {each['pid'] or '-'}  "
-            f"started again {each['num_restarts']} times  since {since}  {each['state_dir']}"
-        )
-        if each["problem"]:
-            print(f"             {each['problem']}")
 
 
 def refuse_mixing(arguments: argparse.Namespace) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,3 +55,43 @@ def test_one_of_a_fleet_that_nobody_supervises_can_be_stopped(
     sleeper.send_signal(signal.SIGKILL)
     sleeper.wait(10)
     assert main(["stop", "--run-dir", str(run_dir / "1")]) == 0
+
+
+@pytest.mark.parametrize("front", ["gateway", "haproxy"])
+def test_a_front_that_has_ended_is_told_until_it_is_stopped(
+    front: str, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = ["status", "--run-dir", str(run_dir)]
+    main(status)
+    assert front not in capsys.readouterr().out
+    folder = run_dir.with_name(f"run-{front}")
+    folder.mkdir()
+    ended = subprocess.Popen(["true"])
+    created_s = psutil.Process(ended.pid).create_time()
+    ended.wait()
+    record = folder / f"{front}.json"
+    saved = {"pid": ended.pid, "created_s": created_s, "url": "http://there"}
+    record.write_text(json.dumps(saved))
+    assert main(status) == 1
+    assert "it has ended: make up starts it again" in capsys.readouterr().out
+    assert main([*status, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["front"][front]["pid"] is None
+    main(["stop", "--drain-s", "0", "--run-dir", str(run_dir)])
+    assert not record.exists()
+
+
+def test_a_gateway_that_does_not_answer_is_told(
+    run_dir: Path, sleeper: psutil.Process, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_dir.with_name("elsewhere")
+    folder.mkdir()
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        saved = {"pid": sleeper.pid, "created_s": sleeper.create_time(), "url": url}
+        (folder / "gateway.json").write_text(json.dumps(saved))
+        main(["status", "--run-dir", str(run_dir), "--gateway-dir", str(folder)])
+        assert "it does not answer" in capsys.readouterr().out
+        sleeper.suspend()
+        main(["status", "--run-dir", str(run_dir), "--gateway-dir", str(folder)])
+    assert f"kill -CONT {sleeper.pid}" in capsys.readouterr().out

@@ -92,6 +92,12 @@ def test_two_start_are_seen_and_stop(folder: Path, capsys: pytest.CaptureFixture
     assert status["supervisor"] == record(folder).pid
     assert [each["url"] for each in status["instances"]] == [first.url, second.url]
     assert main(["logs", "--run-dir", str(folder / "run"), "--lines", "3"]) == 0
+    # A gateway that has ended is wrong too, though all of them are READY.
+    gateway = folder / "run-gateway" / "gateway.json"
+    gateway.parent.mkdir()
+    gateway.write_text(json.dumps({"pid": os.getpid(), "created_s": 0.0, "url": "http://there"}))
+    assert main(["status", "--run-dir", str(folder / "run")]) == 1
+    assert "it has ended" in capsys.readouterr().out
 
     assert main(["stop", "--run-dir", str(folder / "run")]) == 0
     assert processes_of(folder / "run") == []
