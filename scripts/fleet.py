@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +25,7 @@ from scripts.torchserve.launch import end_orphans
 from scripts.torchserve.options import Options, Ports
 from scripts.torchserve.process import TorchServer
 from scripts.torchserve.state import FLEET_LOG, FLEET_RECORD, StateDir
-from scripts.torchserve.supervisor import Supervision, Supervisor, request_stop
+from scripts.torchserve.supervisor import Supervision, Supervisor, request_restart, request_stop
 
 __all__ = [
     "is_fleet",
@@ -212,13 +211,13 @@ def _stop_instance(state_dir: Path, drain_s: float) -> None:
         state.clean()
 
 
-def restart_fleet(record: FleetRecord, run_dir: Path) -> int:
+def restart_fleet(record: FleetRecord, run_dir: Path, drain_s: float) -> int:
     """Have the supervisor restart its instances one after another; return when that is done."""
     supervisor = record.supervisor
     if supervisor is None:
         raise ServerError(f"nothing supervises {run_dir}: {to_run('stop')}, then start it again")
     print(f"Restarting {len(record.instances)} instances, one after another ...", flush=True)
-    supervisor.send_signal(signal.SIGHUP)
+    request_restart(record, run_dir, drain_s)
     shown: dict[str, str] = {}
     while True:
         now = FleetRecord.read(run_dir)

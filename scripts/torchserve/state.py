@@ -16,11 +16,20 @@ from pathlib import Path
 from scripts.errors import ServerError
 from scripts.torchserve.options import INSTANCE_MARK
 
-__all__ = ["FLEET_LOG", "FLEET_RECORD", "FLEET_STOP", "MAX_SOCKETS_PATH_BYTES", "StateDir"]
+__all__ = [
+    "FLEET_LOG",
+    "FLEET_RECORD",
+    "FLEET_RESTART",
+    "FLEET_STOP",
+    "MAX_SOCKETS_PATH_BYTES",
+    "StateDir",
+]
 
-FLEET_RECORD, FLEET_LOG, FLEET_STOP = "fleet.json", "fleet.log", "fleet-stop.json"
+FLEET_RECORD, FLEET_LOG = "fleet.json", "fleet.log"
 """What a supervisor keeps beside the directories of its instances."""
-_OF_THE_FLEET = (FLEET_RECORD, FLEET_LOG, FLEET_STOP)
+FLEET_STOP, FLEET_RESTART = "fleet-stop.json", "fleet-restart.json"
+"""How long it may drain them, as whoever sends it the signal writes it."""
+_OF_THE_FLEET = (FLEET_RECORD, FLEET_LOG, FLEET_STOP, FLEET_RESTART)
 
 # A Unix socket's path may have 107 bytes. The longest of ours is the worker's, which the frontend
 # names `<TEMP>/.ts.sock.<port>`.

@@ -152,10 +152,11 @@ def test_a_restart_takes_what_is_dead_first(folder: Path) -> None:
     """While it is down the other one is the only one that serves: it is not drained before."""
     assert start(folder, "--instances", "2") == 0
     os.kill(server(folder, 1).pid or 0, signal.SIGKILL)
-    assert main(["restart", "--run-dir", str(folder / "run")]) == 0
+    assert main(["restart", "--run-dir", str(folder / "run"), "--drain-s", "7"]) == 0
     _, _, after = (folder / "run" / "fleet.log").read_text().partition("rolling restart: begins")
     assert 0 < after.index("instance 1 is READY") < after.index("instance 0 is drained")
     assert after.count("is READY") == 2
+    assert after.count("is drained for up to 7 s") == after.count("is drained") > 0
     assert states(folder) == ["ready", "ready"]
 
 
