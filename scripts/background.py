@@ -22,6 +22,7 @@ __all__ = [
     "running_process",
     "save",
     "start_in_background",
+    "wake",
 ]
 
 _LOG_LINES = 15
@@ -71,10 +72,17 @@ def is_suspended(process: psutil.Process) -> bool:
         return False
 
 
+def wake(process: psutil.Process) -> None:
+    """Let a process go on that is suspended: before that it sees no signal but SIGKILL."""
+    with suppress(psutil.NoSuchProcess):
+        process.resume()
+
+
 def end_process(process: psutil.Process, timeout_s: float) -> None:
     """Ask a process to end, and force it after `timeout_s`; it may have ended already."""
     with suppress(psutil.NoSuchProcess):
         process.terminate()
+        wake(process)
         try:
             process.wait(timeout_s)
         except psutil.TimeoutExpired:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from scripts.archive.store import choose_archive
-from scripts.background import last_lines, start_in_background
+from scripts.background import is_suspended, last_lines, start_in_background, wake
 from scripts.console import DONE
 from scripts.errors import ServerError, UsageError
 from scripts.gateway_process import environment
@@ -23,8 +23,8 @@ from scripts.torchserve.draining import GRACE_S, drain
 from scripts.torchserve.fleet import FleetRecord, fingerprint, fleet_over, members
 from scripts.torchserve.launch import end_orphans
 from scripts.torchserve.options import Options, Ports
-from scripts.torchserve.process import TorchServer
-from scripts.torchserve.state import FLEET_LOG, FLEET_RECORD, StateDir
+from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
+from scripts.torchserve.state import FLEET_LOG, FLEET_RECORD, FLEET_RESTART, FLEET_STOP, StateDir
 from scripts.torchserve.supervisor import Supervision, Supervisor, request_restart, request_stop
 
 __all__ = [
@@ -190,6 +190,7 @@ def stop_fleet(record: FleetRecord, run_dir: Path, drain_s: float) -> None:
     supervisor = record.supervisor
     if supervisor is not None:
         request_stop(record, run_dir, drain_s)
+        wake(supervisor)
         try:
             supervisor.wait(drain_s + GRACE_S + _END_S)
         except psutil.TimeoutExpired:
@@ -198,7 +199,8 @@ def stop_fleet(record: FleetRecord, run_dir: Path, drain_s: float) -> None:
     folders = [Path(each.state_dir) for each in record.instances]
     with ThreadPoolExecutor(len(folders)) as pool:
         list(pool.map(lambda folder: _stop_instance(folder, drain_s), folders))
-    (run_dir / FLEET_RECORD).unlink(missing_ok=True)
+    for name in (FLEET_STOP, FLEET_RESTART, FLEET_RECORD):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def _stop_instance(state_dir: Path, drain_s: float) -> None:
@@ -211,28 +213,46 @@ def _stop_instance(state_dir: Path, drain_s: float) -> None:
         state.clean()
 
 
-def restart_fleet(record: FleetRecord, run_dir: Path, drain_s: float) -> int:
-    """Have the supervisor restart its instances one after another; return when that is done."""
-    supervisor = record.supervisor
-    if supervisor is None:
+def restart_fleet(
+    record: FleetRecord, run_dir: Path, drain_s: float, timeout_s: float = READY_TIMEOUT_S
+) -> int:
+    """Have the supervisor restart its instances one after another; return when that is done.
+
+    Raises: ServerError, where it cannot, gives up, or nothing changes within `timeout_s`, the time
+        to drain an instance aside.
+    """
+    if record.supervisor is None:
         raise ServerError(f"nothing supervises {run_dir}: {to_run('stop')}, then start it again")
+    _check_is_awake(record)
     print(f"Restarting {len(record.instances)} instances, one after another ...", flush=True)
     request_restart(record, run_dir, drain_s)
     shown: dict[str, str] = {}
+    changed_s, patience_s = time.monotonic(), drain_s + GRACE_S + _END_S + timeout_s
     while True:
         now = FleetRecord.read(run_dir)
         if now is None or now.supervisor is None:
             raise ServerError(f"the supervisor has ended; {run_dir / FLEET_LOG} says why")
+        _check_is_awake(now)
         for each in now.instances:
             if shown.setdefault(each.state_dir, each.state) != each.state:
-                shown[each.state_dir] = each.state
+                shown[each.state_dir], changed_s = each.state, time.monotonic()
                 print(f"  {each.state_dir}: {each.state}", flush=True)
         if now.num_rolls > record.num_rolls:
             if now.roll_problem is not None:
                 raise ServerError(f"the restart was given up: {now.roll_problem}")
             print("Done.")
             return DONE
+        if time.monotonic() - changed_s > patience_s:
+            raise ServerError(
+                f"nothing has changed for {patience_s:.0f} s; {run_dir / FLEET_LOG} says more"
+            )
         time.sleep(_POLL_S)
+
+
+def _check_is_awake(record: FleetRecord) -> None:
+    """Raise ServerError where the supervisor does nothing until somebody lets it go on."""
+    if (supervisor := record.supervisor) is not None and is_suspended(supervisor):
+        raise ServerError(f"the supervisor is suspended: kill -CONT {record.pid} lets it go on")
 
 
 def refuse_mixing(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+from scripts.background import is_suspended
 from scripts.console import DONE, FAILED
 from scripts.fronts import Front
 from scripts.torchserve.fleet import FleetRecord
@@ -22,7 +23,8 @@ def fleet_status(record: FleetRecord, in_front: Sequence[Front], *, as_json: boo
     folders = [Path(each.state_dir) for each in record.instances]
     with ThreadPoolExecutor(len(folders)) as pool:
         seen = list(pool.map(_look, folders))
-    is_supervised = record.supervisor is not None
+    process = record.supervisor
+    is_supervised = process is not None and not is_suspended(process)
     instances = [
         {
             **asdict(state),
@@ -34,13 +36,13 @@ def fleet_status(record: FleetRecord, in_front: Sequence[Front], *, as_json: boo
         for state, (server, problem) in zip(record.instances, seen, strict=True)
     ]
     if as_json:
-        supervisor = record.pid if is_supervised else None
-        state = {"supervisor": supervisor, "instances": instances}
+        supervisor = None if process is None else record.pid
+        state = {"supervisor": supervisor, "supervises": is_supervised, "instances": instances}
         rolls = {"num_rolls": record.num_rolls, "roll_problem": record.roll_problem}
         front = {each.name: asdict(each) for each in in_front}
         print(json.dumps({**state, **rolls, "front": front}, indent=2))
     else:
-        _print_table(record, instances)
+        _print_table(record, instances, is_supervised=is_supervised)
         for each in in_front:
             print(each)
     has_problem = any(each["problem"] for each in instances) or any(e.problem for e in in_front)
@@ -52,11 +54,15 @@ def _look(state_dir: Path) -> tuple[TorchServer | None, str | None]:
     return (None, "it does not run") if server is None else (server, server.problem())
 
 
-def _print_table(record: FleetRecord, instances: Sequence[dict[str, object]]) -> None:
+def _print_table(
+    record: FleetRecord, instances: Sequence[dict[str, object]], *, is_supervised: bool
+) -> None:
     if record.supervisor is None:
         print(f"nobody supervises them: process {record.pid} has ended; start them again")
     else:
         print(f"supervisor   process {record.pid}")
+        if not is_supervised:
+            print(f"             it is suspended: kill -CONT {record.pid} lets it go on")
     if record.roll_problem is not None:
         print(f"restart      given up: {record.roll_problem}")
     for each in instances:

@@ -146,7 +146,7 @@ def restart(arguments: argparse.Namespace) -> int:
     """Restart what runs, with what the store has now: a fleet one instance after another."""
     refuse_member(arguments.run_dir)
     if (fleet := FleetRecord.read(arguments.run_dir)) is not None:
-        return restart_fleet(fleet, arguments.run_dir, arguments.drain_s)
+        return restart_fleet(fleet, arguments.run_dir, arguments.drain_s, arguments.timeout_s)
     running = TorchServer.find(arguments.run_dir)
     if running is None:
         raise ServerError(f"no server is running; `{to_run('serve')}` starts one")

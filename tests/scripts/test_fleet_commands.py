@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +96,27 @@ def test_a_gateway_that_does_not_answer_is_told(
         sleeper.suspend()
         main(["status", "--run-dir", str(run_dir), "--gateway-dir", str(folder)])
     assert f"kill -CONT {sleeper.pid}" in capsys.readouterr().out
+
+
+def test_a_suspended_supervisor_is_told_and_asked_for_nothing(
+    run_dir: Path, sleeper: psutil.Process, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sleeper.suspend()
+    assert main(["status", "--run-dir", str(run_dir)]) == 1
+    assert f"it is suspended: kill -CONT {sleeper.pid}" in capsys.readouterr().out
+    assert main(["restart", "--run-dir", str(run_dir)]) == 1
+    assert f"the supervisor is suspended: kill -CONT {sleeper.pid}" in capsys.readouterr().err
+    # The signal of a restart would have ended it now.
+    sleeper.resume()
+    time.sleep(0.2)
+    assert sleeper.status() == psutil.STATUS_SLEEPING
+
+
+def test_a_suspended_supervisor_is_stopped_at_once_and_leaves_nothing(
+    run_dir: Path, sleeper: psutil.Process
+) -> None:
+    sleeper.suspend()
+    started_s = time.monotonic()
+    assert main(["stop", "--run-dir", str(run_dir), "--drain-s", "0"]) == 0
+    assert time.monotonic() - started_s < 30
+    assert [each.name for each in run_dir.iterdir()] == []
