@@ -180,7 +180,8 @@ def _introduce(options: Sequence[Options], record: FleetRecord, verb: str) -> No
         if state.state == "ready":
             print(f"TorchServe {verb} {name} {server.model_version} at {server.url}{device}")
         else:
-            print(f"{server.url}{device} is {state.state}: {state.problem}", file=sys.stderr)
+            why = f": {state.problem}" if state.problem else ""
+            print(f"{server.url}{device} is {state.state}{why}", file=sys.stderr)
     watching = ", ".join(to_run(name) for name in ("status", "restart", "stop"))
     print(watching)
 
