@@ -21,10 +21,10 @@ __all__ = ["fleet_status"]
 def fleet_status(record: FleetRecord, in_front: Sequence[Front], *, as_json: bool) -> int:
     """Say how everything is; 1 where an instance does not draw, or something else has ended."""
     folders = [Path(each.state_dir) for each in record.instances]
-    with ThreadPoolExecutor(len(folders)) as pool:
-        seen = list(pool.map(_look, folders))
     process = record.supervisor
     is_supervised = process is not None and not is_suspended(process)
+    with ThreadPoolExecutor(len(folders)) as pool:
+        seen = list(pool.map(lambda folder: _look(folder, is_supervised), folders))
     instances = [
         {
             **asdict(state),
@@ -49,9 +49,11 @@ def fleet_status(record: FleetRecord, in_front: Sequence[Front], *, as_json: boo
     return DONE if is_supervised and not has_problem else FAILED
 
 
-def _look(state_dir: Path) -> tuple[TorchServer | None, str | None]:
+def _look(state_dir: Path, is_supervised: bool) -> tuple[TorchServer | None, str | None]:
     server = TorchServer.find(state_dir)
-    return (None, "it does not run") if server is None else (server, server.problem())
+    if server is None:
+        return None, "it does not run"
+    return server, server.problem(is_supervised=is_supervised)
 
 
 def _print_table(

@@ -32,7 +32,7 @@ from scripts.hints import to_run
 from scripts.serve_arguments import add_drain, add_fleet_arguments, add_start_arguments
 from scripts.torchserve.curl import curl_line
 from scripts.torchserve.draining import DRAIN_S, drain
-from scripts.torchserve.fleet import FleetRecord, run_dirs
+from scripts.torchserve.fleet import FleetRecord, fleet_over, run_dirs
 from scripts.torchserve.haproxy_socket import haproxy_dir_of
 from scripts.torchserve.launch import end_leftover
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
@@ -169,7 +169,8 @@ def status(arguments: argparse.Namespace) -> int:
         none = f"No server is running; `{to_run('serve')}` starts one."
         print("{}" if arguments.json else none)
         return 1
-    model, problem = server.model(), server.problem()
+    model = server.model()
+    problem = server.problem(is_supervised=fleet_over(arguments.run_dir) is not None)
     grpc = server.options.ports.grpc_inference
     workers = [] if model is None else model.workers
     state = {

@@ -107,7 +107,7 @@ class InstanceState:
 
     state_dir: str
     state: str = "starting"
-    """starting, ready, down, draining, stopped."""
+    """starting, ready, worker down, no answer, down, draining, stopped."""
     device: str | None = None
     """The GPU that it is bound to."""
     problem: str | None = None

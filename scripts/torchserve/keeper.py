@@ -201,7 +201,7 @@ class Keeper:
                 if (fault := pulse.fault()) is not None:
                     return fault
                 next_beat_s = time.monotonic() + self._beat_s
-                self._note("ready" if pulse.is_ready else "worker down")
+                self._note(pulse.state)
             self._wake.wait(_LOOK_S)
             self._wake.clear()
         return None

@@ -8,13 +8,21 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 
 from scripts.serve import main
-from scripts.torchserve.fleet import FleetRecord, InstanceState
+from scripts.torchserve import process
+from scripts.torchserve.fleet import FleetRecord, InstanceState, fingerprint, members
+from scripts.torchserve.options import Options, Ports
+from scripts.torchserve.process import TorchServer
+from scripts.torchserve.state import FLEET_RECORD
+from tests.support.fleets import fleet_arguments
+from tests.support.toy_archive import write_toy_archive
+from tests.support.traffic import until
 
 
 @pytest.fixture
@@ -26,6 +34,13 @@ def sleeper() -> Iterator[psutil.Process]:
     finally:
         started.kill()
         started.wait()
+
+
+def suspend(running: psutil.Process) -> None:
+    """Return when it has been stopped: the signal alone takes its time on a busy machine."""
+    running.suspend()
+    now = until(running.status, lambda now: now == psutil.STATUS_STOPPED)
+    assert now == psutil.STATUS_STOPPED
 
 
 @pytest.fixture
@@ -93,7 +108,7 @@ def test_a_gateway_that_does_not_answer_is_told(
         (folder / "gateway.json").write_text(json.dumps(saved))
         main(["status", "--run-dir", str(run_dir), "--gateway-dir", str(folder)])
         assert "it does not answer" in capsys.readouterr().out
-        sleeper.suspend()
+        suspend(sleeper)
         main(["status", "--run-dir", str(run_dir), "--gateway-dir", str(folder)])
     assert f"kill -CONT {sleeper.pid}" in capsys.readouterr().out
 
@@ -101,7 +116,7 @@ def test_a_gateway_that_does_not_answer_is_told(
 def test_a_suspended_supervisor_is_told_and_asked_for_nothing(
     run_dir: Path, sleeper: psutil.Process, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sleeper.suspend()
+    suspend(sleeper)
     assert main(["status", "--run-dir", str(run_dir)]) == 1
     assert f"it is suspended: kill -CONT {sleeper.pid}" in capsys.readouterr().out
     assert main(["restart", "--run-dir", str(run_dir)]) == 1
@@ -115,8 +130,57 @@ def test_a_suspended_supervisor_is_told_and_asked_for_nothing(
 def test_a_suspended_supervisor_is_stopped_at_once_and_leaves_nothing(
     run_dir: Path, sleeper: psutil.Process
 ) -> None:
-    sleeper.suspend()
+    suspend(sleeper)
     started_s = time.monotonic()
     assert main(["stop", "--run-dir", str(run_dir), "--drain-s", "0"]) == 0
     assert time.monotonic() - started_s < 30
     assert [each.name for each in run_dir.iterdir()] == []
+
+
+def test_nobody_is_told_to_stop_a_fleet_of_which_one_hangs(
+    run_dir: Path,
+    sleeper: psutil.Process,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(process, "FRONTEND_START_S", 0.0)
+    own = Options(run_dir / "toy.mar", run_dir / "0")
+    saved = {
+        "pid": sleeper.pid,
+        "created_s": sleeper.create_time(),
+        "model_name": "toy",
+        "model_version": "1.0",
+        "ports": asdict(own.ports),
+        "address": own.address,
+        "auth": False,
+        "properties": {},
+        "started_as": "",
+        "log_offset": 0,
+        **{name: str(getattr(own, name)) for name in process.PATH_OPTIONS},
+    }
+    own.state_dir.mkdir()
+    (own.state_dir / "server.json").write_text(json.dumps(saved))
+    hangs = "the frontend does not answer: "
+    assert main(["status", "--run-dir", str(run_dir)]) == 1
+    assert f"{hangs}its supervisor starts it again" in capsys.readouterr().out
+    # Alone, nobody else would.
+    (run_dir / FLEET_RECORD).unlink()
+    assert main(["status", "--run-dir", str(own.state_dir)]) == 1
+    assert f"{hangs}make stop, then make serve" in capsys.readouterr().out
+
+
+def test_one_that_is_starting_has_no_problem_yet(
+    run_dir: Path, sleeper: psutil.Process, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_toy_archive(run_dir.parent / "store")
+    arguments = ["start", *fleet_arguments(run_dir.parent), "--instances", "2"]
+    http, grpc = (int(arguments[arguments.index(name) + 1]) for name in ("--port", "--grpc-port"))
+    archive, ports = run_dir.parent / "store" / "toy.mar", Ports.starting_at(http, grpc)
+    first, second = members(Options(archive, run_dir, ports), num_instances=2)
+    states = (InstanceState(str(first.state_dir), "ready"), InstanceState(str(second.state_dir)))
+    started_as = fingerprint((first, second))
+    FleetRecord(sleeper.pid, sleeper.create_time(), started_as, states).write(run_dir)
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert f"at {TorchServer(first).url}" in said.out
+    assert said.err.strip() == f"{TorchServer(second).url} is starting"
