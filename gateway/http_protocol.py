@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 __all__ = ["HttpProtocol"]
@@ -21,20 +23,33 @@ _FIRST_LOOK_S, _LAST_LOOK_S = 0.05, 5.0
 _MAX_HEAD_BYTES = 64 * 1024
 # From the first byte of a request's head, or from the connection, to the head's end.
 _HEAD_S = 30.0
+_TLS_RECORD = b"\x16\x03"
 # Longer than that nobody's rest of a refused body is read and thrown away.
 _DISCARD_S = 5.0
 
 _REFUSALS = {
-    400: (
-        "invalid_http",
-        "Invalid HTTP request received. Methods are written in capitals: POST, GET, DELETE.",
-    ),
+    400: ("invalid_http", "Invalid HTTP request received: "),
     408: ("head_timeout", f"the request's headers did not arrive within {_HEAD_S:g} s"),
     431: (
         "headers_too_large",
         f"the request's line and headers have more than {_MAX_HEAD_BYTES} bytes, which are allowed",
     ),
 }
+
+
+def _fault(error: BaseException | None, piece: bytes) -> str:
+    """Say what the parser did not understand in a piece of a connection."""
+    if piece.startswith(_TLS_RECORD):
+        return (
+            "it begins as TLS does, and this port speaks plain HTTP; write http://, not https://."
+        )
+    if piece.startswith(b"PRI * HTTP/2"):
+        return "HTTP/2 is not spoken here, but HTTP/1.1."
+    if isinstance(error, httptools.HttpParserInvalidMethodError):
+        return "it begins with no method. Methods are written in capitals: POST, GET, DELETE."
+    if isinstance(error, httptools.HttpParserCallbackError):
+        return "the address in its first line cannot be read."
+    return f"{error}."
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -48,6 +63,8 @@ class HttpProtocol(HttpToolsProtocol):
     _num_idle_bytes = 0
     """How many came since there was a piece of a body, or a request that was whole."""
     _refused_with = 400
+    _piece = b""
+    """Where the last one of what came begins."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a request's head, for a while."""
@@ -65,6 +82,7 @@ class HttpProtocol(HttpToolsProtocol):
         What came of it in the piece in which it begins is bounded by that piece.
         """
         self._num_idle_bytes += len(data)
+        self._piece = data[:16]
         super().data_received(data)
         if self.transport.is_closing():
             return
@@ -111,6 +129,8 @@ class HttpProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Say what is wrong with a request that is not HTTP, as every other error is said."""
         code, message = _REFUSALS[self._refused_with]
+        if self._refused_with == 400:
+            message += _fault(sys.exception(), self._piece)
         error = {
             "message": message,
             "type": "invalid_request_error",

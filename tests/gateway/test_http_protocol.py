@@ -227,3 +227,33 @@ def test_a_head_that_comes_slowly_while_another_request_is_drawn() -> None:
         assert await read_reply(reader) == (200, b"")
 
     run(check)
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"get / HTTP/1.1", "capitals"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "https://"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM", "HTTP/2 is not spoken"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -5", "Content-Length"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d" % 10**30, "Content-Length overflow"),
+        (
+            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding can't be present with Content-Length",
+        ),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz", "chunk size"),
+        (b"GET http://[::1] x HTTP/1.1", "."),
+    ],
+)
+def test_what_is_not_http_is_told(sent: bytes, said: str) -> None:
+    async def check(app: App, connect: Connect) -> None:
+        reader, writer = await connect()
+        writer.write(sent + b"\r\n\r\n")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        error = json.loads(body)["error"]
+        assert error["code"] == "invalid_http"
+        assert said in error["message"]
+        assert ("capitals" in error["message"]) == (said == "capitals")
+
+    run(check)
