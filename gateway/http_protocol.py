@@ -60,6 +60,8 @@ class HttpProtocol(HttpToolsProtocol):
     _awaits_head = True
     _has_begun = False
     """Whether a byte of the head that is awaited has come."""
+    _may_leave_out_body = False
+    """Whether the client waits for leave to send its body (RFC 9110, 10.1.1)."""
     _num_idle_bytes = 0
     """How many came since there was a piece of a body, or a request that was whole."""
     _refused_with = 400
@@ -94,7 +96,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Note that a head has begun."""
-        self._num_idle_bytes, self._has_begun = 0, True
+        self._num_idle_bytes, self._has_begun, self._may_leave_out_body = 0, True, False
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -105,10 +107,14 @@ class HttpProtocol(HttpToolsProtocol):
             self._refused_with = 431
             raise ValueError
         super().on_headers_complete()
+        if self.expect_100_continue and self.cycle.keep_alive:
+            # Who is refused before the body may leave it out: what follows cannot be told apart.
+            self.cycle.keep_alive, self._may_leave_out_body = False, True
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
         self._num_idle_bytes = 0
+        self._body_comes()
         super().on_body(body)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -116,10 +122,12 @@ class HttpProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle is None or cycle.response_complete or self.transport.is_closing():
             return False
-        if cycle.more_body or self.scope.get("http_version") != "1.1":
-            return (
-                False  # it left in the middle of its body, or could not read the interim response
-            )
+        if cycle.more_body:
+            return False  # it left in the middle of its body
+        if self.scope.get("http_version") != "1.1":
+            # It could not read an interim response. Most of these are proxies, which leave with
+            # their clients: to draw on for all would cost more than the few that wait still lose.
+            return False
         cycle.keep_alive = False
         if not cycle.response_started:
             self.transport.write(_INTERIM)
@@ -155,11 +163,18 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Keep the connection: all of a body that was refused has come."""
+        self._body_comes()
         if self._discarding is not None:
             self._discarding.cancel()
             self._discarding = None
         self._num_idle_bytes, self._awaits_head = 0, True
         super().on_message_complete()
+
+    def _body_comes(self) -> None:
+        """Keep the connection of who has not left the body out, unless the reply says otherwise."""
+        if self._may_leave_out_body:
+            self._may_leave_out_body = False
+            self.cycle.keep_alive = not self.cycle.response_started
 
     @property
     def _is_idle(self) -> bool:
