@@ -11,6 +11,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from scripts.errors import ServerError
@@ -52,6 +53,8 @@ class StateDir:
         self.keys = self.path / "key_file.json"
         self.pid_file = self.tmp / ".model_server.pid"
         self.drain_file = self.tmp / "drain.json"
+        # What grpc_methods puts before TorchServe's own classes.
+        self.classes = self.path / "org"
         # Holds the directory that `sockets` is in, where that is not `temp` itself.
         self._sockets_record = self.path / "sockets"
 
@@ -119,6 +122,9 @@ class StateDir:
         for entry in _entries(self.temp):
             if entry.name == "management.sock" or entry.name.startswith(".ts.sock."):
                 os.unlink(entry.path)
+        with suppress(OSError):  # There is none, or something else in it.
+            models.rmdir()
+        shutil.rmtree(self.classes, ignore_errors=True)
         self._unlink_sockets()
         for leftover in (self.saved, self.pid_file, self.keys, self.drain_file):
             leftover.unlink(missing_ok=True)
