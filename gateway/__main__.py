@@ -84,7 +84,7 @@ def _check_keys(settings: Settings) -> None:
     reader = settings.metrics_for
     if reader not in (None, EVERYBODY, NOBODY) and all(key.name != reader for key in keys):
         raise ConfigError(
-            f"metrics_for: {settings.keys_file} has no key {reader!r}: {how_to_make(path)} makes one"
+            f"metrics_for: {path} has no key {reader!r}: {how_to_make(path)} makes one"
         )
 
 

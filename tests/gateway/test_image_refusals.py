@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -45,3 +46,28 @@ def test_seeds_of_which_one_is_out_of_range(tmp_path: Path, seed: int, n: int, h
 def test_the_last_seeds_are_passed_on(tmp_path: Path) -> None:
     body = json.dumps({"prompt": "a ring", "seed": 2**53 - 10, "n": 10}).encode()
     assert post(tmp_path, body, {"Content-Type": JSON})[2] > 0
+
+
+@pytest.mark.parametrize("media", ["text/plain; charset=utf-8", "application/xml"])
+def test_what_is_neither_json_nor_a_form_is_named(tmp_path: Path, media: str) -> None:
+    status, error, num_received = post(tmp_path, b"a red ring", {"Content-Type": media})
+    assert (status, num_received, error["param"]) == (400, 0, "Content-Type")
+    assert media.partition(";")[0] in error["message"]
+    assert "the body is not JSON" in error["message"]
+    # Clients that do not say what they send are common.
+    assert post(tmp_path, b'{"prompt": "a ring"}', {"Content-Type": media})[0] == 200
+
+
+def test_json_that_is_broken_is_not_put_down_to_its_type(tmp_path: Path) -> None:
+    status, error, _ = post(tmp_path, b'{"prompt": ', {"Content-Type": JSON})
+    assert (status, error["param"]) == (400, None)
+    assert error["message"].startswith("the body is not JSON")
+
+
+def test_a_compressed_body_is_named(tmp_path: Path) -> None:
+    body = gzip.compress(b'{"prompt": "a ring"}')
+    status, error, num_received = post(
+        tmp_path, body, {"Content-Type": JSON, "Content-Encoding": "gzip"}
+    )
+    assert (status, num_received, error["param"]) == (400, 0, "Content-Encoding")
+    assert "'gzip' cannot be read" in error["message"]
