@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from handler.api.traits import PipelineTraits
 from handler.library_logs import quiet_libraries
 from handler.pipelines.prompt_embeddings import reads_windows
+from handler.pipelines.prompt_windows import count_windows
 from handler.pipelines.schedulers import compatible_schedulers, least_steps
 from handler.pipelines.steps import guides_in_halves, several_calls_a_step, tells_steps
 from handler.pipelines.tasks import pictures_of, split_name, task_of
@@ -33,6 +35,7 @@ def describe(pipeline: Any, pipelines: Mapping[str, Any] | None = None) -> Pipel
         clip_layers=_clip_layers(pipeline),
         least_steps=least_steps(pipeline),
         reads_weights=reads_windows(pipeline),
+        count_windows=partial(count_windows, pipeline) if reads_windows(pipeline) else None,
         tasks={task: _parameters(each) for task, each in tasks.items()},
         required=pictures_of(own),
         shortcuts={task: _shortcuts(each) for task, each in tasks.items()},
