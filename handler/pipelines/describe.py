@@ -16,7 +16,7 @@ from handler.pipelines.schedulers import compatible_schedulers, least_steps
 from handler.pipelines.steps import guides_in_halves, several_calls_a_step, tells_steps
 from handler.pipelines.tasks import pictures_of, split_name, task_of
 
-__all__ = ["describe", "latent_scale"]
+__all__ = ["describe", "latent_scale", "parameters_of"]
 
 
 def describe(pipeline: Any, pipelines: Mapping[str, Any] | None = None) -> PipelineTraits:
@@ -45,14 +45,17 @@ def describe(pipeline: Any, pipelines: Mapping[str, Any] | None = None) -> Pipel
 
 
 def _parameters(pipeline: Any) -> frozenset[str]:
-    """Return the names of the arguments of the pipeline's ``__call__`` that do something.
+    transformer: Any = getattr(pipeline, "transformer", None)
+    return parameters_of(type(pipeline), getattr(transformer, "config", {}))
+
+
+def parameters_of(kind: type, transformer_config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the arguments of ``kind.__call__`` that do something.
 
     Flux and Qwen-Image ignore `guidance_scale` unless the model was distilled with it.
     """
-    names = frozenset(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
-    transformer: Any = getattr(pipeline, "transformer", None)
-    config = getattr(transformer, "config", {})
-    is_idle = "true_cfg_scale" in names and config.get("guidance_embeds") is False
+    names = frozenset(inspect.signature(kind.__call__).parameters) - {"self"}
+    is_idle = "true_cfg_scale" in names and transformer_config.get("guidance_embeds") is False
     return names - {"guidance_scale"} if is_idle else names
 
 

@@ -30,7 +30,7 @@ from transformers import (
 from handler.api.prompt_syntax import Piece, pieces_of
 from handler.pipelines.prompt_windows import Window, spelt_out, windows_of
 
-__all__ = ["PromptReading", "read_prompts", "reads_windows"]
+__all__ = ["PromptReading", "kind_reads_windows", "read_prompts", "reads_windows"]
 
 _TOKENIZERS = (CLIPTokenizer, CLIPTokenizerFast)
 _ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
@@ -53,17 +53,25 @@ class PromptReading:
 
 def reads_windows(pipeline: Any) -> bool:
     """Whether prompts in several windows and with weights can be encoded for `pipeline`."""
-    components = getattr(pipeline, "components", {})
-    parts = {name: part for name, part in components.items() if part is not None}
+    parts = {
+        name: type(getattr(part, "_orig_mod", part))  # which is what compiled modules hold
+        for name, part in getattr(pipeline, "components", {}).items()
+        if part is not None
+    }
+    return kind_reads_windows(type(pipeline), parts)
+
+
+def kind_reads_windows(kind: type, parts: Mapping[str, type]) -> bool:
+    """The same of a pipeline of the class `kind`; `parts` are the classes of its components."""
     tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer")]
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
     return (
         bool(tokenizers)
-        and all(isinstance(each, _TOKENIZERS) for each in tokenizers)
-        and all(isinstance(getattr(e, "_orig_mod", e), _ENCODERS) for e in encoders)
+        and all(issubclass(each, _TOKENIZERS) for each in tokenizers)
+        and all(issubclass(each, _ENCODERS) for each in encoders)
         and len(tokenizers) == len(encoders)
         and "unet" in parts
-        and "prompt" in inspect.signature(getattr(pipeline, "encode_prompt", len)).parameters
+        and "prompt" in inspect.signature(getattr(kind, "encode_prompt", len)).parameters
     )
 
 
