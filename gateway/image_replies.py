@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 from gateway.errors import Refused
 from gateway.forwarding import Reply
 from gateway.image_request import ImageRequest
+from gateway.openai_fields import OPENAI_FIELDS, WITHOUT_MEANING
 from handler.api.picture_headers import read_header
 from handler.errors import RequestError
 
@@ -28,6 +30,8 @@ __all__ = [
 
 # What an estimate of tokens counts: OpenAI's own rule of thumb for text, patches for pictures.
 _BYTES_A_TOKEN, _PIXELS_A_PATCH_SIDE = 4, 16
+# How an instance lists the fields that it has, see `FieldReader.refuse_rest`.
+_KNOWN_NAMES = re.compile(r"(?P<before>unknown field; known are )(?P<names>\w+(?:, \w+)*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +78,21 @@ def in_the_clients_words(error: RequestError, request: ImageRequest) -> RequestE
     """The same error, with its fields called what the client called them."""
     renamed: dict[str, str] = {}
     for name, problem in error.fields.items():
-        renamed.setdefault(request.renamed.get(name, name), problem)
+        renamed.setdefault(request.renamed.get(name, name), _with_names_of_here(problem))
     error.fields = renamed
+    error.message = _with_names_of_here(error.message)
+    error.args = (error.message,)
     return error
+
+
+def _with_names_of_here(problem: str) -> str:
+    """What an instance says of an unknown field, with the names that may be sent to this API."""
+
+    def known_here(match: re.Match[str]) -> str:
+        names = {*match["names"].split(", "), *OPENAI_FIELDS} - WITHOUT_MEANING.keys()
+        return f"{match['before']}{', '.join(sorted(names))}"
+
+    return _KNOWN_NAMES.sub(known_here, problem)
 
 
 def images_json(

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 import io
+import re
 from collections.abc import Mapping
 
 from PIL import Image
@@ -24,12 +25,14 @@ from handler.api.images import SentPicture
 from handler.api.picture_headers import PictureHeader, read_header
 from handler.config import HandlerConfig
 from handler.errors import InvalidRequest
+from handler.messages import show
 
 __all__ = ["instance_mask", "is_edit", "read_edit", "routes"]
 
 # What clients of OpenAI's call them, in the order in which they are looked for.
-_IMAGE_NAMES = ("image", "image[]", "image[0]")
+_IMAGE_NAMES = ("image", "image[]", "image[0]", "images")
 _MASK_NAMES = ("mask",)
+_ADDRESS = re.compile(r"\s*(?!data:)[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def routes(gateway: Gateway) -> list[Route]:
@@ -100,25 +103,32 @@ def _take(
     files: Mapping[str, tuple[bytes, ...]],
 ) -> bytes | None:
     found = [content for name in names for content in files.get(name, ())]
-    texts = [fields.pop(name) for name in names if name in fields]
-    # In a form it may be text by mistake; in JSON it is base64, which may be a data: URI.
-    found += [_decoded(field, text) for text in texts if text is not None]
-    if len(found) > 1:
-        problem = f"{len(found)} pictures were sent; one can be drawn over"
+    # In a form it may be text by mistake; in JSON it is one of the forms that `_decoded` reads.
+    texts: list[object] = []
+    for value in (fields.pop(name) for name in names if name in fields):
+        texts += value if isinstance(value, list) else [value]
+    texts = [text for text in texts if text is not None]
+    if len(found) + len(texts) > 1:
+        problem = f"{len(found) + len(texts)} pictures were sent; one can be drawn over"
         raise InvalidRequest(f"{field}: {problem}", {field: problem})
-    return found[0] if found else None
+    return found[0] if found else _decoded(field, texts[0]) if texts else None
 
 
-def _decoded(field: str, text: object) -> bytes:
-    encoded = text.rpartition(",")[2] if isinstance(text, str) else ""
-    try:
-        content = base64.b64decode(encoded, validate=True)
-    except (binascii.Error, ValueError):
-        content = b""
-    if not content:
-        problem = "must be a file of a multipart form, or its base64"
-        raise InvalidRequest(f"{field} {problem}", {field: problem})
-    return content
+def _decoded(field: str, sent: object) -> bytes:
+    """The picture in base64, in a ``data:`` URI, or in OpenAI's ``{"image_url": "data:..."}``."""
+    text = sent.get("image_url") if isinstance(sent, dict) else sent
+    problem = f"must be a file of a multipart form, its base64 or a data: URI, not {show(sent)}"
+    if isinstance(text, str) and _ADDRESS.match(text):
+        problem = "is an address, and nothing is fetched: send a file, its base64 or a data: URI"
+    elif isinstance(text, str):
+        try:
+            if content := base64.b64decode(text.rpartition(",")[2], validate=True):
+                return content
+        except (binascii.Error, ValueError):
+            pass
+    elif isinstance(sent, dict) and "file_id" in sent:
+        problem = "has a file_id, and no files are kept here: send image_url with a data: URI"
+    raise InvalidRequest(f"{field} {problem}", {field: problem})
 
 
 def _check(field: str, content: bytes, config: HandlerConfig) -> PictureHeader:

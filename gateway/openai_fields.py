@@ -127,6 +127,7 @@ WITHOUT_MEANING: Mapping[str, str] = {
     "cancel": "a request is cancelled by DELETE /v1/requests/ID",
     "describe": "GET /v1/fields says what a model has",
     "previews": "send partial_images with stream",
+    "instances": "it is KServe's, of /v1/models/NAME:predict; a request here has one prompt",
     "style": "say it in the prompt",
     "complexity": "diffusion models have none; leave it out",
     "frame_count": "pictures have one frame; leave it out",

@@ -191,6 +191,12 @@ class HandlerConfig:
         "characters of a prompt or negative prompt",
         section="Limits of one request",
     )
+    max_prompt_windows: int = _key(
+        8,
+        allow.integer(1, 1000),
+        "windows of 75 tokens that a prompt or negative prompt is encoded in",
+        note="Stable Diffusion and SDXL; a `BREAK` begins one",
+    )
     max_num_inference_steps: int = _key(150, allow.integer(1, 1000), "denoising steps")
     min_guidance_scale: float = _key(0.0, allow.number(0.0, 1000.0), "classifier-free guidance")
     max_guidance_scale: float = _key(30.0, allow.number(0.0, 1000.0), "classifier-free guidance")

@@ -6,14 +6,15 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ConfigError
-from handler.loading.contents import CONTROLNET_FOLDER, controlnet_names, pickled
+from handler.loading.contents import pickled
 from scripts.archive.checks import read_config, read_manifest
 from scripts.archive.manifest import CONFIG_NAME, TORCHSERVE_MANIFEST_NAME, component_facts
+from scripts.archive.offers import fields_of, samplers_in, tasks_of
 from scripts.archive.reader import ArchiveView, open_archive
 from scripts.archive.sbom import sbom
 from scripts.archive.signing import signature_path
@@ -39,8 +40,6 @@ _LIMITS = (
     *("max_prompt_chars", "max_num_inference_steps", "max_size_px", "max_pixels", "max_images"),
     *("max_rows", "max_waiting"),
 )
-# Parameters of a pipeline that the service itself gives, or that say nothing of a picture.
-_OURS = ("callback_steps", "return_dict")
 _FORMS = {True: "archive", False: "pipeline"}
 
 
@@ -62,7 +61,7 @@ def inspect(path: Path) -> dict[str, Any]:
                 "parameters": num_parameters,
                 "weights_bytes": weights_bytes,
                 "components": components,
-                "tasks": _tasks(view),
+                "tasks": tasks_of(view),
             },
             "memory_bytes": {
                 "float32": num_parameters * 4,
@@ -71,8 +70,8 @@ def inspect(path: Path) -> dict[str, Any]:
             },
             "is_mapped": _is_mapped(view),
             "pickled": pickled(view.model.sizes),
-            "samplers": _samplers(view),
-            **_parameters(view),
+            "samplers": samplers_in(view),
+            **fields_of(view, _loras(view, manifest.get("loras"))),
             **_settings(view),
             **{
                 key: manifest.get(key)
@@ -83,38 +82,6 @@ def inspect(path: Path) -> dict[str, Any]:
                 )
             },
         }
-
-
-def _tasks(view: ArchiveView) -> list[str] | None:
-    """Name the tasks that the worker will serve; None where the class is not known here."""
-    from handler.library_logs import quiet_libraries
-    from handler.loading.controlnets import controlnet_class
-    from handler.loading.pipeline_class import pipeline_class
-    from handler.pipelines.tasks import plan_tasks
-
-    model = view.model
-    names = controlnet_names(model.sizes)
-    channels = {}
-    try:
-        with quiet_libraries():
-            cls = pipeline_class(view.index)
-            for component in ("unet", "transformer"):
-                config = _read_config(view, f"{component}/config.json")
-                if isinstance(config.get("in_channels"), int):
-                    channels[component] = config["in_channels"]
-            configs = {name: f"{CONTROLNET_FOLDER}/{name}/config.json" for name in names}
-            controlnets = {
-                name: controlnet_class(model.read(config), config)
-                for name, config in configs.items()
-            }
-        return [*plan_tasks(cls, channels, controlnets)]
-    except ArchiveError:
-        return None
-
-
-def _read_config(view: ArchiveView, name: str) -> Mapping[str, Any]:
-    found = parse_json(view.model.read(name), name) if name in view.model.sizes else {}
-    return _mapping(found)
 
 
 def _size(path: Path) -> int:
@@ -146,51 +113,33 @@ def _torchserve(view: ArchiveView) -> dict[str, Any] | None:
         return None
 
 
+def _loras(view: ArchiveView, packed: object) -> list[str]:
+    """Return the LoRAs that a request may name; a folder on the server stands for its own."""
+    names = [str(name) for name in packed] if isinstance(packed, list | dict) else []
+    config = _config(view)
+    folder = None if config is None else config.lora_dir
+    return names if folder is None else [*names, folder]
+
+
+def _config(view: ArchiveView) -> HandlerConfig | None:
+    if view.outer is None or CONFIG_NAME not in view.outer.sizes:
+        return None
+    try:
+        return read_config(view)
+    except ConfigError:
+        return None
+
+
 def _settings(view: ArchiveView) -> dict[str, Any]:
     """Return what a request gets by default and what it may ask for at most."""
-    if view.outer is None or CONFIG_NAME not in view.outer.sizes:
-        return {"defaults": None, "limits": None, "default_loras": None}
-    try:
-        config = read_config(view)
-    except ConfigError:
+    config = _config(view)
+    if config is None:
         return {"defaults": None, "limits": None, "default_loras": None}
     return {
         "defaults": {name: getattr(config, name) for name in _DEFAULTS},
         "limits": {name: getattr(config, name) for name in _LIMITS},
         "default_loras": config.default_loras,
     }
-
-
-def _parameters(view: ArchiveView) -> dict[str, list[str]]:
-    """Return the fields that the pipeline's ``__call__`` has, and its numbers that are none."""
-    from handler.api.schema import PICTURE_FIELDS
-    from handler.loading.pipeline_class import pipeline_class
-    from handler.pipelines.signature import numbers_of
-
-    try:
-        kind = pipeline_class(view.index)
-        names = signature(kind.__call__).parameters.keys()
-    except (ArchiveError, AttributeError, TypeError):  # of another diffusers than the installed
-        return {"fields": [], "other_parameters": []}
-    fields = [name for name, each in PICTURE_FIELDS.items() if each.argument in names]
-    taken = {each.argument for each in PICTURE_FIELDS.values()}
-    others = [name for name in numbers_of(kind) if name not in taken and name not in _OURS]
-    return {"fields": fields, "other_parameters": others}
-
-
-def _samplers(view: ArchiveView) -> dict[str, list[str]]:
-    """Return the samplers that go with the pipeline, each with the sigmas it may have."""
-    if "scheduler" not in view.index.components:
-        return {}
-    from handler.api.samplers import samplers_of
-    from handler.loading.pipeline_class import component_class
-    from handler.pipelines.schedulers import compatible_with
-
-    try:
-        kind = component_class("scheduler", view.index)
-        return samplers_of(compatible_with(kind))
-    except (ArchiveError, AttributeError):  # of a diffusers that is not the installed one
-        return {}
 
 
 def _page(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -232,10 +181,12 @@ def _page(facts: Mapping[str, Any]) -> Iterator[str]:
             yield _line(title, ", ".join(facts[key]))
     if facts["samplers"]:
         yield _line("samplers", ", ".join(facts["samplers"]))
-        flags = ("karras", "exponential", "beta")
-        with_flags = [n for n, each in facts["samplers"].items() if {*flags} <= {*each}]
-        if with_flags:
-            yield _line("sigmas", f"{', '.join(flags)} with {', '.join(with_flags)}")
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name, sigmas in facts["samplers"].items():
+            alike.setdefault(tuple(sigmas), []).append(name)
+        for sigmas, names in alike.items():
+            if sigmas:
+                yield _line("sigmas", f"{', '.join(sigmas)} with {', '.join(names)}")
     if facts["pickled"]:
         yield _line("WARNING", f"pickled weights, which the worker refuses: {facts['pickled']}")
 

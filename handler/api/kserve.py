@@ -70,6 +70,11 @@ def open_message(payload: Payload, *, max_instances: int) -> Message:
     tensors = fields.get("inputs")
     if isinstance(tensors, (list, tuple)) and not _are_prompts(tensors):
         return _open_v2(fields, tensors, problems, max_instances)
+    if tensors is not None and not isinstance(tensors, (str, list, tuple, bytes, bytearray)):
+        problems["inputs"] = (
+            f"must be a prompt, or a list of tensors as KServe v2 has it, not {show(tensors)}"
+        )
+        return Message(Envelope.PLAIN, fields, (), problems)
     shared = _with_parameters(fields, "", problems)
     return Message(Envelope.PLAIN, shared, (Instance("", {}),), problems)
 

@@ -43,6 +43,10 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
         problems.append("prompt_weighting: the text encoders of this pipeline read no weights")
     if config.negative_prompt and "negative_prompt" not in traits.parameters:
         problems.append("negative_prompt: this pipeline takes none")
+    if config.negative_prompt and (
+        problem := _window_problem(config.negative_prompt, config.prompt_weighting, config, traits)
+    ):
+        problems.append(f"negative_prompt: {problem}")
     if config.step_cache and not any("step_cache" in has for has in traits.shortcuts.values()):
         problems.append("step_cache: this pipeline does not tell which step it is at")
     if problems:
@@ -54,6 +58,7 @@ def check_values(
     reader: FieldReader,
     sent: Mapping[str, Any],
     values: dict[str, Value],
+    config: HandlerConfig,
     traits: PipelineTraits,
 ) -> None:
     """Check what depends on the text encoders and the LoRAs of a pipeline.
@@ -63,6 +68,7 @@ def check_values(
     """
     _check_loras(reader, sent["loras"], traits)
     _check_weights(reader, values, traits)
+    _check_windows(reader, values, config, traits)
     _check_encoding(reader, sent, values, traits)
 
 
@@ -120,6 +126,32 @@ def _check_weights(reader: FieldReader, values: dict[str, Value], traits: Pipeli
         problem = weight_problem(text) if isinstance(text, str) else None
         if problem is not None:
             reader.report(name, problem)
+
+
+def _check_windows(
+    reader: FieldReader, values: Mapping[str, Value], config: HandlerConfig, traits: PipelineTraits
+) -> None:
+    """Check in how many windows the prompts are encoded: all rows of a picture attend to each."""
+    is_weighted = bool(values.get("prompt_weighting"))
+    for name in ("prompt", "negative_prompt"):
+        text = values.get(name)
+        if isinstance(text, str) and name not in reader.problems:
+            problem = _window_problem(text, is_weighted, config, traits)
+            if problem is not None:
+                reader.report(name, problem)
+
+
+def _window_problem(
+    text: str, is_weighted: bool, config: HandlerConfig, traits: PipelineTraits
+) -> str | None:
+    num_windows = 1 if traits.count_windows is None else traits.count_windows(text, is_weighted)
+    if num_windows <= config.max_prompt_windows:
+        return None
+    how = ", and each BREAK begins one" if is_weighted else ""
+    return (
+        f"takes {num_windows} windows of the text encoder{how};"
+        f" allowed are {config.max_prompt_windows}"
+    )
 
 
 def _check_num_images(

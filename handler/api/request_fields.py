@@ -80,7 +80,7 @@ def parse_fields(
     values = {**_defaults(config, parameters), **{n: v for n, v in sent.items() if v is not None}}
     values["task"] = task or TEXT_TO_IMAGE
     values.update(_resolve_sampler(reader, sent, values, traits))
-    check_values(reader, sent, values, traits)
+    check_values(reader, sent, values, config, traits)
     _size_by_picture(reader, values, sent, pictures, config, traits)
     extra = {name: value for name, value in values.items() if name not in ATTRIBUTES}
     attributes = {name: values[name] for name in ATTRIBUTES}

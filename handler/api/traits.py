@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from handler.api.samplers import find_sampler
@@ -37,6 +37,9 @@ class PipelineTraits:
     """Layers of its CLIP text encoders, of the one with fewest; None: it has none."""
     reads_weights: bool = False
     """Whether words of a prompt can have weights."""
+    count_windows: Callable[[str, bool], int] | None = None
+    """In how many windows its text encoders read a prompt, whose weights and breaks count or are
+    text; None: in one, whatever its length."""
     shortcuts: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """Fields that leave parts of the computing out, by the engine's name of each task."""
     several_calls: frozenset[str] = frozenset()

@@ -23,6 +23,7 @@ from handler.loading.lora_layers import (
     LoraLayer,
     layers_in,
 )
+from handler.loading.lora_refusals import not_a_lora, not_finite, shown
 from handler.loading.model_dir import Extent
 from handler.loading.safetensors_map import map_tensors, read_header
 from handler.messages import first_lines
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LoraReader", "in_present_names", "read_lora"]
 
-_NUM_SHOWN = 3
-_KINDS = {"hada_": "a LoHa of LyCORIS", "oft_": "an OFT of LyCORIS"}
 # Kinds that diffusers converts for some pipelines.
 _SOME_KINDS = {".lokr_": "a LoKr of LyCORIS"}
 # Where the name of a tensor in a file stops being that of its layer, whoever wrote it.
@@ -57,6 +56,9 @@ class LoraReader:
     def __init__(self, pipeline: Any) -> None:
         self._kind = type(pipeline).__name__
         self._skeleton: Any = None
+        encoders = (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2"))
+        configs = (getattr(encoder, "config", None) for encoder in encoders)
+        self._widths = {getattr(config, "hidden_size", 0) for config in configs} - {0}
         if hasattr(pipeline, "load_lora_weights"):
             self._skeleton = _without_weights(pipeline)
             self._modules = {
@@ -79,7 +81,7 @@ class LoraReader:
         Raises:
             ArchiveError: it is no LoRA, or not all of it fits; the message names keys.
         """
-        if problem := _not_a_lora(tensors):
+        if problem := not_a_lora(tensors, self._widths):
             raise ArchiveError(problem)
         if self._skeleton is None:
             raise ArchiveError(f"{self._kind} takes no LoRAs")
@@ -98,11 +100,17 @@ class LoraReader:
         return layers
 
     def read_file(self, path: Path) -> Layers:
-        """The same of the file at `path`; nothing of it stays mapped. Raises: ArchiveError."""
+        """The same of the file at `path`; nothing of it stays mapped.
+
+        Raises:
+            ArchiveError: as `read` does, or a weight is not a finite number.
+        """
         size_bytes = path.stat().st_size
         with path.open("rb") as file:
             header = read_header(file, size_bytes, path.name)
         mapped = map_tensors(Extent(path, 0, size_bytes), path.name)
+        if problem := not_finite(mapped):
+            raise ArchiveError(problem)
         # Copied, for the operator may replace the file.
         return self.read({name: each.clone() for name, each in mapped.items()}, header.metadata)
 
@@ -133,8 +141,8 @@ class LoraReader:
         if lost:
             raise ArchiveError(_what_is_lost(names, lost, used))
         if problems:
-            shown = _shown(sorted(names))
-            raise ArchiveError(f"it does not fit the pipeline: {problems[0]}; its keys are {shown}")
+            keys = shown(sorted(names))
+            raise ArchiveError(f"it does not fit the pipeline: {problems[0]}; its keys are {keys}")
 
     def _delivered(
         self, tensors: Mapping[str, torch.Tensor], configured: Mapping[str, Any]
@@ -156,10 +164,10 @@ class LoraReader:
                 if found := [name for name in tensors if part in name]:
                     raise ArchiveError(
                         f"it is {kind}, which is not applied to a {self._kind} ({reason}); "
-                        f"its keys are {_shown(found)}"
+                        f"its keys are {shown(found)}"
                     ) from error
             # What is named like nothing of a LoRA comes first.
-            keys = _shown(sorted(tensors, key=lambda name: (_layer_of(name) != name, name)))
+            keys = shown(sorted(tensors, key=lambda name: (_layer_of(name) != name, name)))
             raise ArchiveError(
                 f"it does not fit the pipeline: {reason}; its keys are {keys}"
             ) from error
@@ -279,19 +287,6 @@ def _without_weights(pipeline: Any) -> Any:
     return bare
 
 
-def _not_a_lora(keys: Mapping[str, torch.Tensor]) -> str | None:
-    """Say what a file is, where it is known not to be a LoRA."""
-    first = min(keys, default="nothing")
-    for part, kind in _KINDS.items():
-        if any(part in key for key in keys):
-            return f"it is {kind}, which is not applied; such as {first}"
-    shapes = [tensor.shape for tensor in keys.values()]
-    is_named = any("lora" in key for key in keys)
-    if not is_named and len(keys) <= 4 and all(len(shape) < 3 for shape in shapes):
-        return "it is a textual inversion (an embedding of the prompt), which is not applied"
-    return None
-
-
 def _adapter_metadata(metadata: Mapping[str, str]) -> Mapping[str, Any]:
     """PEFT's configuration of each component, which diffusers writes into the header."""
     text = metadata.get(METADATA)
@@ -376,23 +371,18 @@ def _layer_of(name: str) -> str:
 def _what_is_lost(names: list[str], lost: list[str], used: set[str]) -> str:
     layers = list(dict.fromkeys(_layer_of(name) for name in names))
     if not used:
-        return f"it is of another model: the pipeline has none of its layers {_shown(layers)}"
+        return f"it is of another model: the pipeline has none of its layers {shown(layers)}"
     lost_layers = list(dict.fromkeys(_layer_of(name) for name in lost))
     known = {_layer_of(name) for name in used}
     if unknown := [layer for layer in lost_layers if layer not in known]:
         return (
             f"it is of another model: {len(unknown)} of its {len(layers)} layers are "
-            f"not in the pipeline, such as {_shown(unknown)}"
+            f"not in the pipeline, such as {shown(unknown)}"
         )
     return (
         f"{len(lost)} of its {len(names)} tensors would not be applied, such as "
-        f"{_shown(sorted(lost))}"
+        f"{shown(sorted(lost))}"
     )
-
-
-def _shown(names: list[str]) -> str:
-    more = f" and {len(names) - _NUM_SHOWN} more" if len(names) > _NUM_SHOWN else ""
-    return ", ".join(names[:_NUM_SHOWN]) + more
 
 
 def read_lora(reader: LoraReader, path: Path, pipeline: Any, device: torch.device) -> Layers:

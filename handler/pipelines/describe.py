@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from handler.api.traits import PipelineTraits
 from handler.library_logs import quiet_libraries
 from handler.pipelines.prompt_embeddings import reads_windows
+from handler.pipelines.prompt_windows import count_windows
 from handler.pipelines.schedulers import compatible_schedulers, least_steps
 from handler.pipelines.steps import guides_in_halves, several_calls_a_step, tells_steps
 from handler.pipelines.tasks import pictures_of, split_name, task_of
 
-__all__ = ["describe", "latent_scale"]
+__all__ = ["describe", "latent_scale", "parameters_of"]
 
 
 def describe(pipeline: Any, pipelines: Mapping[str, Any] | None = None) -> PipelineTraits:
@@ -33,6 +35,7 @@ def describe(pipeline: Any, pipelines: Mapping[str, Any] | None = None) -> Pipel
         clip_layers=_clip_layers(pipeline),
         least_steps=least_steps(pipeline),
         reads_weights=reads_windows(pipeline),
+        count_windows=partial(count_windows, pipeline) if reads_windows(pipeline) else None,
         tasks={task: _parameters(each) for task, each in tasks.items()},
         required=pictures_of(own),
         shortcuts={task: _shortcuts(each) for task, each in tasks.items()},
@@ -42,14 +45,17 @@ def describe(pipeline: Any, pipelines: Mapping[str, Any] | None = None) -> Pipel
 
 
 def _parameters(pipeline: Any) -> frozenset[str]:
-    """Return the names of the arguments of the pipeline's ``__call__`` that do something.
+    transformer: Any = getattr(pipeline, "transformer", None)
+    return parameters_of(type(pipeline), getattr(transformer, "config", {}))
+
+
+def parameters_of(kind: type, transformer_config: Mapping[str, Any]) -> frozenset[str]:
+    """Return the names of the arguments of ``kind.__call__`` that do something.
 
     Flux and Qwen-Image ignore `guidance_scale` unless the model was distilled with it.
     """
-    names = frozenset(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
-    transformer: Any = getattr(pipeline, "transformer", None)
-    config = getattr(transformer, "config", {})
-    is_idle = "true_cfg_scale" in names and config.get("guidance_embeds") is False
+    names = frozenset(inspect.signature(kind.__call__).parameters) - {"self"}
+    is_idle = "true_cfg_scale" in names and transformer_config.get("guidance_embeds") is False
     return names - {"guidance_scale"} if is_idle else names
 
 

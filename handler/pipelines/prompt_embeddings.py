@@ -1,4 +1,4 @@
-"""Prompts of any length and weight, for pipelines whose text encoders are CLIP's.
+"""Prompts longer than one window, and weights, for pipelines whose text encoders are CLIP's.
 
 A prompt that is longer than the encoder reads becomes several windows, each encoded by itself and
 joined: the denoiser attends to all of them. The pipeline's own ``encode_prompt`` does it, within
@@ -28,8 +28,9 @@ from transformers import (
 )
 
 from handler.api.prompt_syntax import Piece, pieces_of
+from handler.pipelines.prompt_windows import Window, spelt_out, windows_of
 
-__all__ = ["PromptReading", "read_prompts", "reads_windows"]
+__all__ = ["PromptReading", "kind_reads_windows", "read_prompts", "reads_windows"]
 
 _TOKENIZERS = (CLIPTokenizer, CLIPTokenizerFast)
 _ENCODERS = (CLIPTextModel, CLIPTextModelWithProjection)
@@ -51,18 +52,26 @@ class PromptReading:
 
 
 def reads_windows(pipeline: Any) -> bool:
-    """Whether prompts of any length and weight can be encoded for `pipeline`."""
-    components = getattr(pipeline, "components", {})
-    parts = {name: part for name, part in components.items() if part is not None}
+    """Whether prompts in several windows and with weights can be encoded for `pipeline`."""
+    parts = {
+        name: type(getattr(part, "_orig_mod", part))  # which is what compiled modules hold
+        for name, part in getattr(pipeline, "components", {}).items()
+        if part is not None
+    }
+    return kind_reads_windows(type(pipeline), parts)
+
+
+def kind_reads_windows(kind: type, parts: Mapping[str, type]) -> bool:
+    """The same of a pipeline of the class `kind`; `parts` are the classes of its components."""
     tokenizers = [part for name, part in parts.items() if name.startswith("tokenizer")]
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
     return (
         bool(tokenizers)
-        and all(isinstance(each, _TOKENIZERS) for each in tokenizers)
-        and all(isinstance(getattr(e, "_orig_mod", e), _ENCODERS) for e in encoders)
+        and all(issubclass(each, _TOKENIZERS) for each in tokenizers)
+        and all(issubclass(each, _ENCODERS) for each in encoders)
         and len(tokenizers) == len(encoders)
         and "unet" in parts
-        and "prompt" in inspect.signature(getattr(pipeline, "encode_prompt", len)).parameters
+        and "prompt" in inspect.signature(getattr(kind, "encode_prompt", len)).parameters
     )
 
 
@@ -115,7 +124,7 @@ class _Texts:
             self.prompts[name] = [] if is_given else _as_list(text)
             self.negatives[name] = _as_list(opposite) if is_guided and not is_given else []
         self._conversions: dict[tuple[str, str], str] = {}
-        self._tokens: dict[tuple[str, str], list[list[tuple[int, float]]]] = {}
+        self._tokens: dict[tuple[str, str], list[Window]] = {}
         windows = [
             self._windows(name, self._converted(name, text))
             for name in self.tokenizers
@@ -139,37 +148,18 @@ class _Texts:
         return not all(hasattr(encoder, _INNER) for encoder in encoders)
 
     def _converted(self, name: str, text: str) -> str:
-        """The text as the pipeline hands it to its tokenizer: words of several vectors spelt out.
-
-        Once only: what is spelt out holds the word again.
-        """
-        convert = getattr(self._view, "maybe_convert_prompt", None)
-        if convert is None:
-            return text
+        """The text as the pipeline hands it to its tokenizer."""
         if (name, text) not in self._conversions:
-            self._conversions[name, text] = str(convert(text, self.tokenizers[name]))
+            self._conversions[name, text] = spelt_out(self._view, self.tokenizers[name], text)
         return self._conversions[name, text]
 
-    def _windows(self, name: str, text: str) -> list[list[tuple[int, float]]]:
+    def _windows(self, name: str, text: str) -> list[Window]:
         """The tokens of a converted text with their weights, as many in a window as fit."""
         if (name, text) not in self._tokens:
-            self._tokens[name, text] = self._tokenized(self.tokenizers[name], text)
+            self._tokens[name, text] = windows_of(
+                self.tokenizers[name], text, is_weighted=self._reading.is_weighted
+            )
         return self._tokens[name, text]
-
-    def _tokenized(self, tokenizer: Any, text: str) -> list[list[tuple[int, float]]]:
-        size = tokenizer.model_max_length - tokenizer.num_special_tokens_to_add()
-        windows: list[list[tuple[int, float]]] = [[]]
-        for piece in pieces_of(text) if self._reading.is_weighted else [Piece(text)]:
-            if piece.text is None:
-                windows.append([])
-                continue
-            # Not `verbose`: it would warn of a length that is about to be cut, and quote nothing.
-            ids = tokenizer(piece.text, add_special_tokens=False, verbose=False).input_ids
-            for token in ids:
-                if len(windows[-1]) == size:
-                    windows.append([])
-                windows[-1].append((token, piece.weight))
-        return windows
 
     def row(self, name: str, text: str) -> _Row:
         """The windows of a converted text in one row, filled up to as many as all texts have."""

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from handler.config import HandlerConfig
 from handler.errors import ArchiveError, ServingError
 from handler.loading.model_index import ModelIndex
+from scripts.archive.checkpoint import header_of
 from scripts.archive.checks import check_archive
 from scripts.archive.controlnets import check_controlnets
 from scripts.archive.embeddings import check_embeddings
+from scripts.archive.lora_checks import check_finite
 from scripts.archive.members import Member
 from scripts.archive.model_checks import check_pipeline, check_settings
 from scripts.archive.model_defaults import find_defaults
@@ -56,20 +58,19 @@ def examine(
     index: ModelIndex,
     files: Sequence[PipelineFile],
     model: Sequence[Member],
-    loras: Sequence[Member],
+    loras: Mapping[str, PipelineFile],
 ) -> Examined:
-    """Check the pipeline of `files`, which become the members `model`, and its `loras`.
+    """Check the pipeline of `files`, which become the members `model`, and its `loras` by name.
 
     Raises: ArchiveError, naming every problem.
     """
     headers = {each.name: each.header for each in model if each.header is not None}
-    lora_headers = {
-        PurePosixPath(each.name).stem: each.header for each in loras if each.header is not None
-    }
+    lora_headers = {name: header_of(file) for name, file in sorted(loras.items())}
     small = _Files(files)
     skeleton = build_skeleton(index, small, headers)
     names = [file.name for file in files]
     _refuse([*check_pipeline(index, names, skeleton, lora_headers)])
+    _refuse([*check_finite(loras)])
     assert skeleton.pipeline is not None
     _refuse([*check_controlnets(skeleton.pipeline, small, headers)])
     _refuse([*check_embeddings(skeleton.pipeline, headers)])

@@ -186,7 +186,7 @@ def _contents(plan: ArchivePlan, opened: Opened) -> Iterator[_Contents]:
     def config() -> tuple[bytes, HandlerConfig]:
         examined = None
         if plan.is_checked:
-            examined = examine(pipeline.index, files, model, packed_loras)
+            examined = examine(pipeline.index, files, model, loras)
         return pack_config(plan.config, _kept_config(plan, opened), plan.settings, examined)
 
     # A picture is drawn in this process, with what the checks imported.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openai
@@ -15,6 +18,8 @@ from PIL import Image
 from gateway.openai_edits import instance_mask
 from handler.errors import InvalidRequest
 from tests.support.client import curl
+from tests.support.fake_instance import Received, running_instance
+from tests.support.gateway_apps import gateway_client
 from tests.support.gateways import RunningGateway
 
 PROMPT = "a large red heart on a cyan background"
@@ -45,6 +50,61 @@ def test_a_broken_mask_is_refused() -> None:
     with pytest.raises(InvalidRequest) as caught:
         instance_mask(encoded("RGBA")[:60])
     assert caught.value.fields == {"mask": "cannot be decoded"}
+
+
+URI = f"data:image/png;base64,{base64.b64encode(encoded()).decode()}"
+
+
+def post(folder: Path, fields: dict[str, object]) -> tuple[dict[str, Any], list[Received]]:
+    """The reply to an edit, and what the instance got."""
+
+    async def talk() -> tuple[dict[str, Any], list[Received]]:
+        async with running_instance() as fake, gateway_client(folder, [fake]) as client:
+            body = {"prompt": PROMPT, **fields}
+            reply = await client.post("/v1/images/edits", json=body)
+            return await reply.json(), fake.received
+
+    return asyncio.run(asyncio.wait_for(talk(), 60))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"image": URI},
+        {"image": [URI]},
+        {"image": {"image_url": URI}},
+        {"images": [{"image_url": URI}]},
+        {"images": URI.partition(",")[2], "mask": {"image_url": URI}},
+    ],
+)
+def test_a_picture_in_json_is_read(tmp_path: Path, fields: dict[str, object]) -> None:
+    reply, (received,) = post(tmp_path, fields)
+    assert "data" in reply
+    assert received.fields["image"] == URI.partition(",")[2]
+    assert ("mask_image" in received.fields) == ("mask" in fields)
+    assert not {"images", "mask"} & received.fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"image": [URI, URI]}, "2 pictures were sent; one can be drawn over"),
+        ({"images": [{"image_url": URI}], "image": URI}, "2 pictures were sent"),
+        ({"image": "https://example.org/a.png"}, "nothing is fetched"),
+        ({"images": [{"image_url": "http://example.org/a.png"}]}, "nothing is fetched"),
+        ({"images": [{"file_id": "file-1"}]}, "no files are kept here"),
+        ({"image": 5}, "its base64 or a data: URI, not 5"),
+        ({"image": "a,b c"}, "its base64 or a data: URI, not 'a,b c'"),
+        ({"images": []}, "is missing"),
+    ],
+)
+def test_a_picture_in_json_that_cannot_be_read(
+    tmp_path: Path, fields: dict[str, object], said: str
+) -> None:
+    reply, received = post(tmp_path, fields)
+    assert reply["error"]["param"] == "image"
+    assert said in reply["error"]["message"]
+    assert not received
 
 
 @pytest.mark.server

@@ -409,7 +409,7 @@ def test_prompts_are_never_logged(
 ) -> None:
     words = [f"secret{number}" for number in range(150)]
     with caplog.at_level(logging.DEBUG):
-        frontend, _ = serve(cycle_ms=0, max_prompt_chars=8000)
+        frontend, _ = serve(cycle_ms=0, max_prompt_chars=8000, max_prompt_windows=100)
         text = " ".join(words) + " (secret:1.3)"
         posted = [
             frontend.post(prompt(prompt=text, negative_prompt=text)),

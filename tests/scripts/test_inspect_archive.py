@@ -10,11 +10,17 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
+from handler.api.description import describe
+from handler.pipelines.describe import describe as describe_pipeline
+from handler.pipelines.tasks import pipelines_of
 from scripts.archive.writer import ArchivePlan, write_archive
 from scripts.console import DONE, FAILED, MISUSED
 from scripts.inspect_archive import inspect, main
 from tests.support.archives import save_pipeline
+from tests.support.layouts import lora_of_unet
+from tests.support.pipelines import shared
 from tests.support.zips import zip_bytes
 
 
@@ -59,6 +65,34 @@ def test_facts_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "as_packed": number * 4,
     }
     assert facts["size_bytes"] == (tmp_path / "tiny.mar").stat().st_size
+
+
+@pytest.mark.parametrize("family", ["stable_diffusion", "stable_diffusion_3", "flux"])
+def test_the_fields_are_those_that_the_worker_lists(tmp_path: Path, family: str) -> None:
+    facts = inspect(save_pipeline(tmp_path / "pipeline", family))
+    pipeline = shared(family)
+    worker = describe(describe_pipeline(pipeline, pipelines_of(pipeline)))
+    assert facts["fields"] == worker["fields"]
+    assert facts["pipeline"]["tasks"] == worker["tasks"]
+    assert {"step_cache", "task", "image"} <= {*facts["fields"]}
+    assert ("prompt_weighting" in facts["fields"]) == (family == "stable_diffusion")
+
+
+def test_packed_loras_and_every_schedule_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file(lora_of_unet(), tmp_path / "style.safetensors")
+    plan = ArchivePlan(
+        save_pipeline(tmp_path / "p"), "tiny", loras={"style": tmp_path / "style.safetensors"}
+    )
+    write_archive(plan, tmp_path / "tiny.mar")
+    assert main([str(tmp_path / "tiny.mar")]) == DONE
+    lines = capsys.readouterr().out.splitlines()
+    (fields,) = (line for line in lines if line.startswith("fields:"))
+    assert ", loras" in fields
+    sigmas = [line for line in lines if line.startswith("sigmas:")]
+    assert any("sgm_uniform, simple, normal, ddim_uniform with DDIM," in line for line in sigmas)
+    assert any("karras, exponential, beta, sgm_uniform" in line for line in sigmas)
 
 
 def test_every_form_has_the_same_components(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 from handler.api.body import Payload
 from handler.api.kserve import Envelope, Message, open_message
 from handler.errors import InvalidRequest
+from tests.support.calls import problems
 
 
 def unwrap(body: dict[str, object]) -> Message:
@@ -70,6 +71,15 @@ def test_parameters_that_are_no_object() -> None:
     assert unwrap({"inputs": "a", "parameters": [1]}).problems == {
         "parameters": "must be an object, not a list of 1"
     }
+
+
+@pytest.mark.parametrize(("sent", "shown"), [(5, "5"), ({"a": 1}, "an object"), (True, "true")])
+def test_inputs_that_are_neither_prompts_nor_tensors(sent: object, shown: str) -> None:
+    message = unwrap({"inputs": sent})
+    assert message.problems == {
+        "inputs": f"must be a prompt, or a list of tensors as KServe v2 has it, not {shown}"
+    }
+    assert problems({"body": {"inputs": sent}}) == dict(message.problems)
 
 
 def test_forms_have_no_envelope() -> None:

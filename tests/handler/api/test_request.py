@@ -214,6 +214,26 @@ def test_pixels_of_one_picture_are_limited() -> None:
     assert found == {"height": "1024x1032 (height x width) is 1056768 pixels; allowed are 1048576"}
 
 
+def test_windows_of_both_prompts_are_limited() -> None:
+    traits = dataclasses.replace(
+        TRAITS,
+        reads_weights=True,
+        count_windows=lambda text, is_weighted: 1 + text.count("BREAK") * is_weighted,
+    )
+    many = "a " + "BREAK a " * 8
+    sent = {"prompt": many, "negative_prompt": many}
+    assert parse(sent, traits=traits).prompt == many.strip()
+    found = problems({**sent, "prompt_weighting": True}, traits=traits)
+    assert found.keys() == {"prompt", "negative_prompt"}
+    assert found["prompt"].startswith("takes 9 windows of the text encoder")
+    assert found["prompt"].endswith("allowed are 8")
+    more = HandlerConfig(max_prompt_windows=9)
+    assert parse({**sent, "prompt_weighting": True}, more, traits).is_weighted
+    default = HandlerConfig(negative_prompt=many, prompt_weighting=True)
+    with pytest.raises(ConfigError, match="negative_prompt: takes 9 windows"):
+        check_against_pipeline(default, traits)
+
+
 def test_limits_are_the_configured_ones() -> None:
     config = HandlerConfig(
         max_prompt_chars=3,

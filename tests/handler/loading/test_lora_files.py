@@ -191,13 +191,29 @@ def with_other(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
         ),
         (lambda: {f"{KEY}.lokr_w1": torch.ones(2, 2)}, f"its keys are {KEY}.lokr_w1"),
         (lambda: {f"{KEY}.hada_w1_a": torch.ones(2, 2)}, "it is a LoHa of LyCORIS"),
-        (dict, "it is"),
+        (dict, "it is empty"),
+        (lambda: {"emb_params": torch.ones(1, 5)}, "it is a textual inversion"),
+        (lambda: {"foo": torch.ones(2)}, "its keys are foo"),
     ],
 )
 def test_what_is_not_applied_is_named(tensors: Any, words: str) -> None:
     with pytest.raises(ArchiveError) as raised:
         LoraReader(build("stable_diffusion")).read(tensors(), {})
     assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
+def test_values_that_are_not_finite_are_named_by_their_keys(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    reader, path = LoraReader(build("stable_diffusion")), tmp_path / "broken.safetensors"
+    file = {key: value.to(dtype) for key, value in diffusers_own("stable_diffusion").items()}
+    save_file(file, path)
+    assert reader.read_file(path)
+    file[f"unet.{PATH}.lora_A.weight"] = torch.full((2, 8), torch.nan).to(dtype)
+    save_file(file, path)
+    with pytest.raises(ArchiveError, match=f"not finite .*such as unet.{PATH}.lora_A.weight"):
+        reader.read_file(path)
 
 
 @pytest.mark.parametrize(

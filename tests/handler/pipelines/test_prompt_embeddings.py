@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from handler.engine import InFlightEngine
+from handler.pipelines.describe import describe
 from handler.pipelines.prompt_embeddings import PromptReading, read_prompts, reads_windows
 from tests.support.pipelines import FAMILIES, build, example_kwargs, image_of, shared
 
@@ -175,6 +176,24 @@ def test_a_break_begins_a_window(family: str) -> None:
     found = encoded(family, "a b BREAK c", WEIGHTED)[0]
     assert close(found, torch.cat([encoded(family, t)[0] for t in ("a b", "c")], dim=1))
     assert encoded(family, "a b BREAK c", PLAIN)[0].shape[1] == 77
+
+
+@pytest.mark.parametrize("family", CLIP)
+def test_the_windows_that_are_counted_are_those_that_are_encoded(family: str) -> None:
+    count = describe(shared(family)).count_windows
+    assert count is not None
+    for prompt in (
+        "",
+        "a cat",
+        FIRST,
+        f"{FIRST} a",
+        LONG,
+        "a BREAK " * 12,
+        "\U0001f468\u200d" * 90,
+    ):
+        for reading in (PLAIN, WEIGHTED):
+            num_tokens = encoded(family, prompt, reading)[0].shape[1]
+            assert count(prompt, reading.is_weighted) == num_tokens // 77
 
 
 def test_escaped_brackets_are_characters() -> None:

@@ -41,3 +41,17 @@ def test_a_request_larger_than_the_queue_is_taken_in_alone(make: Make) -> None:
     service.open("kserve", {"body": {"instances": ["a", "b", "c"]}}, {})
     open_request(service, "plain")
     assert statuses(finish(service)) == {"kserve": 200, "plain": 503}
+
+
+def test_a_prompt_of_many_windows_is_refused_before_it_is_taken_in(make: Make) -> None:
+    service = make(max_prompt_windows=2)
+    open_request(service, "breaks", "a BREAK b BREAK c", prompt_weighting=True)
+    open_request(service, "emoji", "\U0001f468\u200d" * 90)
+    open_request(service, "negative", negative_prompt="a " * 200)
+    open_request(service, "fits", "a BREAK b", prompt_weighting=True, negative_prompt="c " * 80)
+    assert service.load.num_running + service.load.num_waiting == 1
+    refused = service.take_replies()
+    assert statuses(refused) == {"breaks": 400, "emoji": 400, "negative": 400}
+    assert error_of(refused["breaks"])["fields"].keys() == {"prompt"}
+    assert error_of(refused["negative"])["fields"].keys() == {"negative_prompt"}
+    assert statuses(finish(service)) == {"fits": 200}

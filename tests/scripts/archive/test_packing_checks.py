@@ -328,6 +328,18 @@ def test_what_is_not_applied_as_a_lora_is_refused_by_its_keys(
     assert any(words in problem for problem in verify(packed))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_lora_of_values_that_are_not_finite_is_refused_by_its_keys(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    weights = lora_of_unet(**{"lora_B.weight": torch.full((8, 2, 1, 1), value)})
+    save_file(weights, tmp_path / "style.safetensors")
+    pipeline = save_pipeline(tmp_path / "pipeline")
+    message = refusal(tmp_path, capsys, pipeline, "--lora", str(tmp_path / "style.safetensors"))
+    assert message.startswith("the LoRA style: 1 of its 2 tensors hold values that are not finite")
+    assert "such as unet.conv_in.lora_B.weight" in message
+
+
 # Defaults and claims.
 
 
