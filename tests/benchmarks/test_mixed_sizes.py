@@ -19,10 +19,9 @@ def test_packed_forwards_give_what_forwards_apart_give(way: str) -> None:
     for packed, own in zip(WAYS[way](model, inputs), expected, strict=True):
         assert (packed - own).abs().max() < 1e-5
     # Without the bounds between pictures it would be another picture.
-    line = torch.cat([x.flatten(0, 1) for x in inputs.tokens])[None]
-    pairs = zip(inputs.steps, inputs.tokens, strict=True)
-    steps = torch.cat([s.expand_as(x).flatten(0, 1) for s, x in pairs])[None]
-    together = model(line, steps)[0, :32].view_as(expected[0])
+    line, steps = torch.cat([x.flatten(0, 1) for x in inputs.tokens])[None], torch.cat(inputs.steps)
+    owner = torch.tensor([0] * 16 + [1] * 16 + [2] * 9 + [3] * 9 + [4] * 9)
+    together = model(line, steps, owner=owner)[0, :32].view_as(expected[0])
     assert (together - expected[0]).abs().max() > 1e-3
 
 
