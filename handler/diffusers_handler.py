@@ -11,6 +11,7 @@ leaves the others out of its reply, so that they come again in the next cycle::
 from __future__ import annotations
 
 import logging
+import math
 import os
 import select
 import socket
@@ -77,6 +78,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         self._emitted_s = time.monotonic()
         self._ending: threading.Timer | None = None
         self._worker_metrics: WorkerMetrics | None = None
+        self._worker_told_s = -math.inf
 
     @property
     def service(self) -> GenerationService:
@@ -236,7 +238,8 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             return
         self._emitted_s = now_s
         samples = self.service.samples()
-        if self._worker_metrics is not None:
+        if self._worker_metrics is not None and now_s - self._worker_told_s >= _EMIT_EVERY_S:
+            self._worker_told_s = now_s
             samples += self._worker_metrics.samples()
         emit(samples, context.metrics, context.model_name)
 

@@ -60,7 +60,7 @@ def call(command: Path, folder: Path, *arguments: str) -> subprocess.CompletedPr
 
 WHAT_RUNS = (
     *("gateway/**/*.py", "gateway/page/*", "handler/**/*.py", "scripts/**/*.py"),
-    *("config/*", "demo/pipeline/**/*"),
+    *("config/*", "demo/pipeline/**/*", "deploy/haproxy/*"),
 )
 
 

@@ -139,7 +139,7 @@ WORKERS: tuple[Panel, ...] = (
         "short",
         "Beside max_rows, which is all that is batched; a guided picture is two rows.",
         (
-            (f"diffusers_rows_in_flight{{{OF_MODEL}}}", "{{instance}}"),
+            (f"diffusers_rows_in_flight{{{OF_MODEL}}}", "{{upstream}}"),
             (f"max by (model) (diffusers_max_rows{{{OF_MODEL}}})", "max_rows"),
         ),
     ),
@@ -148,8 +148,8 @@ WORKERS: tuple[Panel, ...] = (
         "short",
         "Pictures that are being drawn, and those that wait for room among them.",
         (
-            (f"diffusers_requests_in_flight{{{OF_MODEL}}}", "{{instance}} drawn"),
-            (f"diffusers_requests_waiting{{{OF_MODEL}}}", "{{instance}} wait"),
+            (f"diffusers_requests_in_flight{{{OF_MODEL}}}", "{{upstream}} drawn"),
+            (f"diffusers_requests_waiting{{{OF_MODEL}}}", "{{upstream}} wait"),
         ),
     ),
     (
@@ -160,7 +160,7 @@ WORKERS: tuple[Panel, ...] = (
             (
                 f"rate(diffusers_forward_rows_total{{{OF_MODEL}}}{_RATE})"
                 f" / rate(diffusers_forwards_total{{{OF_MODEL}}}{_RATE})",
-                "{{instance}}",
+                "{{upstream}}",
             ),
         ),
     ),
@@ -169,8 +169,8 @@ WORKERS: tuple[Panel, ...] = (
         "short",
         "Denoising steps are counted when their picture ends.",
         (
-            (f"rate(diffusers_steps_total{{{OF_MODEL}}}{_RATE})", "{{instance}} steps"),
-            (f"rate(diffusers_images_total{{{OF_MODEL}}}{_RATE})", "{{instance}} pictures"),
+            (f"rate(diffusers_steps_total{{{OF_MODEL}}}{_RATE})", "{{upstream}} steps"),
+            (f"rate(diffusers_images_total{{{OF_MODEL}}}{_RATE})", "{{upstream}} pictures"),
         ),
     ),
     (
@@ -181,7 +181,7 @@ WORKERS: tuple[Panel, ...] = (
             (
                 f"rate(diffusers_tick_seconds_total{{{OF_MODEL}}}{_RATE})"
                 f" / rate(diffusers_ticks_total{{{OF_MODEL}}}{_RATE})",
-                "{{instance}}",
+                "{{upstream}}",
             ),
         ),
     ),
@@ -235,7 +235,7 @@ WORKERS: tuple[Panel, ...] = (
         "bytes",
         "Resident; of a worker with the weights that it maps, which instances share.",
         (
-            (f"diffusers_worker_memory_bytes{{{OF_MODEL}}}", "{{instance}} worker"),
+            (f"diffusers_worker_memory_bytes{{{OF_MODEL}}}", "{{upstream}} worker"),
             ('process_resident_memory_bytes{job="gateway"}', "{{instance}} gateway"),
         ),
     ),
@@ -246,7 +246,7 @@ WORKERS: tuple[Panel, ...] = (
         (
             (
                 f'diffusers_gpu_memory_bytes{{{OF_MODEL},kind=~"reserved|allocated|total"}}',
-                "{{instance}} {{kind}}",
+                "{{upstream}} {{kind}}",
             ),
         ),
     ),
@@ -257,11 +257,11 @@ WORKERS: tuple[Panel, ...] = (
         (
             (
                 f"increase(diffusers_out_of_memory_retries_total{{{OF_MODEL}}}{_RATE})",
-                "{{instance}} halved",
+                "{{upstream}} halved",
             ),
             (
                 f'increase(diffusers_requests_total{{{OF_MODEL},outcome="out_of_memory"}}{_RATE})',
-                "{{instance}} refused",
+                "{{upstream}} refused",
             ),
         ),
     ),

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from handler.acceleration.step_policy import ORDER, Measured, is_planned, is_predicted, weights
+from handler.acceleration.step_policy import ORDER, Measured, allowed_error, is_close, weights
 from handler.batching.arguments import EXACT_VALUES, STEP_PARAMETERS, members
 from handler.batching.merging import output_members, rebuild
 from handler.engine.parking import ModuleCall
@@ -100,8 +100,8 @@ class _Memory:
             return
         self.step = step
         self.numbers.clear()
-        is_due = is_planned(step, len(self.times), share, self.num_predicted)
-        self.predicts = is_due and self._is_close()
+        allowed = allowed_error(step, len(self.times), share, self.num_predicted)
+        self.predicts = allowed > 0 and self._is_close(allowed)
         if self.predicts:
             self.num_predicted += 1
         else:
@@ -137,17 +137,21 @@ class _Memory:
             return
         now = self.times[self.step]
         self.num_computed += 1
+        try:
+            kept = _mapped(torch.clone, output)
+        except TypeError:  # it holds what cannot be seen, nor predicted
+            return
         if len(outputs.times) == _NUM_KEPT:
             error = _error_of(_predicted(outputs, now), output, call.num_rows)
             self.measured.append((tuple(outputs.times), now, error))
         outputs.times = [*outputs.times, now][-_NUM_KEPT:]
-        outputs.values = [*outputs.values, _mapped(torch.clone, output)][-_NUM_KEPT:]
+        outputs.values = [*outputs.values, kept][-_NUM_KEPT:]
 
-    def _is_close(self) -> bool:
-        """Whether every call of the present step would be predicted closely enough."""
+    def _is_close(self, allowed: float) -> bool:
+        """Whether every call of the present step would be predicted with no more error."""
         now = self.times[self.step]
         return 0 < len(self.measured) == self.num_computed and all(
-            is_predicted(Measured(points, at, float(error)), (*points, at)[-_NUM_KEPT:], now)
+            is_close(Measured(points, at, float(error)), (*points, at)[-_NUM_KEPT:], now, allowed)
             for points, at, error in self.measured
         )
 

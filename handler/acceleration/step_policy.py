@@ -9,9 +9,9 @@ __all__ = [
     "MAX_ERROR",
     "ORDER",
     "Measured",
+    "allowed_error",
     "estimated_error",
-    "is_planned",
-    "is_predicted",
+    "is_close",
     "num_computed",
     "weights",
 ]
@@ -65,14 +65,20 @@ def weights(points: Sequence[float], at: float) -> list[float]:
     return found
 
 
-def is_planned(step: int, num_steps: int, share: float, num_predicted: int) -> bool:
-    """Whether `share` of the steps allows that this one, counted from 0, is predicted.
+def allowed_error(step: int, num_steps: int, share: float, num_predicted: int) -> float:
+    """The error with which a step, counted from 0, may be predicted; 0: it has to be computed.
 
-    The first ones and the last are not. The others are predicted evenly; where one was not close
-    enough, a later one may be in its place, when fewer than that, `num_predicted`, have been.
+    The first steps and the last are computed. Of the others `share` are predicted, spread evenly.
+    Where fewer have been, `num_predicted`, because some were not close enough, others may be in
+    their place, if they are closer still.
     """
     place = step - _NUM_FIRST
-    return place >= 0 and step < num_steps - _NUM_LAST and num_predicted < int((place + 1) * share)
+    if place < 0 or step >= num_steps - _NUM_LAST:
+        return 0.0
+    due = int((place + 1) * share)
+    if num_predicted >= due:
+        return 0.0
+    return MAX_ERROR if due > int(place * share) else MAX_ERROR / 2
 
 
 def num_computed(num_steps: int, share: float) -> int:
@@ -90,11 +96,9 @@ def estimated_error(measured: Measured, points: Sequence[float], at: float) -> f
     return measured.error * _distances(points, at) / then if then else float("inf")
 
 
-def is_predicted(measured: Measured | None, points: Sequence[float], at: float) -> bool:
-    """Whether the output at `at` may be predicted from those at `points`; no error is too large."""
-    if measured is None:
-        return False
-    return estimated_error(measured, points, at) <= MAX_ERROR  # a NaN is not
+def is_close(measured: Measured, points: Sequence[float], at: float, allowed: float) -> bool:
+    """Whether the output at `at` would be predicted from those at `points` with no more error."""
+    return estimated_error(measured, points, at) <= allowed  # a NaN is not
 
 
 def _distances(points: Sequence[float], at: float) -> float:

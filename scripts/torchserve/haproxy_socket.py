@@ -6,7 +6,7 @@ import os
 import socket
 from pathlib import Path
 
-__all__ = ["admin_socket", "haproxy_dir_of", "server_name", "set_state"]
+__all__ = ["admin_socket", "haproxy_dir_of", "num_calls", "server_name", "set_state"]
 
 _BACKEND = "grpc"
 _TIMEOUT_S = 2.0
@@ -36,14 +36,30 @@ def server_name(index: int) -> str:
 
 def set_state(run_dir: Path, index: int, state: str) -> bool:
     """Set the state of an instance's gRPC to ``drain`` or ``ready``; False without an HAProxy."""
-    folder = haproxy_dir_of(run_dir)
-    command = f"set server {_BACKEND}/{server_name(index)} state {state}\n"
+    # It says nothing where it has done it.
+    return _ask(run_dir, f"set server {_BACKEND}/{server_name(index)} state {state}") == ""
+
+
+def num_calls(run_dir: Path, index: int) -> int:
+    """Return how many gRPC calls an instance has of HAProxy; 0 without one."""
+    for line in (_ask(run_dir, "show stat") or "").splitlines():
+        fields = line.split(",")
+        # Source: HAProxy 2.6, management.txt, 9.1: pxname, svname, qcur, qmax, scur.
+        if fields[:2] == [_BACKEND, server_name(index)] and fields[4].isdigit():
+            return int(fields[4])
+    return 0
+
+
+def _ask(run_dir: Path, command: str) -> str | None:
+    """Return what HAProxy says to a command; None where there is none."""
+    said = b""
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(_TIMEOUT_S)
-            connection.connect(str(admin_socket(folder)))
-            connection.sendall(command.encode())
-            # It says nothing where it has done it.
-            return connection.recv(4096).strip() == b""
+            connection.connect(str(admin_socket(haproxy_dir_of(run_dir))))
+            connection.sendall(f"{command}\n".encode())
+            while piece := connection.recv(65536):
+                said += piece
     except OSError:
-        return False
+        return None
+    return said.decode("utf-8", "replace").strip()

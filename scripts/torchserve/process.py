@@ -43,7 +43,8 @@ __all__ = ["READY_TIMEOUT_S", "TorchServer"]
 _RESTART = f"{to_run('stop')}, then {to_run('serve')}"
 
 POLL_S = 0.1
-QUIET_S = 0.5
+# The frontend's threads log what a worker said each when they get the processor.
+QUIET_S = 1.0
 # Unpacks the archive before it answers; a busy machine takes its time.
 FRONTEND_START_S = 60.0
 # As startupTimeout of config/model-config.yaml: a first start with `speed: max` takes minutes.
@@ -318,7 +319,7 @@ class TorchServer:
                 log.seek(self._log_offset)
             return log.read().decode("utf-8", "replace")
 
-    def _wait_until_logged(self, at_most_s: float = 5.0) -> None:
+    def _wait_until_logged(self, at_most_s: float = 10.0) -> None:
         """Return when the log has ended to grow: what a failure says comes line by line."""
         until_s = time.monotonic() + at_most_s
         while time.monotonic() < until_s:

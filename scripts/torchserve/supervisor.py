@@ -28,7 +28,7 @@ import psutil
 from scripts.errors import ServerError
 from scripts.torchserve.draining import DRAIN_S, GRACE_S
 from scripts.torchserve.fleet import FleetRecord, fingerprint
-from scripts.torchserve.haproxy_socket import set_state
+from scripts.torchserve.haproxy_socket import num_calls, set_state
 from scripts.torchserve.keeper import Keeper
 from scripts.torchserve.options import Options
 from scripts.torchserve.process import READY_TIMEOUT_S
@@ -103,12 +103,16 @@ class Supervisor:
 
         Raises: ServerError, where all have failed.
         """
+        # The first of each: what a second try says may be about the first one's remains.
+        errors: dict[str, ServerError] = {}
         while not self._has_to_end:
-            outcomes = [keeper.outcome() for keeper in self._keepers]
-            if None not in outcomes:
-                errors = [keeper.error for keeper in self._keepers if keeper.error is not None]
-                if not any(outcomes) and errors:
-                    raise errors[0]
+            outcomes = {keeper.name: keeper.outcome() for keeper in self._keepers}
+            for keeper in self._keepers:
+                if keeper.error is not None:
+                    errors.setdefault(keeper.name, keeper.error)
+            if None not in outcomes.values():
+                if not any(outcomes.values()) and errors:
+                    raise next(iter(errors.values()))
                 return True
             self._tick()
         return False
@@ -129,9 +133,7 @@ class Supervisor:
             if [each.state_dir for each in options] != [each.state_dir for each in self._options]:
                 raise ServerError("another number of instances needs a stop and a start")
             for index, (keeper, own) in enumerate(zip(self._keepers, options, strict=True)):
-                # What the gateway is refused it sends elsewhere; clients of gRPC would see it.
-                if set_state(self._supervision.run_dir, index, "drain"):
-                    time.sleep(_LEAVE_S)
+                self._leave_haproxy(index)
                 number = keeper.restart(own, self._supervision.drain_s)
                 while (outcome := keeper.outcome(number)) is None:
                     if self._has_to_end:
@@ -153,6 +155,18 @@ class Supervisor:
             self._num_rolls += 1
             self._record()
             _tell_systemd("READY=1")
+
+    def _leave_haproxy(self, index: int) -> None:
+        """Return when an instance has no more gRPC calls of HAProxy, or they last too long.
+
+        What the gateway is refused it sends elsewhere; clients of gRPC would see it.
+        """
+        run_dir, until_s = self._supervision.run_dir, time.monotonic() + self._supervision.drain_s
+        if not set_state(run_dir, index, "drain"):
+            return
+        time.sleep(_LEAVE_S)
+        while num_calls(run_dir, index) and time.monotonic() < until_s and not self._has_to_end:
+            self._tick()
 
     def _end(self) -> None:
         """Drain and stop all instances at once."""

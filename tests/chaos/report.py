@@ -19,7 +19,7 @@ MAX_GROWTH = 0.10
 DOCUMENTED = re.compile(
     r"(images|stream|edits|predictions|job): (502 gateway_died|503 no_gateway|502 instance_died)"
     r"|stream: (stream cut off|error event instance_died)"
-    r"|grpc: (UNAVAILABLE|INTERNAL)"
+    r"|grpc: (UNAVAILABLE|INTERNAL|RESOURCE_EXHAUSTED)"
 )
 
 

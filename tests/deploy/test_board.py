@@ -86,7 +86,7 @@ def prometheus(
     """It has seen requests of all kinds, the first of them before it was asked anything."""
     targets = {
         "gateway": gateway.url.removeprefix("http://"),
-        "torchserve": server.metrics_url.removeprefix("http://").removesuffix("/metrics"),
+        "torchserve": gateway.url.removeprefix("http://"),
     }
     traffic(gateway)
     with running_prometheus(tmp_path_factory.mktemp("prometheus"), targets) as running:

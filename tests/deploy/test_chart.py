@@ -287,13 +287,10 @@ def test_prometheus_reads_both_paths_and_gets_the_names_that_rules_go_by() -> No
         assert each["authorization"]["credentials"] == {"name": "prometheus-key", "key": "key"}
     shipped = yaml.safe_load((REPOSITORY / "deploy/prometheus/prometheus.yml").read_text())
     (torchserve,) = [each for each in shipped["scrape_configs"] if "metric_relabel_configs" in each]
-    theirs = torchserve["metric_relabel_configs"][0]
-    (ours,) = [each["metricRelabelings"][0] for each in endpoints if "metricRelabelings" in each]
-    assert ours == {
-        "sourceLabels": theirs["source_labels"],
-        "regex": theirs["regex"],
-        "targetLabel": theirs["target_label"],
-    }
+    first, second = torchserve["metric_relabel_configs"]
+    (ours,) = [each["metricRelabelings"] for each in endpoints if "metricRelabelings" in each]
+    renamed = {"source_labels": "sourceLabels", "target_label": "targetLabel"}
+    assert ours == [{renamed.get(k, k): v for k, v in each.items()} for each in (first, second)]
 
 
 def test_the_rules_and_the_board_are_those_that_are_shipped() -> None:

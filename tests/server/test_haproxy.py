@@ -29,8 +29,9 @@ from tests.support.client import (
     post_json,
     predictions_request,
 )
-from tests.support.fleets import fleet_arguments, need_haproxy, stopped_fleet
+from tests.support.fleets import fleet_arguments, stopped_fleet
 from tests.support.gateways import free_port
+from tests.support.programs import need
 from tests.support.serving import MODEL, build_quick_archive
 from tests.support.traffic import until
 
@@ -88,7 +89,8 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    need_haproxy()
+    need("haproxy", "haproxy")
+    need("openssl", "openssl")
     folder = tmp_path_factory.mktemp("site")
     (folder / "store").mkdir()
     build_quick_archive(folder / "store", {}, "dir")
@@ -200,8 +202,9 @@ def test_checks_leave_no_errors_in_the_log(site: Site) -> None:
 
 
 def test_what_is_for_those_inside_is_not_shown(site: Site) -> None:
-    answer = site.post("/metrics", {})
-    assert (answer.status, answer.json()["error"]["code"]) == (404, "route_not_found")
+    for path in ("/metrics", "/metrics/instances"):
+        answer = site.post(path, {})
+        assert (answer.status, answer.json()["error"]["code"]) == (404, "route_not_found"), path
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_sent(site: Site, tmp_path: Path) -> None:

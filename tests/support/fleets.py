@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import pytest
 
 from scripts.fleet import stop_fleet
 from scripts.torchserve.fleet import FleetRecord
@@ -16,19 +12,7 @@ from scripts.torchserve.options import Ports
 from tests.support.instances import processes_of
 from tests.support.ports import free_ports
 
-__all__ = ["fleet_arguments", "need_haproxy", "stopped_fleet"]
-
-
-def need_haproxy() -> None:
-    """Skip where it is not installed; fail where CI says that everything must be there."""
-    path = f"{os.environ.get('PATH', '')}{os.pathsep}/usr/sbin"
-    missing = [name for name in ("haproxy", "openssl") if shutil.which(name, path=path) is None]
-    if not missing:
-        return
-    problem = f"{' and '.join(missing)} missing: apt-get install {' '.join(missing)}"
-    if os.environ.get("CI"):
-        pytest.fail(problem)
-    pytest.skip(problem)
+__all__ = ["fleet_arguments", "stopped_fleet"]
 
 
 def fleet_arguments(folder: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import threading
 import urllib.error
@@ -72,6 +73,9 @@ class JobClient:
         except urllib.error.HTTPError as error:
             with error:
                 return Reply(error.code, _lower(error.headers), error.read())
+        except http.client.HTTPException as error:
+            # It was killed between the head of a reply and its body.
+            raise ConnectionError(repr(error)) from error
 
     def post(self, fields: Mapping[str, object], **headers: str) -> Reply:
         return self.ask("POST", "/v1/jobs", {"prompt": "a ring", **fields}, **headers)

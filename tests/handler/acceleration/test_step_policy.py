@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from handler.acceleration.step_policy import (
     MAX_ERROR,
     Measured,
+    allowed_error,
     estimated_error,
-    is_planned,
-    is_predicted,
+    is_close,
     num_computed,
     weights,
 )
@@ -27,7 +27,7 @@ def planned(num_steps: int, share: float, rough: Collection[int] = ()) -> list[i
     """The steps that are predicted, when predictions of `rough` ones are not close."""
     found: list[int] = []
     for step in range(num_steps):
-        if is_planned(step, num_steps, share, len(found)) and step not in rough:
+        if allowed_error(step, num_steps, share, len(found)) and step not in rough:
             found.append(step)
     return found
 
@@ -105,23 +105,29 @@ def test_the_error_of_a_parabola_is_estimated_exactly() -> None:
         assert estimated_error(seen, (80.0, 60.0), at) == pytest.approx(expected)
 
 
+def test_what_is_made_up_for_is_closer_still() -> None:
+    assert allowed_error(4, 14, 0.5, num_predicted=0) == MAX_ERROR
+    assert allowed_error(5, 14, 0.5, num_predicted=0) == MAX_ERROR / 2
+    assert allowed_error(5, 14, 0.5, num_predicted=1) == 0
+    assert allowed_error(5, 14, 1.0, num_predicted=1) == MAX_ERROR
+
+
 @pytest.mark.parametrize(
-    ("measured", "is_close"),
+    ("measured", "is_taken"),
     [
-        (None, False),
         (Measured((3.0, 2.0), 1.0, 0.0), True),
-        (Measured((3.0, 2.0), 1.0, MAX_ERROR / 1.01), True),
-        (Measured((3.0, 2.0), 1.0, MAX_ERROR * 1.01), False),
+        (Measured((3.0, 2.0), 1.0, 0.099), True),
+        (Measured((3.0, 2.0), 1.0, 0.101), False),
         (Measured((3.0, 2.0), 1.0, math.nan), False),
         (Measured((3.0, 2.0), 1.0, math.inf), False),
         (Measured((3.0, 3.0), 3.0, 0.0), False),
     ],
 )
-def test_only_close_predictions_are_taken(measured: Measured | None, is_close: bool) -> None:
-    assert is_predicted(measured, (2.0, 1.0), 0.0) is is_close
+def test_only_close_predictions_are_taken(measured: Measured, is_taken: bool) -> None:
+    assert is_close(measured, (2.0, 1.0), 0.0, allowed=0.1) is is_taken
 
 
 def test_a_far_prediction_is_held_to_the_same_error() -> None:
-    seen = Measured((4.0, 3.0), 2.0, MAX_ERROR / 2)
-    assert is_predicted(seen, (3.0, 2.0), 1.0)
-    assert not is_predicted(seen, (3.0, 2.0), 0.0)
+    seen = Measured((4.0, 3.0), 2.0, 0.05)
+    assert is_close(seen, (3.0, 2.0), 1.0, allowed=0.1)
+    assert not is_close(seen, (3.0, 2.0), 0.0, allowed=0.1)
