@@ -5,9 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
-import statistics
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +14,9 @@ from urllib.parse import urlsplit
 
 from benchmarks.report import Figure, Spread
 from benchmarks.systems import System, one_at_a_time, ours
+from benchmarks.traffic import percentile
 
-__all__ = ["NUM_CLIENTS", "Load", "measure_served", "saturate"]
+__all__ = ["NUM_CLIENTS", "NUM_REQUESTS", "PIPELINE", "Load", "measure_served", "saturate"]
 
 PIPELINE = Path("demo/pipeline")
 NUM_CLIENTS = 16
@@ -97,12 +96,7 @@ def saturate(system: System, state_dir: Path, num_requests: int = NUM_REQUESTS) 
     if failed:
         raise RuntimeError(f"{system.name}: {len(failed)} of {len(replies)} failed: {failed}")
     short_s = [reply.seconds for reply in replies if reply.num_steps == SHORT_STEPS]
-    return Load(len(replies) / seconds, p95(short_s))
-
-
-def p95(seconds: Sequence[float]) -> float:
-    """The 95th percentile, interpolated."""
-    return statistics.quantiles(seconds, n=20, method="inclusive")[-1]
+    return Load(len(replies) / seconds, percentile(short_s, 95))
 
 
 def _post(url: str, body: dict[str, object]) -> Reply:
