@@ -135,7 +135,7 @@ stop: ## Stop the server once its requests are finished; those that take longer 
 
 status: ## Say what is served and whether it is ready
 	@$(IS_INSTALLED)
-	@$(CLI) status --run-dir "$(RUN_DIR)"
+	@$(CLI) status --run-dir "$(RUN_DIR)" --gateway-dir "$(GATEWAY_DIR)"
 
 logs: ## Follow the server's log
 	@$(IS_INSTALLED)
@@ -173,7 +173,7 @@ clean: stop ## Stop the server; remove its state, caches and the embedded archiv
 		if grep -qsx '# This instance:' "$$folder/config.properties"; then \
 			(cd "$$folder" && rm -rf tmp temp logs config.properties server.json sockets org); \
 			[ "$$folder" = "$(RUN_DIR)" ] || rmdir -- "$$folder" 2>/dev/null || true; fi; done
-	@rm -f -- "$(RUN_DIR)/fleet.json" "$(RUN_DIR)/fleet.log" "$(RUN_DIR)/fleet-stop.json"
+	@rm -f -- "$(RUN_DIR)/fleet.json" "$(RUN_DIR)/fleet.log" "$(RUN_DIR)/fleet-stop.json" "$(RUN_DIR)/fleet-restart.json"
 	@[ ! -d "$(RUN_DIR)" ] || rmdir -- "$(RUN_DIR)" 2>/dev/null || true
 	@rm -f -- "$(DEMO_PICTURE)"
 	@if grep -qsE ' gateway listens at http|^gateway: error: ' "$(GATEWAY_DIR)/gateway.log"; then \

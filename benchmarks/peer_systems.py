@@ -213,7 +213,8 @@ PEERS: Sequence[Peer] = (
         _hugging_face,
         ("hf-serve==0.2.0",),
         (
-            *("-m", "hf_serve.cli", "--model-dir", "{pipeline}", "--task", "text-to-image"),
+            *("-c", "from hf_serve.cli import main; main()"),
+            *("--model-dir", "{pipeline}", "--task", "text-to-image"),
             *("--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", "{port}"),
         ),
     ),

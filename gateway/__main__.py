@@ -17,7 +17,7 @@ import uvicorn
 from gateway.app import make_app
 from gateway.http_protocol import HttpProtocol
 from gateway.jobs.service import check_jobs
-from gateway.keys import HOW_TO_MAKE, read_keys
+from gateway.keys import how_to_make, read_keys
 from gateway.settings import EVERYBODY, NOBODY, Settings, read_settings
 from gateway.telemetry.logs import set_up_logs
 from gateway.telemetry.tracing import check_tracing
@@ -74,16 +74,17 @@ class _Server(uvicorn.Server):
 
 def _check_keys(settings: Settings) -> None:
     """Raise ConfigError where keys are needed and there is none, or one is named and missing."""
-    keys = read_keys(Path(settings.keys_file))
+    path = Path(settings.keys_file)
+    keys = read_keys(path)
     if settings.keys_required and not keys:
         raise ConfigError(
             f"{settings.address} asks for keys, and {settings.keys_file} has none:"
-            f" {HOW_TO_MAKE} makes one"
+            f" {how_to_make(path)} makes one"
         )
     reader = settings.metrics_for
     if reader not in (None, EVERYBODY, NOBODY) and all(key.name != reader for key in keys):
         raise ConfigError(
-            f"metrics_for: {settings.keys_file} has no key {reader!r}: {HOW_TO_MAKE} makes one"
+            f"metrics_for: {path} has no key {reader!r}: {how_to_make(path)} makes one"
         )
 
 

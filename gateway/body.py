@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import parse_qsl
@@ -18,6 +19,8 @@ from handler.messages import show
 
 __all__ = ["BodyBudget", "ClientGone", "Sent", "read_body", "read_form", "read_sent"]
 
+_FORM = "application/x-www-form-urlencoded"
+_JSON = re.compile(r"application/json|text/json|.*\+json")
 _MAX_FIELDS = 200
 _MAX_FILES = 32
 
@@ -98,14 +101,29 @@ async def read_sent(body: bytes, headers: Headers) -> Sent:
     Raises:
         InvalidRequest: it is neither a JSON object nor a form that can be read.
     """
+    encoding = headers.get("content-encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise _unreadable(
+            "Content-Encoding", f"{show(encoding)} cannot be read; send the body as it is"
+        )
     media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type == "multipart/form-data":
         return await _read_multipart(body, headers)
     # curl -d '{…}' calls JSON a form.
-    is_form = media_type == "application/x-www-form-urlencoded"
+    is_form = media_type == _FORM
     if is_form and not body.lstrip().startswith(b"{"):
         return Sent(dict(read_form(body)), is_form=True)
-    return Sent(_parse_json(body))
+    try:
+        return Sent(_parse_json(body))
+    except InvalidRequest as error:
+        if media_type in ("", "application/octet-stream", _FORM) or _JSON.fullmatch(media_type):
+            raise
+        problem = f"{show(media_type)} is neither application/json nor a form, and {error}"
+        raise _unreadable("Content-Type", problem) from None
+
+
+def _unreadable(header: str, problem: str) -> InvalidRequest:
+    return InvalidRequest(f"{header}: {problem}", {header: problem})
 
 
 def read_form(body: bytes) -> list[tuple[str, str]]:

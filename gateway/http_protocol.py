@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import sys
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 __all__ = ["HttpProtocol"]
@@ -21,20 +23,33 @@ _FIRST_LOOK_S, _LAST_LOOK_S = 0.05, 5.0
 _MAX_HEAD_BYTES = 64 * 1024
 # From the first byte of a request's head, or from the connection, to the head's end.
 _HEAD_S = 30.0
+_TLS_RECORD = b"\x16\x03"
 # Longer than that nobody's rest of a refused body is read and thrown away.
 _DISCARD_S = 5.0
 
 _REFUSALS = {
-    400: (
-        "invalid_http",
-        "Invalid HTTP request received. Methods are written in capitals: POST, GET, DELETE.",
-    ),
+    400: ("invalid_http", "Invalid HTTP request received: "),
     408: ("head_timeout", f"the request's headers did not arrive within {_HEAD_S:g} s"),
     431: (
         "headers_too_large",
         f"the request's line and headers have more than {_MAX_HEAD_BYTES} bytes, which are allowed",
     ),
 }
+
+
+def _fault(error: BaseException | None, piece: bytes) -> str:
+    """Say what the parser did not understand in a piece of a connection."""
+    if piece.startswith(_TLS_RECORD):
+        return (
+            "it begins as TLS does, and this port speaks plain HTTP; write http://, not https://."
+        )
+    if piece.startswith(b"PRI * HTTP/2"):
+        return "HTTP/2 is not spoken here, but HTTP/1.1."
+    if isinstance(error, httptools.HttpParserInvalidMethodError):
+        return "it begins with no method. Methods are written in capitals: POST, GET, DELETE."
+    if isinstance(error, httptools.HttpParserCallbackError):
+        return "the address in its first line cannot be read."
+    return f"{error}."
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -45,9 +60,13 @@ class HttpProtocol(HttpToolsProtocol):
     _awaits_head = True
     _has_begun = False
     """Whether a byte of the head that is awaited has come."""
+    _may_leave_out_body = False
+    """Whether the client waits for leave to send its body (RFC 9110, 10.1.1)."""
     _num_idle_bytes = 0
     """How many came since there was a piece of a body, or a request that was whole."""
     _refused_with = 400
+    _piece = b""
+    """Where the last one of what came begins."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for a request's head, for a while."""
@@ -65,6 +84,7 @@ class HttpProtocol(HttpToolsProtocol):
         What came of it in the piece in which it begins is bounded by that piece.
         """
         self._num_idle_bytes += len(data)
+        self._piece = data[:16]
         super().data_received(data)
         if self.transport.is_closing():
             return
@@ -76,7 +96,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Note that a head has begun."""
-        self._num_idle_bytes, self._has_begun = 0, True
+        self._num_idle_bytes, self._has_begun, self._may_leave_out_body = 0, True, False
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
@@ -87,10 +107,14 @@ class HttpProtocol(HttpToolsProtocol):
             self._refused_with = 431
             raise ValueError
         super().on_headers_complete()
+        if self.expect_100_continue and self.cycle.keep_alive:
+            # Who is refused before the body may leave it out: what follows cannot be told apart.
+            self.cycle.keep_alive, self._may_leave_out_body = False, True
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
         self._num_idle_bytes = 0
+        self._body_comes()
         super().on_body(body)
 
     def eof_received(self) -> bool:  # type: ignore[override]
@@ -98,10 +122,12 @@ class HttpProtocol(HttpToolsProtocol):
         cycle = self.cycle
         if cycle is None or cycle.response_complete or self.transport.is_closing():
             return False
-        if cycle.more_body or self.scope.get("http_version") != "1.1":
-            return (
-                False  # it left in the middle of its body, or could not read the interim response
-            )
+        if cycle.more_body:
+            return False  # it left in the middle of its body
+        if self.scope.get("http_version") != "1.1":
+            # It could not read an interim response. Most of these are proxies, which leave with
+            # their clients: to draw on for all would cost more than the few that wait still lose.
+            return False
         cycle.keep_alive = False
         if not cycle.response_started:
             self.transport.write(_INTERIM)
@@ -111,6 +137,8 @@ class HttpProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Say what is wrong with a request that is not HTTP, as every other error is said."""
         code, message = _REFUSALS[self._refused_with]
+        if self._refused_with == 400:
+            message += _fault(sys.exception(), self._piece)
         error = {
             "message": message,
             "type": "invalid_request_error",
@@ -135,11 +163,18 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Keep the connection: all of a body that was refused has come."""
+        self._body_comes()
         if self._discarding is not None:
             self._discarding.cancel()
             self._discarding = None
         self._num_idle_bytes, self._awaits_head = 0, True
         super().on_message_complete()
+
+    def _body_comes(self) -> None:
+        """Keep the connection of who has not left the body out, unless the reply says otherwise."""
+        if self._may_leave_out_body:
+            self._may_leave_out_body = False
+            self.cycle.keep_alive = not self.cycle.response_started
 
     @property
     def _is_idle(self) -> bool:

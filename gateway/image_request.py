@@ -23,7 +23,7 @@ from gateway.routing import Fleet, Model
 from gateway.settings import Settings
 from handler.api.fields import FieldReader
 from handler.api.images import SentPicture
-from handler.api.schema import PICTURE_FIELDS, REPLY_FIELDS, Field, Kind, Value
+from handler.api.schema import MAX_SEED, PICTURE_FIELDS, REPLY_FIELDS, Field, Kind, Value
 from handler.config import HandlerConfig
 from handler.errors import InvalidRequest
 from handler.messages import show, summarise
@@ -143,12 +143,13 @@ def read_image_request(
         rest["jpeg_quality"] = max(1, int(cast(int, values["output_compression"])))
         renamed["jpeg_quality"] = "output_compression"
     extent = measure(rest, config, key, picture=picture)
-    seed = _take_seed(rest)
+    seed, num_images = _take_seed(rest), int(cast(int, values["n"]))
+    _check_seeds(seed, num_images)
     return ImageRequest(
         model=model,
         fields=rest,
         seed=seed,
-        num_images=int(cast(int, values["n"])),
+        num_images=num_images,
         height_px=extent.height_px,
         width_px=extent.width_px,
         num_steps=extent.num_steps,
@@ -209,6 +210,17 @@ def _take_seed(rest: dict[str, object]) -> object:
     if seed is None or (seed == -1 and type(seed) is int):
         return secrets.randbelow(_MAX_DRAWN_SEED)
     return seed
+
+
+def _check_seeds(seed: object, num_images: int) -> None:
+    """Raise InvalidRequest where a picture would have a seed that an instance refuses.
+
+    It would name another one than was sent, when some of the pictures are drawn already.
+    """
+    high = MAX_SEED - num_images + 1
+    if type(seed) is int and not 0 <= seed <= high:
+        problems = {"seed": f"{seed} is out of range; allowed: 0 to {high}"}
+        raise InvalidRequest(summarise(problems), problems)
 
 
 def _from_form(name: str, value: object) -> object:

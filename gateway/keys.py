@@ -13,6 +13,7 @@ import hmac
 import os
 import re
 import secrets
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -27,14 +28,10 @@ from handler.config_checks import Check
 from handler.errors import ConfigError
 from handler.messages import show
 
-__all__ = ["HOW_TO_MAKE", "Key", "KeyRing", "add_key", "main", "read_keys"]
+__all__ = ["Key", "KeyRing", "add_key", "how_to_make", "main", "read_keys"]
 
-HOW_TO_MAKE = (
-    "make key NAME=…"
-    if (Path(__file__).parents[1] / "Makefile").is_file()
-    else "diffusers-torchserve key --name …"
-)
-"""The command that makes a key: in a clone, or where this is installed."""
+_IS_CLONE = (Path(__file__).parents[1] / "Makefile").is_file()
+_DEFAULT_FILE = Path("config/keys")
 _PREFIX = "dts-"
 _HASH = re.compile(r"sha256:[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
@@ -89,6 +86,15 @@ _CHECKS: Mapping[str, Check] = {
 }
 
 
+def how_to_make(path: Path) -> str:
+    """Return the command that makes a key in a file: in a clone, or where this is installed."""
+    command = "make key NAME=…" if _IS_CLONE else "diffusers-torchserve key --name …"
+    if path == _DEFAULT_FILE:
+        return command
+    file = f"--file {shlex.quote(str(path))}"
+    return f"{command} ARGS={shlex.quote(file)}" if _IS_CLONE else f"{command} {file}"
+
+
 def read_keys(path: Path) -> tuple[Key, ...]:
     """Return the keys in a file; none where there is no such file.
 
@@ -106,18 +112,18 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path}: must be names and their limits, not {show(content)}")
     problems: list[str] = []
-    keys = [_read_key(name, entry, problems) for name, entry in content.items()]
+    keys = [_read_key(name, entry, path, problems) for name, entry in content.items()]
     if problems:
         raise ConfigError("\n  ".join([f"{path} is wrong:", *problems]))
     return tuple(key for key in keys if key is not None)
 
 
-def _read_key(name: object, entry: object, problems: list[str]) -> Key | None:
+def _read_key(name: object, entry: object, path: Path, problems: list[str]) -> Key | None:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         problems.append(f"{show(name)}: is not a name; allowed are A-Z a-z 0-9 . _ @ -")
         return None
     if not isinstance(entry, Mapping) or "hash" not in entry:
-        problems.append(f"{name}: must have a hash, which `{HOW_TO_MAKE}` writes")
+        problems.append(f"{name}: must have a hash, which `{how_to_make(path)}` writes")
         return None
     try:
         return Key(name, **read_checked(_CHECKS, entry))
@@ -191,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Make a key; return 0 done, 1 failed, 2 misused."""
     parser = argparse.ArgumentParser(prog="python -m gateway.keys", description="Make a key.")
     parser.add_argument("--name", required=True, help="whose it is")
-    parser.add_argument("--file", type=Path, default=Path("config/keys"), help="config/keys")
+    parser.add_argument("--file", type=Path, default=_DEFAULT_FILE, help=str(_DEFAULT_FILE))
     for field in fields(Key):
         if field.name in ("requests_per_minute", "concurrency", "max_pixels", "max_steps"):
             option = "--" + field.name.replace("_", "-")

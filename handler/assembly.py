@@ -82,7 +82,7 @@ def assemble(
         buckets=speed_up.buckets or (BUCKETS if config.pad_to_buckets else ()),
         wrappers=[
             *speed_up.wrappers,
-            *thread_choices(config, loaded.device),
+            *thread_choices(config, loaded.device, is_compiled=plan.compile),
             GuidanceInterval(),
             StepCache(),
         ],

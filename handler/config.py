@@ -93,7 +93,7 @@ class HandlerConfig:
         None,
         allow.optional(allow.integer(1, 1024)),
         "CPU threads of torch",
-        left_out="torch's own choice; the denoiser gets fewer while others keep the cores busy",
+        left_out="torch's own choice; while others use the cores, fewer for the denoiser",
         example="2",
     )
     speed: str = _key(

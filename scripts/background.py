@@ -16,11 +16,13 @@ from scripts.interrupts import signals_held
 
 __all__ = [
     "end_process",
+    "is_suspended",
     "last_lines",
     "read_saved",
     "running_process",
     "save",
     "start_in_background",
+    "wake",
 ]
 
 _LOG_LINES = 15
@@ -62,10 +64,25 @@ def running_process(saved: Mapping[str, Any]) -> psutil.Process | None:
         return None
 
 
+def is_suspended(process: psutil.Process) -> bool:
+    """Whether a process has been stopped by a signal, and does nothing until SIGCONT."""
+    try:
+        return bool(process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP))
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wake(process: psutil.Process) -> None:
+    """Let a process go on that is suspended: before that it sees no signal but SIGKILL."""
+    with suppress(psutil.NoSuchProcess):
+        process.resume()
+
+
 def end_process(process: psutil.Process, timeout_s: float) -> None:
     """Ask a process to end, and force it after `timeout_s`; it may have ended already."""
     with suppress(psutil.NoSuchProcess):
         process.terminate()
+        wake(process)
         try:
             process.wait(timeout_s)
         except psutil.TimeoutExpired:

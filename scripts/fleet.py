@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 
 from scripts.archive.store import choose_archive
-from scripts.background import last_lines, start_in_background
-from scripts.console import DONE, FAILED
+from scripts.background import is_suspended, last_lines, start_in_background, wake
+from scripts.console import DONE
 from scripts.errors import ServerError, UsageError
 from scripts.gateway_process import environment
 from scripts.hints import option, to_run
 from scripts.torchserve.accelerators import chosen_gpus
 from scripts.torchserve.draining import GRACE_S, drain
-from scripts.torchserve.fleet import FleetRecord, fingerprint, members
+from scripts.torchserve.fleet import FleetRecord, fingerprint, fleet_over, members
 from scripts.torchserve.launch import end_orphans
 from scripts.torchserve.options import Options, Ports
-from scripts.torchserve.process import TorchServer
-from scripts.torchserve.state import FLEET_LOG, FLEET_RECORD, StateDir
-from scripts.torchserve.supervisor import Supervision, Supervisor, request_stop
+from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
+from scripts.torchserve.state import FLEET_LOG, FLEET_RECORD, FLEET_RESTART, FLEET_STOP, StateDir
+from scripts.torchserve.supervisor import Supervision, Supervisor, request_restart, request_stop
 
 __all__ = [
-    "fleet_status",
     "is_fleet",
+    "refuse_member",
     "refuse_mixing",
     "restart_fleet",
     "run_in_foreground",
@@ -183,7 +180,8 @@ def _introduce(options: Sequence[Options], record: FleetRecord, verb: str) -> No
         if state.state == "ready":
             print(f"TorchServe {verb} {name} {server.model_version} at {server.url}{device}")
         else:
-            print(f"{server.url}{device} is {state.state}: {state.problem}", file=sys.stderr)
+            why = f": {state.problem}" if state.problem else ""
+            print(f"{server.url}{device} is {state.state}{why}", file=sys.stderr)
     watching = ", ".join(to_run(name) for name in ("status", "restart", "stop"))
     print(watching)
 
@@ -193,6 +191,7 @@ def stop_fleet(record: FleetRecord, run_dir: Path, drain_s: float) -> None:
     supervisor = record.supervisor
     if supervisor is not None:
         request_stop(record, run_dir, drain_s)
+        wake(supervisor)
         try:
             supervisor.wait(drain_s + GRACE_S + _END_S)
         except psutil.TimeoutExpired:
@@ -201,7 +200,8 @@ def stop_fleet(record: FleetRecord, run_dir: Path, drain_s: float) -> None:
     folders = [Path(each.state_dir) for each in record.instances]
     with ThreadPoolExecutor(len(folders)) as pool:
         list(pool.map(lambda folder: _stop_instance(folder, drain_s), folders))
-    (run_dir / FLEET_RECORD).unlink(missing_ok=True)
+    for name in (FLEET_STOP, FLEET_RESTART, FLEET_RECORD):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def _stop_instance(state_dir: Path, drain_s: float) -> None:
@@ -214,77 +214,46 @@ def _stop_instance(state_dir: Path, drain_s: float) -> None:
         state.clean()
 
 
-def restart_fleet(record: FleetRecord, run_dir: Path) -> int:
-    """Have the supervisor restart its instances one after another; return when that is done."""
-    supervisor = record.supervisor
-    if supervisor is None:
+def restart_fleet(
+    record: FleetRecord, run_dir: Path, drain_s: float, timeout_s: float = READY_TIMEOUT_S
+) -> int:
+    """Have the supervisor restart its instances one after another; return when that is done.
+
+    Raises: ServerError, where it cannot, gives up, or nothing changes within `timeout_s`, the time
+        to drain an instance aside.
+    """
+    if record.supervisor is None:
         raise ServerError(f"nothing supervises {run_dir}: {to_run('stop')}, then start it again")
+    _check_is_awake(record)
     print(f"Restarting {len(record.instances)} instances, one after another ...", flush=True)
-    supervisor.send_signal(signal.SIGHUP)
+    request_restart(record, run_dir, drain_s)
     shown: dict[str, str] = {}
+    changed_s, patience_s = time.monotonic(), drain_s + GRACE_S + _END_S + timeout_s
     while True:
         now = FleetRecord.read(run_dir)
         if now is None or now.supervisor is None:
             raise ServerError(f"the supervisor has ended; {run_dir / FLEET_LOG} says why")
+        _check_is_awake(now)
         for each in now.instances:
             if shown.setdefault(each.state_dir, each.state) != each.state:
-                shown[each.state_dir] = each.state
+                shown[each.state_dir], changed_s = each.state, time.monotonic()
                 print(f"  {each.state_dir}: {each.state}", flush=True)
         if now.num_rolls > record.num_rolls:
             if now.roll_problem is not None:
                 raise ServerError(f"the restart was given up: {now.roll_problem}")
             print("Done.")
             return DONE
+        if time.monotonic() - changed_s > patience_s:
+            raise ServerError(
+                f"nothing has changed for {patience_s:.0f} s; {run_dir / FLEET_LOG} says more"
+            )
         time.sleep(_POLL_S)
 
 
-def fleet_status(record: FleetRecord, *, as_json: bool) -> int:
-    """Say how every instance is; 1 where one does not draw, or nobody supervises them."""
-    folders = [Path(each.state_dir) for each in record.instances]
-    with ThreadPoolExecutor(len(folders)) as pool:
-        seen = list(pool.map(_look, folders))
-    is_supervised = record.supervisor is not None
-    instances = [
-        {
-            **asdict(state),
-            "url": None if server is None else server.url,
-            "model": None if server is None else server.model_name,
-            "pid": None if server is None else server.pid,
-            "problem": state.problem or problem,
-        }
-        for state, (server, problem) in zip(record.instances, seen, strict=True)
-    ]
-    if as_json:
-        supervisor = record.pid if is_supervised else None
-        state = {"supervisor": supervisor, "instances": instances}
-        rolls = {"num_rolls": record.num_rolls, "roll_problem": record.roll_problem}
-        print(json.dumps({**state, **rolls}, indent=2))
-    else:
-        _print_table(record, instances)
-    return DONE if is_supervised and not any(each["problem"] for each in instances) else FAILED
-
-
-def _look(state_dir: Path) -> tuple[TorchServer | None, str | None]:
-    server = TorchServer.find(state_dir)
-    return (None, "it does not run") if server is None else (server, server.problem())
-
-
-def _print_table(record: FleetRecord, instances: Sequence[dict[str, object]]) -> None:
-    if record.supervisor is None:
-        print(f"nobody supervises them: process {record.pid} has ended; start them again")
-    else:
-        print(f"supervisor   process {record.pid}")
-    if record.roll_problem is not None:
-        print(f"restart      given up: {record.roll_problem}")
-    for each in instances:
-        device = f"GPU {each['device']}" if each["device"] else "CPU"
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(str(each["since_s"]))))
-        print(
-            f"{each['state']:<12} {each['url'] or '-'}  {device}  process {each['pid'] or '-'}  "
-            f"started again {each['num_restarts']} times  since {since}  {each['state_dir']}"
-        )
-        if each["problem"]:
-            print(f"             {each['problem']}")
+def _check_is_awake(record: FleetRecord) -> None:
+    """Raise ServerError where the supervisor does nothing until somebody lets it go on."""
+    if (supervisor := record.supervisor) is not None and is_suspended(supervisor):
+        raise ServerError(f"the supervisor is suspended: kill -CONT {record.pid} lets it go on")
 
 
 def refuse_mixing(arguments: argparse.Namespace) -> None:
@@ -294,4 +263,17 @@ def refuse_mixing(arguments: argparse.Namespace) -> None:
         raise UsageError(
             f"{arguments.run_dir} holds a fleet of {len(record.instances)}: `{to_run('stop')}` "
             f"first, or say {option('instances')} or {option('gpus')} again"
+        )
+
+
+def refuse_member(run_dir: Path) -> None:
+    """Raise UsageError, where `run_dir` is that of one instance of a supervised fleet.
+
+    Its supervisor would start again what is stopped, and beside what is started.
+    """
+    if (found := fleet_over(run_dir)) is not None:
+        folder, record = found
+        raise UsageError(
+            f"{run_dir} is one of {len(record.instances)} instances, which process {record.pid} "
+            f"supervises: it is started and stopped with them, by {option('run_dir')}{folder}"
         )

@@ -30,7 +30,14 @@ from scripts.errors import ServerError
 from scripts.hints import to_run
 from scripts.repository import REPOSITORY
 
-__all__ = ["DEFAULT_CONFIG", "GatewayOptions", "GatewayProcess", "command_line", "environment"]
+__all__ = [
+    "DEFAULT_CONFIG",
+    "GatewayOptions",
+    "GatewayProcess",
+    "answers",
+    "command_line",
+    "environment",
+]
 
 DEFAULT_CONFIG = REPOSITORY / "config" / "gateway.yaml"
 _START_TIMEOUT_S = 60.0
@@ -159,13 +166,14 @@ def _wait_until_it_answers(
         if launched.poll() is not None:
             raise ServerError("the gateway did not start", last_lines(log_file, log_begins_at))
         listens = _LISTENS.search(said)
-        if listens is not None and _is_alive(listens[1]):
+        if listens is not None and answers(listens[1]):
             return listens[1]
         time.sleep(_POLL_S)
     raise ServerError(f"the gateway did not answer; {log_file} says more, then `{to_run('up')}`")
 
 
-def _is_alive(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a gateway answers at `url`."""
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=5)
     try:
         connection.request("GET", "/healthz")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from scripts.background import last_lines, start_in_background
+from scripts.background import last_lines, start_in_background, wake
 from scripts.errors import ServerError
 from scripts.hints import option
 from scripts.repository import REPOSITORY
@@ -157,6 +157,8 @@ class HaproxyProcess:
         """Take no more connections, let requests finish, end; by force after `timeout_s`."""
         family = [self._process, *self._process.children(recursive=True)]
         self._process.send_signal(signal.SIGUSR1)
+        for process in family:
+            wake(process)
         _, alive = psutil.wait_procs(family, timeout=timeout_s)
         for process in alive:
             process.kill()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from scripts.archive.store import choose_archive
@@ -15,21 +16,23 @@ from scripts.command import add_run_dir
 from scripts.console import run_command
 from scripts.errors import ServerError
 from scripts.fleet import (
-    fleet_status,
     is_fleet,
+    refuse_member,
     refuse_mixing,
     restart_fleet,
     run_in_foreground,
     start_fleet,
     stop_fleet,
 )
+from scripts.fleet_status import fleet_status
+from scripts.fronts import forget_ended, fronts
 from scripts.gateway_process import GatewayProcess
 from scripts.haproxy_process import HaproxyProcess
 from scripts.hints import to_run
 from scripts.serve_arguments import add_drain, add_fleet_arguments, add_start_arguments
 from scripts.torchserve.curl import curl_line
 from scripts.torchserve.draining import DRAIN_S, drain
-from scripts.torchserve.fleet import FleetRecord, run_dirs
+from scripts.torchserve.fleet import FleetRecord, fleet_over, run_dirs
 from scripts.torchserve.haproxy_socket import haproxy_dir_of
 from scripts.torchserve.launch import end_leftover
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
@@ -55,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def start(arguments: argparse.Namespace) -> int:
     """Serve an archive, unless this very instance runs already."""
+    refuse_member(arguments.run_dir)
     if getattr(arguments, "foreground", False):
         return run_in_foreground(arguments)
     if is_fleet(arguments):
@@ -108,6 +112,7 @@ def stop(arguments: argparse.Namespace) -> int:
 
     HAProxy and a gateway in front of it are stopped first: what they have sent still finishes.
     """
+    refuse_member(arguments.run_dir)
     haproxy = HaproxyProcess.find(haproxy_dir_of(arguments.run_dir).resolve())
     if haproxy is not None:
         print(f"Stopping HAProxy (process {haproxy.pid}) ...", flush=True)
@@ -116,6 +121,7 @@ def stop(arguments: argparse.Namespace) -> int:
     if gateway is not None:
         print(f"Stopping the gateway (process {gateway.pid}) ...", flush=True)
         gateway.stop(arguments.drain_s + _GATEWAY_GRACE_S)
+    forget_ended(arguments.run_dir, gateway_dir_of(arguments))
     if (fleet := FleetRecord.read(arguments.run_dir)) is not None:
         print(f"Stopping {len(fleet.instances)} instances ...", flush=True)
         stop_fleet(fleet, arguments.run_dir, arguments.drain_s)
@@ -138,8 +144,9 @@ def stop(arguments: argparse.Namespace) -> int:
 
 def restart(arguments: argparse.Namespace) -> int:
     """Restart what runs, with what the store has now: a fleet one instance after another."""
+    refuse_member(arguments.run_dir)
     if (fleet := FleetRecord.read(arguments.run_dir)) is not None:
-        return restart_fleet(fleet, arguments.run_dir)
+        return restart_fleet(fleet, arguments.run_dir, arguments.drain_s, arguments.timeout_s)
     running = TorchServer.find(arguments.run_dir)
     if running is None:
         raise ServerError(f"no server is running; `{to_run('serve')}` starts one")
@@ -154,14 +161,16 @@ def restart(arguments: argparse.Namespace) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     """Say what is served, whether it draws, and if not why; 1 when it does not."""
+    in_front = fronts(arguments.run_dir, gateway_dir_of(arguments))
     if (fleet := FleetRecord.read(arguments.run_dir)) is not None:
-        return fleet_status(fleet, as_json=arguments.json)
+        return fleet_status(fleet, in_front, as_json=arguments.json)
     server = TorchServer.find(arguments.run_dir)
     if server is None:
         none = f"No server is running; `{to_run('serve')}` starts one."
         print("{}" if arguments.json else none)
         return 1
-    model, problem = server.model(), server.problem()
+    model = server.model()
+    problem = server.problem(is_supervised=fleet_over(arguments.run_dir) is not None)
     grpc = server.options.ports.grpc_inference
     workers = [] if model is None else model.workers
     state = {
@@ -180,13 +189,16 @@ def status(arguments: argparse.Namespace) -> int:
             {key: worker.get(key) for key in ("id", "status", "pid", "gpu")} for worker in workers
         ],
     }
+    front = {each.name: asdict(each) for each in in_front}
     if arguments.json:
-        print(json.dumps(state, indent=2))
+        print(json.dumps({**state, "front": front}, indent=2))
     else:
         for key, value in state.items():
             if value is not None:
                 print(f"{key:<12} {value if isinstance(value, str) else json.dumps(value)}")
-    return 0 if problem is None else 1
+        for each in in_front:
+            print(each)
+    return 1 if problem is not None or any(each.problem for each in in_front) else 0
 
 
 def logs(arguments: argparse.Namespace) -> int:
@@ -299,12 +311,14 @@ def add_commands(
     restarter.add_argument("--timeout-s", type=float, default=READY_TIMEOUT_S, help="(1800)")
     for each in (server, stopper, restarter):
         add_drain(each)
-    stopper.add_argument(
-        "--gateway-dir", type=Path, help="of the gateway, which is stopped too (RUN_DIR-gateway)"
-    )
-    add(status, "say what is served and whether it is ready").add_argument(
-        "--json", action="store_true", help="for machines"
-    )
+    teller = add(status, "say what is served and whether it is ready")
+    teller.add_argument("--json", action="store_true", help="for machines")
+    for each, what in ((stopper, "stopped"), (teller, "looked at")):
+        each.add_argument(
+            "--gateway-dir",
+            type=Path,
+            help=f"of the gateway, which is {what} too (RUN_DIR-gateway)",
+        )
     viewer = add(logs, "show its log")
     viewer.add_argument("--lines", type=int, default=50, help="how many (50)")
     viewer.add_argument("--follow", action="store_true", help="go on until interrupted")

@@ -3,8 +3,6 @@
 python litserve_batching.py FOLDER PORT
 """
 
-from __future__ import annotations
-
 import sys
 from typing import Any
 

@@ -23,9 +23,14 @@ __all__ = ["ThreadChoice", "thread_choices"]
 logger = logging.getLogger(__name__)
 
 
-def thread_choices(config: HandlerConfig, device: torch.device) -> tuple[ForwardWrapper, ...]:
-    """The wrapper, where there are threads to choose from and the operator leaves it to us."""
-    is_left = config.num_threads is None and not config.exact
+def thread_choices(
+    config: HandlerConfig, device: torch.device, *, is_compiled: bool
+) -> tuple[ForwardWrapper, ...]:
+    """The wrapper, where there are threads to choose from and the operator leaves it to us.
+
+    Not for forwards that are compiled: for another number of threads torch compiles them anew.
+    """
+    is_left = config.num_threads is None and not config.exact and not is_compiled
     most = torch.get_num_threads()
     return (ThreadChoice(most),) if is_left and device.type == "cpu" and most > 1 else ()
 

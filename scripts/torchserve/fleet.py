@@ -24,7 +24,15 @@ from scripts.torchserve.accelerators import bound_to_cores, bound_to_gpu
 from scripts.torchserve.options import Options, Ports
 from scripts.torchserve.state import FLEET_RECORD
 
-__all__ = ["MAX_INSTANCES", "FleetRecord", "InstanceState", "fingerprint", "members", "run_dirs"]
+__all__ = [
+    "MAX_INSTANCES",
+    "FleetRecord",
+    "InstanceState",
+    "fingerprint",
+    "fleet_over",
+    "members",
+    "run_dirs",
+]
 
 MAX_INSTANCES = 64
 # Between the ports of two instances; 8080, 8090 and so on are easy to keep apart.
@@ -99,7 +107,7 @@ class InstanceState:
 
     state_dir: str
     state: str = "starting"
-    """starting, ready, down, draining, stopped."""
+    """starting, ready, worker down, no answer, down, draining, stopped."""
     device: str | None = None
     """The GPU that it is bound to."""
     problem: str | None = None
@@ -152,6 +160,19 @@ class FleetRecord:
             return process if is_it and process.status() != psutil.STATUS_ZOMBIE else None
         except psutil.Error:
             return None
+
+
+def fleet_over(state_dir: Path) -> tuple[Path, FleetRecord] | None:
+    """Return the folder and the record of the supervised fleet that `state_dir` is one of, if any.
+
+    Not where that is the fleet's own folder.
+    """
+    own = state_dir.resolve()
+    record = FleetRecord.read(own.parent)
+    if record is None or record.supervisor is None:
+        return None
+    is_member = str(own) in [each.state_dir for each in record.instances]
+    return (own.parent, record) if is_member else None
 
 
 def run_dirs(run_dir: Path) -> tuple[Path, ...]:

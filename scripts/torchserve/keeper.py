@@ -41,6 +41,10 @@ class _Ended(Exception):
     """The instance shall end, while it was being started."""
 
 
+class _Superseded(Exception):
+    """It shall be started with other options, while it was being started."""
+
+
 class Keeper:
     """One instance, kept by a thread of its own."""
 
@@ -80,6 +84,11 @@ class Keeper:
     def state(self) -> InstanceState:
         """How the instance is."""
         return self._state
+
+    def is_serving(self) -> bool:
+        """Ask the instance itself whether a worker is READY: `state` is as old as the last look."""
+        server = TorchServer.find(self._options.state_dir)
+        return self._state.state == "ready" and server is not None and server.is_ready()
 
     def start(self) -> None:
         """Begin; return at once."""
@@ -124,6 +133,8 @@ class Keeper:
                 self._live()
             except _Ended:
                 break
+            except _Superseded:
+                continue
             except ServerError as error:
                 logger.error("instance %s: %s", self.name, error)
                 self._fail(error)
@@ -135,7 +146,7 @@ class Keeper:
     def _live(self) -> None:
         """One server from its start, or from where it is found, to its end.
 
-        Raises: ServerError, _Ended.
+        Raises: ServerError, _Ended, _Superseded.
         """
         self._current = self._wanted
         server = self._adopted() or TorchServer(self._options)
@@ -175,9 +186,11 @@ class Keeper:
         return None
 
     def _go_on(self) -> None:
-        """Raise _Ended where the instance shall end."""
+        """Raise _Ended where the instance shall end, _Superseded where it shall be another."""
         if self._is_ending:
             raise _Ended
+        if self._wanted != self._current:
+            raise _Superseded
 
     def _watch(self, server: TorchServer) -> str | None:
         """Return when the server is to end: why, or None where somebody has asked for it."""
@@ -188,7 +201,7 @@ class Keeper:
                 if (fault := pulse.fault()) is not None:
                     return fault
                 next_beat_s = time.monotonic() + self._beat_s
-                self._note("ready" if pulse.is_ready else "worker down")
+                self._note(pulse.state)
             self._wake.wait(_LOOK_S)
             self._wake.clear()
         return None
@@ -197,7 +210,8 @@ class Keeper:
         self._note("draining")
         logger.info("instance %s is drained for up to %g s", self.name, self._drain_s)
         drain(server, self._drain_s)
-        server.stop()
+        if not server.stop():
+            server.end_by_force()  # It has died meanwhile; a worker that hangs outlives it.
 
     def _fail(self, error: ServerError) -> None:
         """Wait before the next try: at once after a first failure, then longer and longer."""

@@ -41,6 +41,7 @@ from scripts.torchserve.state import StateDir
 __all__ = ["READY_TIMEOUT_S", "TorchServer"]
 
 _RESTART = f"{to_run('stop')}, then {to_run('serve')}"
+_IS_RESTARTED = "its supervisor starts it again where that lasts, within a minute or two"
 
 POLL_S = 0.1
 # The frontend's threads log what a worker said each when they get the processor.
@@ -230,14 +231,15 @@ class TorchServer:
         model = self.model()
         return [] if model is None else model.workers
 
-    def problem(self) -> str | None:
+    def problem(self, *, is_supervised: bool = False) -> str | None:
         """Say what keeps a running server from drawing, and how to mend it; None if nothing does.
 
+        Nobody has to mend what a supervisor does.
         Takes milliseconds with a server that draws, and seconds with one that stands still.
         """
-        model = self.model()
+        model, remedy = self.model(), _IS_RESTARTED if is_supervised else _RESTART
         if model is None and not self._is_new:
-            return f"the frontend does not answer: {_RESTART}; {to_run('logs')} says more"
+            return f"the frontend does not answer: {remedy}; {to_run('logs')} says more"
         if model is None or not model.is_ready:
             reason = refusal(self._log())
             starting = f"it is starting; {to_run('logs')} says how far it is"
@@ -247,9 +249,11 @@ class TorchServer:
             if health.stands_still(*urls, self.token(), self.pid, model.ready_pids):
                 return (
                     "TorchServe stands still: it takes requests and hands none of them to the "
-                    f"worker. Only a restart heals it: {_RESTART}"
+                    f"worker. Only a restart heals it: {remedy}"
                 )
         drain = Drain.read(self.drain_file, time.monotonic())
+        if drain is not None and is_supervised:
+            return "it is draining, and refuses new requests: a restart or a stop is going on"
         if drain is not None:
             return (
                 f"it is draining for {to_run('stop')}, and refuses new requests; should that have "

@@ -87,9 +87,11 @@ class Pulse:
         return cls(server, stands_still, has_worker, worker_timeout_s=worker_timeout_s)
 
     @property
-    def is_ready(self) -> bool:
-        """Whether a worker was READY when it was last looked at."""
-        return self._unready_since_s is None and self._num_silences == 0
+    def state(self) -> str:
+        """How it was when it was last looked at: ``ready``, ``worker down`` or ``no answer``."""
+        if self._num_silences:
+            return "no answer"
+        return "ready" if self._unready_since_s is None else "worker down"
 
     def fault(self) -> str | None:
         """Look once; say why the server is to be started again, None where it is not.

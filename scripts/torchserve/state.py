@@ -11,16 +11,26 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from scripts.errors import ServerError
 from scripts.torchserve.options import INSTANCE_MARK
 
-__all__ = ["FLEET_LOG", "FLEET_RECORD", "FLEET_STOP", "MAX_SOCKETS_PATH_BYTES", "StateDir"]
+__all__ = [
+    "FLEET_LOG",
+    "FLEET_RECORD",
+    "FLEET_RESTART",
+    "FLEET_STOP",
+    "MAX_SOCKETS_PATH_BYTES",
+    "StateDir",
+]
 
-FLEET_RECORD, FLEET_LOG, FLEET_STOP = "fleet.json", "fleet.log", "fleet-stop.json"
+FLEET_RECORD, FLEET_LOG = "fleet.json", "fleet.log"
 """What a supervisor keeps beside the directories of its instances."""
-_OF_THE_FLEET = (FLEET_RECORD, FLEET_LOG, FLEET_STOP)
+FLEET_STOP, FLEET_RESTART = "fleet-stop.json", "fleet-restart.json"
+"""How long it may drain them, as whoever sends it the signal writes it."""
+_OF_THE_FLEET = (FLEET_RECORD, FLEET_LOG, FLEET_STOP, FLEET_RESTART)
 
 # A Unix socket's path may have 107 bytes. The longest of ours is the worker's, which the frontend
 # names `<TEMP>/.ts.sock.<port>`.
@@ -43,6 +53,8 @@ class StateDir:
         self.keys = self.path / "key_file.json"
         self.pid_file = self.tmp / ".model_server.pid"
         self.drain_file = self.tmp / "drain.json"
+        # What grpc_methods puts before TorchServe's own classes.
+        self.classes = self.path / "org"
         # Holds the directory that `sockets` is in, where that is not `temp` itself.
         self._sockets_record = self.path / "sockets"
 
@@ -110,6 +122,9 @@ class StateDir:
         for entry in _entries(self.temp):
             if entry.name == "management.sock" or entry.name.startswith(".ts.sock."):
                 os.unlink(entry.path)
+        with suppress(OSError):  # There is none, or something else in it.
+            models.rmdir()
+        shutil.rmtree(self.classes, ignore_errors=True)
         self._unlink_sockets()
         for leftover in (self.saved, self.pid_file, self.keys, self.drain_file):
             leftover.unlink(missing_ok=True)

@@ -32,9 +32,9 @@ from scripts.torchserve.haproxy_socket import num_calls, set_state
 from scripts.torchserve.keeper import Keeper
 from scripts.torchserve.options import Options
 from scripts.torchserve.process import READY_TIMEOUT_S
-from scripts.torchserve.state import FLEET_RECORD, FLEET_STOP
+from scripts.torchserve.state import FLEET_RECORD, FLEET_RESTART, FLEET_STOP
 
-__all__ = ["Supervision", "Supervisor", "request_stop"]
+__all__ = ["Supervision", "Supervisor", "request_restart", "request_stop"]
 
 logger = logging.getLogger(__name__)
 
@@ -125,24 +125,24 @@ class Supervisor:
             self._tick()
 
     def _roll(self) -> None:
-        """Restart one after another: the next once the one before is READY."""
+        """Restart one after another, first what does not serve; nobody leaves as the last."""
+        drain_s = self._asked_drain_s(FLEET_RESTART)
         logger.info("rolling restart: begins")
         _tell_systemd("RELOADING=1")
         try:
+            (self._supervision.run_dir / FLEET_RESTART).unlink(missing_ok=True)
             options = list(self._supervision.plan())
             if [each.state_dir for each in options] != [each.state_dir for each in self._options]:
                 raise ServerError("another number of instances needs a stop and a start")
-            for index, (keeper, own) in enumerate(zip(self._keepers, options, strict=True)):
-                self._leave_haproxy(index)
-                number = keeper.restart(own, self._supervision.drain_s)
-                while (outcome := keeper.outcome(number)) is None:
-                    if self._has_to_end:
-                        return
-                    self._tick()
-                set_state(self._supervision.run_dir, index, "ready")
-                if not outcome:
-                    raise ServerError(f"instance {keeper.name} did not come back: {keeper.error}")
-                if keeper is not self._keepers[-1]:
+            left = list(range(len(options)))
+            while left:
+                index = min(left, key=lambda each: (self._keepers[each].is_serving(), each))
+                self._wait_for_another(index)
+                self._restart(index, options[index], drain_s)
+                if self._has_to_end:
+                    return
+                left.remove(index)
+                if left:
                     time.sleep(_SETTLE_S)
             self._options, self._started_as = options, fingerprint(options)
             self._roll_problem = None
@@ -156,12 +156,44 @@ class Supervisor:
             self._record()
             _tell_systemd("READY=1")
 
-    def _leave_haproxy(self, index: int) -> None:
+    def _wait_for_another(self, index: int) -> None:
+        """Return when another instance than this one serves, or this one does not, or is alone.
+
+        Raises: ServerError, where none does in time.
+        """
+        own = self._keepers[index]
+        others = [each for each in self._keepers if each is not own]
+        until_s = time.monotonic() + self._supervision.timeout_s
+        has_told = False
+        while others and not self._has_to_end and own.is_serving():
+            if any(each.is_serving() for each in others):
+                return
+            if time.monotonic() > until_s:
+                raise ServerError(f"instance {own.name} is the only one that serves: it stays")
+            if not has_told:
+                logger.info("rolling restart: instance %s waits until another serves", own.name)
+                has_told = True
+            self._tick()
+
+    def _restart(self, index: int, options: Options, drain_s: float) -> None:
+        """Return when an instance is READY again, or a signal came. Raises: ServerError."""
+        self._leave_haproxy(index, drain_s)
+        keeper = self._keepers[index]
+        number = keeper.restart(options, drain_s)
+        while (outcome := keeper.outcome(number)) is None:
+            if self._has_to_end:
+                return
+            self._tick()
+        set_state(self._supervision.run_dir, index, "ready")
+        if not outcome:
+            raise ServerError(f"instance {keeper.name} did not come back: {keeper.error}")
+
+    def _leave_haproxy(self, index: int, drain_s: float) -> None:
         """Return when an instance has no more gRPC calls of HAProxy, or they last too long.
 
         What the gateway is refused it sends elsewhere; clients of gRPC would see it.
         """
-        run_dir, until_s = self._supervision.run_dir, time.monotonic() + self._supervision.drain_s
+        run_dir, until_s = self._supervision.run_dir, time.monotonic() + drain_s
         if not set_state(run_dir, index, "drain"):
             return
         time.sleep(_LEAVE_S)
@@ -170,7 +202,7 @@ class Supervisor:
 
     def _end(self) -> None:
         """Drain and stop all instances at once."""
-        drain_s = self._asked_drain_s()
+        drain_s = self._asked_drain_s(FLEET_STOP)
         _tell_systemd("STOPPING=1")
         for keeper in self._keepers:
             keeper.end(drain_s)
@@ -183,12 +215,12 @@ class Supervisor:
         for keeper in self._keepers:
             keeper.end_by_force()
         logger.info("stopped")
-        for name in (FLEET_STOP, FLEET_RECORD):
+        for name in (FLEET_STOP, FLEET_RESTART, FLEET_RECORD):
             (self._supervision.run_dir / name).unlink(missing_ok=True)
 
-    def _asked_drain_s(self) -> float:
-        """How long whoever has asked for the end wants to wait."""
-        file = self._supervision.run_dir / FLEET_STOP
+    def _asked_drain_s(self, name: str) -> float:
+        """How long whoever has asked for the end, or a restart, wants to wait."""
+        file = self._supervision.run_dir / name
         try:
             if time.time() - file.stat().st_mtime < _FRESH_S:
                 return float(json.loads(file.read_text())["drain_s"])
@@ -244,10 +276,19 @@ class Supervisor:
 
 def request_stop(record: FleetRecord, run_dir: Path, drain_s: float) -> None:
     """Ask the supervisor of `record` to end its instances after `drain_s`; return at once."""
+    _request(record, signal.SIGTERM, run_dir / FLEET_STOP, drain_s)
+
+
+def request_restart(record: FleetRecord, run_dir: Path, drain_s: float) -> None:
+    """Ask it to restart its instances, each after `drain_s`; return at once."""
+    _request(record, signal.SIGHUP, run_dir / FLEET_RESTART, drain_s)
+
+
+def _request(record: FleetRecord, number: signal.Signals, file: Path, drain_s: float) -> None:
     with suppress(OSError):  # on a full disk it takes its own time
-        (run_dir / FLEET_STOP).write_text(json.dumps({"drain_s": drain_s}))
+        file.write_text(json.dumps({"drain_s": drain_s}))
     if (supervisor := record.supervisor) is not None:
-        supervisor.terminate()
+        supervisor.send_signal(number)
 
 
 def _tell_systemd(state: str) -> None:

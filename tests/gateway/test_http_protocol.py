@@ -227,3 +227,80 @@ def test_a_head_that_comes_slowly_while_another_request_is_drawn() -> None:
         assert await read_reply(reader) == (200, b"")
 
     run(check)
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"get / HTTP/1.1", "capitals"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "https://"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM", "HTTP/2 is not spoken"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: -5", "Content-Length"),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d" % 10**30, "Content-Length overflow"),
+        (
+            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding can't be present with Content-Length",
+        ),
+        (b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz", "chunk size"),
+        (b"GET http://[::1] x HTTP/1.1", "."),
+    ],
+)
+def test_what_is_not_http_is_told(sent: bytes, said: str) -> None:
+    async def check(app: App, connect: Connect) -> None:
+        reader, writer = await connect()
+        writer.write(sent + b"\r\n\r\n")
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400 ")
+        error = json.loads(body)["error"]
+        assert error["code"] == "invalid_http"
+        assert said in error["message"]
+        assert ("capitals" in error["message"]) == (said == "capitals")
+
+    run(check)
+
+
+EXPECTING = b"POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\nExpect: 100-continue\r\n\r\n"
+
+
+def test_who_is_refused_before_the_body_is_told_that_the_connection_ends() -> None:
+    async def check(app: App, connect: Connect) -> None:
+        reader, writer = await connect()
+        writer.write(EXPECTING % b"/refuse")
+        # All of it: the connection ends by itself, for a next request would be taken for the body.
+        reply = await reader.read()
+        assert reply.startswith(b"HTTP/1.1 413 ")
+        assert b"connection: close\r\n" in reply
+
+    run(check)
+
+
+def test_who_waits_before_the_body_keeps_the_connection() -> None:
+    async def check(app: App, connect: Connect) -> None:
+        reader, writer = await connect()
+        for _ in range(2):
+            writer.write(EXPECTING % b"/")
+            assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+            writer.write(b"ring")
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 ")
+            assert b"connection: close" not in head
+            assert await reader.readexactly(4) == b"ring"
+
+    run(check)
+
+
+@pytest.mark.parametrize(("version", "is_answered"), [("1.0", False), ("1.1", True)])
+def test_who_shuts_its_side_waits_for_a_reply(version: str, is_answered: bool) -> None:
+    """Where it can be told from who has left: not over HTTP/1.0."""
+
+    async def check(app: App, connect: Connect) -> None:
+        reader, writer = await connect()
+        writer.write(f"POST /wait HTTP/{version}\r\nHost: x\r\nContent-Length: 0\r\n\r\n".encode())
+        while not app.num_waiting:
+            await asyncio.sleep(0.01)
+        writer.write_eof()
+        await asyncio.sleep(0.05)
+        app.may_reply.set()
+        assert (b"HTTP/1.1 200 " in await reader.read()) == is_answered
+
+    run(check)

@@ -13,7 +13,7 @@ import yaml
 from openai import AsyncOpenAI, OpenAI
 
 from gateway.errors import Forbidden, ModelNotFound, RateLimited
-from gateway.keys import Key, KeyRing, add_key, main, read_keys
+from gateway.keys import Key, KeyRing, add_key, how_to_make, main, read_keys
 from gateway.limits import Limiter, check_model, check_picture
 from handler.errors import ConfigError
 from scripts.torchserve.process import TorchServer
@@ -334,3 +334,15 @@ def test_the_file_is_yaml_that_a_person_may_edit(tmp_path: Path) -> None:
     add_key(tmp_path / "keys", "somebody", {"models": ["a", "b"], "max_steps": 5})
     content = yaml.safe_load((tmp_path / "keys").read_text())
     assert content["somebody"].keys() == {"hash", "models", "max_steps"}
+
+
+@pytest.mark.parametrize(
+    ("file", "command"),
+    [
+        ("config/keys", "make key NAME=…"),
+        ("/etc/my keys", """make key NAME=… ARGS='--file '"'"'/etc/my keys'"'"''"""),
+        ("/etc/keys", "make key NAME=… ARGS='--file /etc/keys'"),
+    ],
+)
+def test_what_makes_a_key_writes_the_file_that_is_read(file: str, command: str) -> None:
+    assert how_to_make(Path(file)) == command

@@ -92,6 +92,12 @@ def test_two_start_are_seen_and_stop(folder: Path, capsys: pytest.CaptureFixture
     assert status["supervisor"] == record(folder).pid
     assert [each["url"] for each in status["instances"]] == [first.url, second.url]
     assert main(["logs", "--run-dir", str(folder / "run"), "--lines", "3"]) == 0
+    # A gateway that has ended is wrong too, though all of them are READY.
+    gateway = folder / "run-gateway" / "gateway.json"
+    gateway.parent.mkdir()
+    gateway.write_text(json.dumps({"pid": os.getpid(), "created_s": 0.0, "url": "http://there"}))
+    assert main(["status", "--run-dir", str(folder / "run")]) == 1
+    assert "it has ended" in capsys.readouterr().out
 
     assert main(["stop", "--run-dir", str(folder / "run")]) == 0
     assert processes_of(folder / "run") == []
@@ -140,6 +146,18 @@ def test_a_restart_takes_the_new_archive_one_after_another(
     assert "instance 0 did not come back" in error
     assert server(folder, 1).pid == before[1]
     assert is_answering(server(folder, 1))
+
+
+def test_a_restart_takes_what_is_dead_first(folder: Path) -> None:
+    """While it is down the other one is the only one that serves: it is not drained before."""
+    assert start(folder, "--instances", "2") == 0
+    os.kill(server(folder, 1).pid or 0, signal.SIGKILL)
+    assert main(["restart", "--run-dir", str(folder / "run"), "--drain-s", "7"]) == 0
+    _, _, after = (folder / "run" / "fleet.log").read_text().partition("rolling restart: begins")
+    assert 0 < after.index("instance 1 is READY") < after.index("instance 0 is drained")
+    assert after.count("is READY") == 2
+    assert after.count("is drained for up to 7 s") == after.count("is drained") > 0
+    assert states(folder) == ["ready", "ready"]
 
 
 def test_one_server_is_restarted_with_the_new_archive(

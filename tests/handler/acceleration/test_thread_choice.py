@@ -140,17 +140,23 @@ def test_pictures_are_right_while_threads_change(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "threads", "device", "is_left"),
+    ("settings", "threads", "device", "is_compiled", "is_left"),
     [
-        ({}, 2, CPU, True),
-        ({"num_threads": 2}, 2, CPU, False),
-        ({"exact": True}, 2, CPU, False),
-        ({}, 1, CPU, False),
-        ({}, 2, torch.device("cuda"), False),
+        ({}, 2, CPU, False, True),
+        ({"num_threads": 2}, 2, CPU, False, False),
+        ({"exact": True}, 2, CPU, False, False),
+        ({}, 1, CPU, False, False),
+        ({}, 2, torch.device("cuda"), False, False),
+        ({"speed": "max"}, 2, CPU, True, False),
     ],
 )
 def test_who_chooses(
-    settings: dict[str, Any], threads: int, device: torch.device, is_left: bool
+    settings: dict[str, Any],
+    threads: int,
+    device: torch.device,
+    is_compiled: bool,
+    is_left: bool,
 ) -> None:
     torch.set_num_threads(threads)
-    assert bool(thread_choices(HandlerConfig.from_mapping(settings), device)) is is_left
+    config = HandlerConfig.from_mapping(settings)
+    assert bool(thread_choices(config, device, is_compiled=is_compiled)) is is_left

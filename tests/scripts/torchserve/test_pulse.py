@@ -50,7 +50,7 @@ def pulse(server: Server, clock: Clock) -> Pulse:
 
 def test_one_that_draws_is_left_alone(pulse: Pulse) -> None:
     assert [pulse.fault() for _ in range(20)] == [None] * 20
-    assert pulse.is_ready
+    assert pulse.state == "ready"
 
 
 def test_one_that_has_ended_is_seen_at_once(pulse: Pulse, server: Server) -> None:
@@ -61,7 +61,7 @@ def test_one_that_has_ended_is_seen_at_once(pulse: Pulse, server: Server) -> Non
 def test_a_frontend_that_is_silent_three_times_in_a_row(pulse: Pulse, server: Server) -> None:
     server.said = None
     assert [pulse.fault(), pulse.fault()] == [None, None]
-    assert not pulse.is_ready
+    assert pulse.state == "no answer"
     server.said = READY
     assert pulse.fault() is None
     server.said = None
@@ -85,7 +85,7 @@ def test_a_worker_may_be_started_again_for_a_while(
     server.said = LOADING
     for _ in range(10):
         assert pulse.fault() is None
-        assert not pulse.is_ready
+        assert pulse.state == "worker down"
         clock.now_s += 90
     clock.now_s += 120
     assert "no worker was READY for" in (pulse.fault() or "")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from scripts.errors import ServerError
+from scripts.torchserve.grpc_methods import withdraw_bidirectional_streaming
 from scripts.torchserve.options import Options, Ports
 from scripts.torchserve.process import TorchServer
 from scripts.torchserve.state import MAX_SOCKETS_PATH_BYTES, StateDir
@@ -149,3 +150,18 @@ def test_a_disk_without_room_leaves_a_directory_that_can_be_used_again(tmp_path:
         if is_first:
             StateDir(tmp_path / "run").prepare()
     assert StateDir(tmp_path / "run").is_ours
+
+
+def test_nothing_of_a_run_is_left_but_its_log_and_what_was_compiled(tmp_path: Path) -> None:
+    state = StateDir(tmp_path / "run")
+    state.prepare()
+    withdraw_bidirectional_streaming(state.path)
+    (state.temp / "models" / UNPACKED).mkdir(parents=True)
+    (state.tmp / "torchinductor_me").mkdir()
+    state.log_file.touch()
+    state.clean()
+    left = {str(each.relative_to(state.path)) for each in state.path.rglob("*")}
+    assert left == {
+        *("config.properties", "logs", "logs/server.log", "temp"),
+        *("tmp", "tmp/torchinductor_me"),
+    }
