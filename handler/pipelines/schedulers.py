@@ -26,6 +26,15 @@ __all__ = [
 _DISTILLED = ("LCMScheduler", "SASolverScheduler", "TCDScheduler")
 
 
+# Solvers that divide by the distance between steps, so that two at one sigma are not finite.
+_DIVIDING = frozenset(
+    [
+        *("DEISMultistepScheduler", "DPMSolverMultistepScheduler"),
+        *("SASolverScheduler", "UniPCMultistepScheduler"),
+    ]
+)
+
+
 def compatible_schedulers(pipeline: Any) -> tuple[str, ...]:
     """Class names of the schedulers that `pipeline` may run with, its own first.
 
@@ -120,8 +129,9 @@ def check_num_steps(scheduler: Any, num_steps: Any) -> None:
     """Refuse steps that begin beyond the noisiest one that the model was trained with.
 
     Steps that are spaced ``leading`` are offset, by one for Stable Diffusion: as many steps as in
-    training would begin one too far. Schedulers of distilled models have no more steps than these
-    were distilled from.
+    training would begin one too far. Steps that are spaced ``linspace`` have both ends in them: as
+    many as in training would meet one timestep twice, which some solvers divide by. Schedulers of
+    distilled models have no more steps than these were distilled from.
 
     Raises:
         InvalidRequest: with how many steps are allowed.
@@ -131,22 +141,28 @@ def check_num_steps(scheduler: Any, num_steps: Any) -> None:
     if not isinstance(num_steps, int) or not num_trained:
         return
     num_distilled = config.get("original_inference_steps") or num_steps
-    is_offset = config.get("timestep_spacing") == "leading" and 2 * num_steps > num_trained
-    if not (is_offset or num_steps > num_distilled) or _begins_within(scheduler, num_steps):
+    is_dense, spacing = 2 * num_steps > num_trained, config.get("timestep_spacing")
+    divides = type(scheduler).__name__ in _DIVIDING and not config.get("use_flow_sigmas")
+    is_suspect = is_dense and (spacing == "leading" or (spacing == "linspace" and divides))
+    if not (is_suspect or num_steps > num_distilled) or _takes(scheduler, num_steps):
         return
     highest = min(num_steps - 1, num_distilled)
-    most = next(n for n in range(highest, 0, -1) if _begins_within(scheduler, n))
+    most = next(n for n in range(highest, 0, -1) if _takes(scheduler, n))
     name = type(scheduler).__name__
     problem = f"{num_steps} is too many for {name} as it is configured; allowed: 1 to {most}"
     raise InvalidRequest(f"num_inference_steps: {problem}", {"num_inference_steps": problem})
 
 
-def _begins_within(scheduler: Any, num_steps: int) -> bool:
+def _takes(scheduler: Any, num_steps: int) -> bool:
     probe = copy.deepcopy(scheduler)
     try:
         probe.set_timesteps(num_steps)
     except Exception:  # too many for it in a way of its own
         return False
+    if type(probe).__name__ in _DIVIDING:
+        of_steps = probe.sigmas[:-1]  # the last one is where the last step ends
+        if bool((of_steps[1:] == of_steps[:-1]).any()):
+            return False
     first, last = max(probe.timesteps), min(probe.timesteps)
     # Multistep solvers stay where they are when there is no whole step of training for each.
     return bool(first < probe.config.num_train_timesteps and (first > last or num_steps == 1))

@@ -234,10 +234,31 @@ def test_as_many_steps_as_in_training_are_drawn_or_refused(name: str) -> None:
     problem = error.value.fields["num_inference_steps"]
     most = int(problem.rpartition("1 to ")[2])
     assert most in (998, 999)
-    for each, steps in ((scheduler, most), (make_scheduler(pipeline, f"{name} normal"), 1000)):
+    all_steps = 999 if name in ("DPM++ 2M", "UniPC") else 1000
+    for each, steps in ((scheduler, most), (make_scheduler(pipeline, f"{name} normal"), all_steps)):
         check_num_steps(each, steps)
         each.set_timesteps(steps)
         assert 0 <= each.timesteps.min() <= each.timesteps.max() < 1000
+
+
+@pytest.mark.parametrize("name", ["DPM++ 2M", "DPM++ 3M SDE", "DEIS", "UniPC", "SA Solver"])
+def test_steps_that_a_solver_would_divide_by_nothing_at_are_refused(name: str) -> None:
+    scheduler = make_scheduler(shared("stable_diffusion"), f"{name} normal")
+    with pytest.raises(InvalidRequest) as error:
+        check_num_steps(scheduler, 1000)
+    problem = error.value.fields["num_inference_steps"]
+    assert problem.startswith(f"1000 is too many for {type(scheduler).__name__}")
+    assert problem.endswith("allowed: 1 to 999")
+    with pytest.raises(AssertionError, match="isfinite"):
+        denoised(scheduler, 1000)
+    for schedule, steps in (("normal", 999), ("sgm_uniform", 1000), ("karras", 1000)):
+        check_num_steps(make_scheduler(shared("stable_diffusion"), f"{name} {schedule}"), steps)
+
+
+@pytest.mark.parametrize("name", ["uni_pc normal", "Euler normal", "DPM2 normal", "LMS normal"])
+def test_other_solvers_take_as_many_steps_as_in_training(name: str) -> None:
+    steps = 999 if name.startswith("uni_pc") else 1000
+    check_num_steps(make_scheduler(shared("stable_diffusion"), name), steps)
 
 
 @pytest.mark.parametrize("name", ["DPM++ 2M beta", "DEIS beta", "UniPC beta", "SA Solver beta"])
