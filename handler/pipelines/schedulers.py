@@ -116,11 +116,12 @@ def start_at_the_first(scheduler: Any) -> None:
     if find is None:
         return
 
-    def index_for_timestep(timestep: Any, schedule_timesteps: Any = None) -> Any:
-        all_of_them = scheduler.timesteps if schedule_timesteps is None else schedule_timesteps
+    def index_for_timestep(timestep: Any, *given: Any, **named: Any) -> Any:
+        timesteps = next(iter((*given, *named.values())), None)
+        all_of_them = scheduler.timesteps if timesteps is None else timesteps
         if len(all_of_them) > 1 and bool(all_of_them[0] == timestep == all_of_them[1]):
             return 0
-        return find(timestep, schedule_timesteps)
+        return find(timestep, *given, **named)
 
     scheduler.index_for_timestep = index_for_timestep
 

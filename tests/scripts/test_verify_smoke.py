@@ -56,7 +56,7 @@ def test_a_picture_that_the_safety_checker_flags_fails_the_smoke_test(tmp_path: 
 def test_the_packed_configuration_is_tried(tmp_path: Path) -> None:
     mar = pack(tmp_path, settings={"scheduler": "nonsense", "device": "cuda"})
     (problem,) = verify(mar, is_smoke=True)
-    assert "scheduler: 'nonsense' is not one of" in problem
+    assert "scheduler: 'nonsense' does not go with this pipeline" in problem
 
 
 @pytest.mark.parametrize("settings", [{"scheduler": "euler"}, {"scheduler": "pndm"}, {}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -130,7 +131,9 @@ def test_a_large_reply_reaches_a_client_that_reads_slowly(
     server: TorchServer, threads: ThreadPoolExecutor
 ) -> None:
     """The frontend's sockets throw away what they have not sent yet when it ends."""
-    fields = b'{"prompt":"a","num_images":4,"height":512,"width":512,"output_format":"npy"}'
+    # Of enough steps to be seen before it is drawn.
+    asked = {"prompt": "a", "num_images": 4, "height": 512, "width": 512, "steps": 40}
+    fields = json.dumps({**asked, "output_format": "npy"}).encode()
     port, size = server.options.ports.inference, 4 * 512 * 512 * 3
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -219,7 +219,7 @@ def test_a_worker_refuses_scaled_weights_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (["scheduler=nonsense"], "scheduler: 'nonsense' is not one of"),
+        (["scheduler=nonsense"], "scheduler: 'nonsense' does not go with this pipeline"),
         (["height=100"], "height: 100 is not a multiple of 8"),
         (["negative_prompt=x", "guidance_scale=3"], "negative_prompt: this pipeline takes none"),
     ],
