@@ -247,6 +247,9 @@ def test_a_default_lora_that_is_not_packed_is_refused(
     assert "default_loras: 'stile': no such LoRA; did you mean style? there are style" in said
 
 
-def test_the_scale_of_a_lora_has_a_range(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--lora", "style=a.safetensors:11"]) == MISUSED
+def test_the_scale_of_a_lora_has_a_range(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--lora", "style=a.safetensors:11", "--out", str(tmp_path)]
+    assert main(arguments) == MISUSED
     assert "--lora style: the scale may be from -10 to 10" in capsys.readouterr().err
