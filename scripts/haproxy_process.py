@@ -11,12 +11,20 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from scripts.background import last_lines, start_in_background, wake
+from scripts.background import (
+    last_lines,
+    read_saved,
+    running_process,
+    save,
+    start_in_background,
+    wake,
+)
 from scripts.errors import ServerError
 from scripts.hints import option
 from scripts.repository import REPOSITORY
@@ -92,14 +100,9 @@ class HaproxyProcess:
     def find(cls, state_dir: Path) -> HaproxyProcess | None:
         """Return the one that runs with this state folder, if any."""
         try:
-            saved = json.loads((state_dir / "haproxy.json").read_text())
-            process = psutil.Process(saved["pid"])
-            # The PID alone may have been given to somebody else since.
-            if process.create_time() != saved["created_s"]:
-                return None
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return None
-            return cls(process, saved, state_dir)
+            saved = read_saved(state_dir / "haproxy.json")
+            process = running_process(saved)
+            return None if process is None else cls(process, saved, state_dir)
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return None
 
@@ -140,7 +143,7 @@ class HaproxyProcess:
                 "certificate": str(certificate.resolve()),
                 "started_as": cls.fingerprint(options),
             }
-            (state_dir / "haproxy.json").write_text(json.dumps(saved, indent=2) + "\n")
+            save(state_dir / "haproxy.json", saved)
         except BaseException:
             os.killpg(launched.pid, signal.SIGKILL)
             launched.wait()
@@ -155,13 +158,16 @@ class HaproxyProcess:
 
     def stop(self, timeout_s: float) -> None:
         """Take no more connections, let requests finish, end; by force after `timeout_s`."""
-        family = [self._process, *self._process.children(recursive=True)]
-        self._process.send_signal(signal.SIGUSR1)
+        family = [self._process]
+        with suppress(psutil.NoSuchProcess):  # it may have ended already
+            family += self._process.children(recursive=True)
+            self._process.send_signal(signal.SIGUSR1)
         for process in family:
             wake(process)
         _, alive = psutil.wait_procs(family, timeout=timeout_s)
         for process in alive:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(alive, timeout=10)
         (self._state_dir / "haproxy.json").unlink(missing_ok=True)
 
