@@ -19,6 +19,7 @@ from scripts.hints import to_run
 from scripts.serve import start
 from scripts.serve_arguments import add_start_arguments
 from scripts.torchserve.curl import curl_line, post
+from scripts.torchserve.draining import DRAIN_S
 from scripts.torchserve.process import TorchServer
 
 __all__ = ["DEMO", "main"]
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     _check_target(arguments.out)
     pack_embedded(arguments.store)
-    arguments.name, arguments.brief = EMBEDDED_NAME, True
+    arguments.name, arguments.brief, arguments.drain_s = EMBEDDED_NAME, True, DRAIN_S
     start(arguments)
     server = TorchServer.find(arguments.run_dir)
     if server is None:

@@ -21,7 +21,7 @@ from scripts.hints import option, to_run
 from scripts.torchserve.accelerators import chosen_gpus
 from scripts.torchserve.draining import GRACE_S, drain
 from scripts.torchserve.fleet import FleetRecord, fingerprint, fleet_over, members
-from scripts.torchserve.launch import end_orphans
+from scripts.torchserve.launch import clear_away
 from scripts.torchserve.options import Options, Ports
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 from scripts.torchserve.state import FLEET_LOG, FLEET_RECORD, FLEET_RESTART, FLEET_STOP, StateDir
@@ -205,13 +205,11 @@ def stop_fleet(record: FleetRecord, run_dir: Path, drain_s: float) -> None:
 
 
 def _stop_instance(state_dir: Path, drain_s: float) -> None:
-    server, state = TorchServer.find(state_dir), StateDir(state_dir)
+    server = TorchServer.find(state_dir)
     if server is not None:
         drain(server, drain_s)
         server.stop()
-    if state.is_ours:
-        end_orphans(state)
-        state.clean()
+    clear_away(StateDir(state_dir))
 
 
 def restart_fleet(

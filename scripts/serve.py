@@ -31,10 +31,10 @@ from scripts.haproxy_process import HaproxyProcess
 from scripts.hints import to_run
 from scripts.serve_arguments import add_drain, add_fleet_arguments, add_start_arguments
 from scripts.torchserve.curl import curl_line
-from scripts.torchserve.draining import DRAIN_S, drain
+from scripts.torchserve.draining import drain
 from scripts.torchserve.fleet import FleetRecord, fleet_over, run_dirs
 from scripts.torchserve.haproxy_socket import haproxy_dir_of
-from scripts.torchserve.launch import end_leftover
+from scripts.torchserve.launch import clear_away
 from scripts.torchserve.options import LOOPBACK, Options, Ports, example_prompt
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 from scripts.torchserve.state import FLEET_LOG, StateDir
@@ -90,7 +90,7 @@ def start(arguments: argparse.Namespace) -> int:
             )
         server.check(running)
         print("The archive or the settings have changed: restarting.")
-        _drain(running, DRAIN_S)
+        _drain(running, arguments.drain_s)
         running.stop()
     _start(server, arguments.timeout_s)
     _introduce(server, "is serving", brief=arguments.brief)
@@ -129,10 +129,7 @@ def stop(arguments: argparse.Namespace) -> int:
         return 0
     server = TorchServer.find(arguments.run_dir)
     if server is None:
-        state = StateDir(arguments.run_dir)
-        has_ended_one = state.is_ours and end_leftover(state)
-        if state.is_ours:
-            state.clean()
+        has_ended_one = clear_away(StateDir(arguments.run_dir))
         print("Stopped." if has_ended_one else "No server is running.")
         return 0
     print(f"Stopping TorchServe (process {server.pid}) ...", flush=True)

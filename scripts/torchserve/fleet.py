@@ -14,10 +14,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
+from scripts.background import read_saved, running_process, save
 from scripts.errors import ServerError, UsageError
 from scripts.hints import option
 from scripts.torchserve.accelerators import bound_to_cores, bound_to_gpu
@@ -135,7 +135,7 @@ class FleetRecord:
     def read(cls, run_dir: Path) -> FleetRecord | None:
         """Return the record in `run_dir`, of a supervisor that may be gone; None without one."""
         try:
-            saved: dict[str, Any] = json.loads((run_dir / FLEET_RECORD).read_bytes())
+            saved = read_saved(run_dir / FLEET_RECORD)
             instances = tuple(InstanceState(**each) for each in saved.pop("instances"))
             return cls(instances=instances, **saved)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -143,21 +143,13 @@ class FleetRecord:
 
     def write(self, run_dir: Path) -> None:
         """Replace the record in `run_dir`. Raises: OSError."""
-        part = run_dir / f".{FLEET_RECORD}.part"
-        try:
-            part.write_text(json.dumps(asdict(self), indent=2) + "\n")
-            part.replace(run_dir / FLEET_RECORD)
-        finally:
-            part.unlink(missing_ok=True)
+        save(run_dir / FLEET_RECORD, asdict(self))
 
     @property
     def supervisor(self) -> psutil.Process | None:
         """The supervisor's process, None when it does not run."""
         try:
-            process = psutil.Process(self.pid)
-            # The PID alone may have been given to somebody else since.
-            is_it = process.create_time() == self.created_s
-            return process if is_it and process.status() != psutil.STATUS_ZOMBIE else None
+            return running_process({"pid": self.pid, "created_s": self.created_s})
         except psutil.Error:
             return None
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 from scripts.errors import ServerError
 from scripts.torchserve.draining import DRAIN_S, drain
 from scripts.torchserve.fleet import InstanceState
-from scripts.torchserve.launch import end_orphans
+from scripts.torchserve.launch import clear_away
 from scripts.torchserve.options import Options
 from scripts.torchserve.process import READY_TIMEOUT_S, TorchServer
 from scripts.torchserve.pulse import Pulse
@@ -122,10 +122,7 @@ class Keeper:
 
     def end_by_force(self) -> None:
         """End what is left of the instance. Raises nothing."""
-        state = StateDir(self._options.state_dir)
-        if state.is_ours:
-            end_orphans(state)
-            state.clean()
+        clear_away(StateDir(self._options.state_dir))
 
     def _run(self) -> None:
         while not self._is_ending:

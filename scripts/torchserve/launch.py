@@ -14,7 +14,7 @@ from handler.service.draining import DRAIN_FILE_VARIABLE
 from scripts.torchserve.options import Options
 from scripts.torchserve.state import StateDir
 
-__all__ = ["OPENMP_SPINS", "end_leftover", "end_orphans", "environment", "launch"]
+__all__ = ["OPENMP_SPINS", "clear_away", "end_orphans", "environment", "launch"]
 
 # How long torch's threads spin for their neighbours before they sleep. Spinning for long starves
 # them where cores are shared, sleeping at once costs a wake-up in every layer; benchmarks.cpu
@@ -47,30 +47,12 @@ def launch(options: Options, state: StateDir, model_name: str) -> subprocess.Pop
         )
 
 
-def end_leftover(state: StateDir, timeout_s: float = 30.0) -> bool:
-    """End the frontend of a start that was killed before it could record it; False: there is none.
-
-    Nothing else knows of it, and it would hold its ports for good.
-    """
-    try:
-        frontend = psutil.Process(int(state.pid_file.read_text()))
-        if state.saved.exists() or str(state.config) not in frontend.cmdline():
-            return False
-        family = [frontend, *frontend.children(recursive=True)]
-    except (OSError, ValueError, psutil.Error):
-        return False
-    for process in family:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(family, timeout=timeout_s)
-    return True
-
-
 def end_orphans(state: StateDir, timeout_s: float = 30.0) -> int:
-    """End what a frontend that is gone has left running; return how many processes that were.
+    """End what runs of a frontend that nothing knows of; return how many processes that were.
 
-    A worker that hangs does not notice that its frontend has died: it keeps its memory, and the
-    next worker does not start beside it.
+    A start may have been killed before it could record its frontend, which then holds its ports for
+    good. A worker that hangs does not notice that its frontend has died: it keeps its memory, and
+    the next worker does not start beside it.
     """
     orphans = [process for process in psutil.process_iter() if _belongs_to(process, state)]
     for process in orphans:
@@ -78,6 +60,15 @@ def end_orphans(state: StateDir, timeout_s: float = 30.0) -> int:
             process.kill()
     psutil.wait_procs(orphans, timeout=timeout_s)
     return len(orphans)
+
+
+def clear_away(state: StateDir) -> bool:
+    """End what a frontend has left running, and remove its files; tell whether something ran."""
+    if not state.is_ours:
+        return False
+    has_ended_one = end_orphans(state) > 0
+    state.clean()
+    return has_ended_one
 
 
 def _belongs_to(process: psutil.Process, state: StateDir) -> bool:

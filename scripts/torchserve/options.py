@@ -29,6 +29,7 @@ __all__ = [
     "Options",
     "Ports",
     "archive_identity",
+    "can_bind",
     "example_prompt",
     "has_own_handler",
     "is_loopback",
@@ -85,7 +86,7 @@ class Ports:
 
     def taken(self) -> tuple[int, ...]:
         """Return those that another process listens on."""
-        return tuple(port for port in self.numbers if not _can_bind(port))
+        return tuple(port for port in self.numbers if not can_bind(port))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ class Options:
         return f"{self.config.read_text()}\n{INSTANCE_MARK}\n{lines}"
 
     def _grpc_properties(self) -> dict[str, str]:
-        can_be_unreachable = _can_bind(0, UNREACHABLE)
+        can_be_unreachable = can_bind(0, UNREACHABLE)
         management = {"grpc_management_address": UNREACHABLE if can_be_unreachable else LOOPBACK}
         if self.ports.grpc_inference is not None:
             return {**management, "grpc_inference_port": str(self.ports.grpc_inference)}
@@ -227,7 +228,8 @@ def _escape(value: str) -> str:
     return "".join(chr(code) if 0x20 <= code < 0x7F else f"\\u{code:04x}" for code in codes)
 
 
-def _can_bind(port: int, address: str = LOOPBACK) -> bool:
+def can_bind(port: int, address: str = LOOPBACK) -> bool:
+    """Whether nobody listens on a port of this machine."""
     with socket.socket() as probe:
         # Without this a port whose last connections are in TIME_WAIT looks taken.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

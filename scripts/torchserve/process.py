@@ -7,26 +7,24 @@ Tests and benchmarks use this class too.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import psutil
 
 from handler.service.draining import Drain
-from scripts.background import read_saved, running_process, save
+from scripts.background import end_session, read_saved, running_process, save
 from scripts.errors import ServerError
 from scripts.hints import to_run
 from scripts.interrupts import signals_as_interrupts, signals_held
 from scripts.torchserve import health
 from scripts.torchserve.failures import has_failed_to_load, load_failure, refusal
 from scripts.torchserve.grpc_methods import withdraw_bidirectional_streaming
-from scripts.torchserve.launch import end_leftover, end_orphans, launch
+from scripts.torchserve.launch import clear_away, end_orphans, launch
 from scripts.torchserve.management import ModelState, describe
 from scripts.torchserve.options import (
     LOOPBACK,
@@ -164,7 +162,7 @@ class TorchServer:
         """
         if TorchServer.find(self.state_dir) is not None:
             raise ServerError(f"a server already runs in {self.state_dir}: {to_run('stop')}")
-        end_leftover(self.state)
+        end_orphans(self.state)
         self.check()
         self.state.prepare()
         self.state.write_config(self.options.properties_text(self.state.management_socket))
@@ -179,7 +177,7 @@ class TorchServer:
             self._save()
         except BaseException as problem:
             if launcher is not None:
-                _end_session(launcher)
+                end_session(launcher)
             self._process = None
             self.state.clean()
             if isinstance(problem, OSError | ValueError | psutil.Error):
@@ -280,8 +278,7 @@ class TorchServer:
     def end_by_force(self) -> None:
         """End the frontend and all that it has started, whatever state they are in."""
         self._process = None
-        end_orphans(self.state)
-        self.state.clean()
+        clear_away(self.state)
 
     @contextmanager
     def running(self, timeout_s: float = READY_TIMEOUT_S) -> Iterator[TorchServer]:
@@ -351,10 +348,3 @@ class TorchServer:
             **{name: str(Path(getattr(self.options, name)).resolve()) for name in PATH_OPTIONS},
         }
         save(self.state.saved, saved)
-
-
-def _end_session(leader: subprocess.Popen[bytes]) -> None:
-    """Kill what `leader` has started: at this point of a start nothing has anything to save."""
-    with suppress(ProcessLookupError):
-        os.killpg(leader.pid, signal.SIGKILL)
-    leader.wait()
