@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from scripts.interrupts import signals_held
 
 __all__ = [
     "end_process",
+    "end_session",
     "is_suspended",
     "last_lines",
     "read_saved",
@@ -88,6 +90,13 @@ def end_process(process: psutil.Process, timeout_s: float) -> None:
         except psutil.TimeoutExpired:
             process.kill()
             process.wait(10)
+
+
+def end_session(leader: subprocess.Popen[bytes]) -> None:
+    """Kill what `leader` has started: at this point of a start nothing has anything to save."""
+    with suppress(ProcessLookupError):
+        os.killpg(leader.pid, signal.SIGKILL)
+    leader.wait()
 
 
 def start_in_background(

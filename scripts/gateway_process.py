@@ -20,6 +20,7 @@ import psutil
 
 from scripts.background import (
     end_process,
+    end_session,
     last_lines,
     read_saved,
     running_process,
@@ -143,8 +144,7 @@ class GatewayProcess:
             }
             save(saved_file, saved)
         except BaseException:
-            launched.kill()
-            launched.wait()
+            end_session(launched)
             raise
         return cls(process, saved, state_dir)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 
 from scripts.background import (
+    end_session,
     last_lines,
     read_saved,
     running_process,
@@ -29,7 +30,7 @@ from scripts.errors import ServerError
 from scripts.hints import option
 from scripts.repository import REPOSITORY
 from scripts.torchserve.haproxy_socket import admin_socket
-from scripts.torchserve.options import LOOPBACK
+from scripts.torchserve.options import LOOPBACK, can_bind
 
 __all__ = ["GrpcInstance", "HaproxyOptions", "HaproxyProcess", "instances_text"]
 
@@ -49,7 +50,8 @@ class GrpcInstance:
     grpc_port: int
     http_port: int
     model: str
-    token: str | None = None
+    auth: bool = False
+    """Whether it asks for keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,7 @@ def instances_text(instances: Sequence[GrpcInstance]) -> str:
         f"    server {each.name} {LOOPBACK}:{each.grpc_port} check port {each.http_port}\n"
         for each in own
     ]
-    if own and own[0].token is not None:
+    if own and own[0].auth:
         # A check has one text for all of them, and every instance has keys of its own, new ones
         # with each start: what it refuses says at least that its frontend is there.
         head = head.replace("expect status 404", "expect rstatus ^(404|40[013])$")
@@ -117,6 +119,12 @@ class HaproxyProcess:
         program = shutil.which("haproxy") or shutil.which("haproxy", path="/usr/sbin")
         if program is None:
             raise ServerError("HAProxy is not installed: apt-get install haproxy (2.6 or later)")
+        ports = (options.port, int(options.metrics.rpartition(":")[2]))
+        if taken := [str(port) for port in ports if not can_bind(port)]:
+            raise ServerError(
+                f"taken by another process: port {', '.join(taken)}; stop that one, or choose "
+                f"others: {option('haproxy_port')}, {option('haproxy_metrics')}"
+            )
         state_dir = options.state_dir
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         certificate = options.certificate or _own_certificate(state_dir)
@@ -145,8 +153,7 @@ class HaproxyProcess:
             }
             save(state_dir / "haproxy.json", saved)
         except BaseException:
-            os.killpg(launched.pid, signal.SIGKILL)
-            launched.wait()
+            end_session(launched)
             raise
         return cls(process, saved, state_dir)
 

@@ -73,7 +73,7 @@ def _start_haproxy(arguments: argparse.Namespace, gateway: GatewayProcess) -> No
                 ports.grpc_inference,
                 ports.inference,
                 each.model_name,
-                each.token(),
+                each.options.auth,
             )
             for index, each in enumerate(servers)
             if each is not None and (ports := each.options.ports).grpc_inference is not None

@@ -245,7 +245,7 @@ WORKERS: tuple[Panel, ...] = (
         "Reserved by the worker, and free and total of the device; 0 on a CPU.",
         (
             (
-                f'diffusers_gpu_memory_bytes{{{OF_MODEL},kind=~"reserved|allocated|total"}}',
+                f'diffusers_gpu_memory_bytes{{{OF_MODEL},kind=~"reserved|free|total"}}',
                 "{{upstream}} {{kind}}",
             ),
         ),

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -17,8 +18,9 @@ import grpc
 import pytest
 
 from scripts.cli import main
+from scripts.errors import ServerError
 from scripts.gateway_process import GatewayProcess
-from scripts.haproxy_process import GrpcInstance, HaproxyProcess, instances_text
+from scripts.haproxy_process import GrpcInstance, HaproxyOptions, HaproxyProcess, instances_text
 from scripts.repository import REPOSITORY
 from scripts.torchserve.process import TorchServer
 from tests.support.client import (
@@ -31,6 +33,7 @@ from tests.support.client import (
 )
 from tests.support.fleets import fleet_arguments, stopped_fleet
 from tests.support.gateways import free_port
+from tests.support.ports import free_ports
 from tests.support.programs import need
 from tests.support.serving import MODEL, build_quick_archive
 from tests.support.traffic import until
@@ -313,3 +316,28 @@ def test_grpc_instances_are_those_of_one_model() -> None:
     assert "server instance0 127.0.0.1:7070 check port 8080\n" in text
     assert "server instance2 127.0.0.1:7072 check port 8082\n" in text
     assert "7071" not in text
+
+
+def options_of(folder: Path, port: int, metrics_port: int, certificate: Path) -> HaproxyOptions:
+    return HaproxyOptions(folder, "127.0.0.1:9", (), port, f"127.0.0.1:{metrics_port}", certificate)
+
+
+def test_a_start_that_fails_says_why(tmp_path: Path) -> None:
+    need("haproxy", "haproxy")
+    certificate = tmp_path / "no-certificate.pem"
+    certificate.write_text("nothing")
+    port, metrics_port = free_ports()
+    with pytest.raises(ServerError, match="HAProxy did not start") as caught:
+        HaproxyProcess.start(options_of(tmp_path / "state", port, metrics_port, certificate))
+    assert "no-certificate.pem" in caught.value.log
+    assert HaproxyProcess.find(tmp_path / "state") is None
+
+
+def test_a_port_that_is_taken_is_not_taken_for_its_own(tmp_path: Path) -> None:
+    need("haproxy", "haproxy")
+    port, metrics_port = free_ports()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(ServerError, match=f"taken by another process: port {port}"):
+            HaproxyProcess.start(options_of(tmp_path / "state", port, metrics_port, tmp_path / "c"))
