@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 from selenium import webdriver
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -78,7 +79,10 @@ class Page:
         return self.driver.find_element(By.CSS_SELECTOR, selector)
 
     def wait(self, condition: Callable[[], T], timeout_s: float = 60) -> T:
-        return WebDriverWait(self.driver, timeout_s, 0.05).until(lambda _: condition())
+        # What is asked about may be drawn anew in between.
+        passing = (NoSuchElementException, StaleElementReferenceException)
+        wait = WebDriverWait(self.driver, timeout_s, 0.05, ignored_exceptions=passing)
+        return wait.until(lambda _: condition())
 
     def field(self, name: str) -> WebElement:
         return self[f"field-{name}"]

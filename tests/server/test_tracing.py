@@ -12,6 +12,7 @@ from tests.support.client import post_json
 from tests.support.gateways import RunningGateway, running_gateway
 from tests.support.otlp import Receiver, running_receiver
 from tests.support.serving import serve
+from tests.support.traffic import until
 
 PROMPT = "what nobody shall read"
 
@@ -46,9 +47,11 @@ def test_a_request_is_one_trace_from_the_gateway_to_the_png(
     body = {"prompt": PROMPT, "num_inference_steps": 12}
     answer = post_json(url, body, "-H", "X-Request-Id: mine")
     assert answer.status == 200
-    spans = receiver.wait_for(lambda spans: {s.name for s in spans} >= {"encode", "wait"})
+    root_name = "POST /v1/images/generations"
+    # Gateway and worker send theirs apart; of each, this is the last to end.
+    spans = receiver.wait_for(lambda spans: {s.name for s in spans} >= {"draw", root_name})
     (root,) = [span for span in spans if not span.parent_id]
-    assert root.name == "POST /v1/images/generations"
+    assert root.name == root_name
     assert {span.trace_id for span in spans} == {root.trace_id}
     by_name = {span.name: span for span in spans}
     assert by_name.keys() == {
@@ -67,10 +70,12 @@ def _check_logs(
     gateway: RunningGateway, traced: TorchServer, trace_id: str, upstream_id: str
 ) -> None:
     """The line of the gateway's, with the client's id, leads to the worker's."""
-    lines = [json.loads(line) for line in gateway.log.splitlines()]
+    # Lines are written as a request ends, which is after its client has the answer.
+    written = until(lambda: gateway.log, lambda log: '"mine"' in log)
+    lines = [json.loads(line) for line in written.splitlines()]
     (line,) = [each for each in lines if each.get("request_id") == "mine"]
     assert (line["trace_id"], line["upstream_ids"]) == (trace_id, [upstream_id])
-    log = traced.log_file.read_text()
+    log = until(traced.log_file.read_text, lambda log: upstream_id in log)
     (worker,) = [each for each in log.splitlines() if upstream_id in each]
     told = json.loads(worker[worker.index("{") :])
     assert (told["client_id"], told["outcome"], told["steps"]) == (upstream_id, "ok", 12)
