@@ -80,6 +80,8 @@ class _Memory:
     times: Sequence[float]
     """The scheduler's time of every step."""
     step: int = -1
+    share: float = 0.0
+    """Of the steps, how many may be predicted."""
     predicts: bool = False
     """Whether the present step is predicted."""
     num_predicted: int = 0
@@ -98,7 +100,7 @@ class _Memory:
         """Decide about a step when its first call comes."""
         if step == self.step:
             return
-        self.step = step
+        self.step, self.share = step, share
         self.numbers.clear()
         allowed = allowed_error(step, len(self.times), share, self.num_predicted)
         self.predicts = allowed > 0 and self._is_close(allowed)
@@ -141,7 +143,9 @@ class _Memory:
             kept = _mapped(torch.clone, output)
         except TypeError:  # it holds what cannot be seen, nor predicted
             return
-        if len(outputs.times) == _NUM_KEPT:
+        # Only where the next step may be predicted does anybody ask.
+        is_asked = allowed_error(self.step + 1, len(self.times), self.share, self.num_predicted) > 0
+        if is_asked and len(outputs.times) == _NUM_KEPT:
             error = _error_of(_predicted(outputs, now), output, call.num_rows)
             self.measured.append((tuple(outputs.times), now, error))
         outputs.times = [*outputs.times, now][-_NUM_KEPT:]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from handler.engine.shortcuts import NUM_FIRST, NUM_LAST
+
 __all__ = [
     "MAX_ERROR",
     "ORDER",
@@ -12,7 +14,6 @@ __all__ = [
     "allowed_error",
     "estimated_error",
     "is_close",
-    "num_computed",
     "weights",
 ]
 
@@ -29,10 +30,6 @@ ORDER = 1
 With parabolas pictures of the demo were a little closer where every second of 50 steps is predicted
 (0.73 for 0.85 of 255), and about twice as far off where two of three are, or every second of 20.
 """
-
-# Enough for a prediction, and one more that says how good predictions are.
-_NUM_FIRST = ORDER + 2
-_NUM_LAST = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +69,13 @@ def allowed_error(step: int, num_steps: int, share: float, num_predicted: int) -
     Where fewer have been, `num_predicted`, because some were not close enough, others may be in
     their place, if they are closer still.
     """
-    place = step - _NUM_FIRST
-    if place < 0 or step >= num_steps - _NUM_LAST:
+    place = step - NUM_FIRST
+    if place < 0 or step >= num_steps - NUM_LAST:
         return 0.0
     due = int((place + 1) * share)
     if num_predicted >= due:
         return 0.0
     return MAX_ERROR if due > int(place * share) else MAX_ERROR / 2
-
-
-def num_computed(num_steps: int, share: float) -> int:
-    """How many of the steps are computed at least."""
-    return num_steps - int(max(0, num_steps - _NUM_FIRST - _NUM_LAST) * share)
 
 
 def estimated_error(measured: Measured, points: Sequence[float], at: float) -> float:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-__all__ = ["NONE", "Shortcuts"]
+__all__ = ["NONE", "NUM_FIRST", "NUM_LAST", "Shortcuts"]
+
+NUM_FIRST, NUM_LAST = 3, 1
+"""Steps that are always computed: two to predict from, one to see how good that is; the last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class Shortcuts:
 
     def least_forwards(self, num_steps: int) -> int:
         """How many of the steps are computed at least."""
-        return num_steps - int(num_steps * self.step_cache)
+        return num_steps - int(max(0, num_steps - NUM_FIRST - NUM_LAST) * self.step_cache)
 
     def is_guided(self, step: int, num_steps: int) -> bool:
         """Whether a step, counted from 0, is guided: all of it has to lie within the interval.

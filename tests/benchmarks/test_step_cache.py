@@ -11,6 +11,7 @@ import pytest
 from benchmarks import report, stalls, step_cache
 from benchmarks.engine import Request
 from handler.acceleration import step_policy
+from handler.engine.shortcuts import Shortcuts
 from tests.support.pipelines import SIDE_PX, build
 
 
@@ -46,20 +47,30 @@ def test_what_is_left_out_is_measured_and_compared(
     assert (full["forwards"], full["difference_of_255"]) == (12, 0)
     by_name = {line["setting"]: line for line in others}
     half = by_name["step_cache 0.5"]
-    assert half["forwards"] == step_policy.num_computed(12, 0.5)
+    assert half["forwards"] == Shortcuts(step_cache=0.5).least_forwards(12)
     assert half["difference_of_255"] > 0
     assert by_name["guidance to 0.5"]["forwards"] == 12
     assert by_name["guidance to 0.5"]["rows"] < full["rows"]
     assert by_name[f"{half['forwards']:.0f} steps in place of 12"]["steps"] == 12
 
 
-@pytest.mark.parametrize("in_bursts", [True, False])
 @pytest.mark.usefixtures("results")
-def test_gaps_are_those_of_the_long_request(
-    in_bursts: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gaps_are_those_of_the_long_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that a forward of the denoiser moves by one, and each decoded picture too."""
     monkeypatch.setattr(stalls, "NUM_STEPS", 12)
     monkeypatch.setattr(stalls, "OTHER_STEPS", 2)
-    ticks = iter(range(10_000))
-    gaps = stalls.gaps_s(tiny(), lambda: float(next(ticks)), in_bursts=in_bursts)
-    assert gaps == [1.0] * 11
+    now_s = 0.0
+
+    def move(_: Any, inputs: tuple[Any, ...], by: float | None = None) -> None:
+        nonlocal now_s
+        now_s += len(inputs[0]) if by is None else by
+
+    pipeline = tiny()
+    pipeline.unet.conv_in.register_forward_pre_hook(lambda m, i: move(m, i, 1.0))
+    pipeline.vae.decoder.register_forward_pre_hook(move)
+    one_by_one = stalls.gaps_s(pipeline, lambda: now_s, in_bursts=False)
+    in_bursts = stalls.gaps_s(pipeline, lambda: now_s, in_bursts=True)
+    assert len(one_by_one) == len(in_bursts) == 11
+    assert min(one_by_one + in_bursts) >= 1
+    assert max(in_bursts) > stalls.NUM_OTHERS
+    assert 1 < max(one_by_one) < max(in_bursts)

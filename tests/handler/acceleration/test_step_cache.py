@@ -14,7 +14,7 @@ from peft import LoraConfig
 
 from handler.acceleration import step_policy
 from handler.acceleration.step_cache import StepCache
-from handler.acceleration.step_policy import allowed_error, num_computed, weights
+from handler.acceleration.step_policy import allowed_error, weights
 from handler.engine import InFlightEngine
 from handler.engine.shortcuts import Shortcuts
 from handler.errors import DeadlineExceeded, PipelineFailed
@@ -98,8 +98,8 @@ def test_planned_steps_are_extrapolated(share: float) -> None:
     computed = Computed(pipeline.unet)
     with caching(pipeline) as engine:
         ticket = drawn(engine, 0, share, num_inference_steps=80)
-        assert engine.counters.answered_calls == 80 - num_computed(80, share)
-    assert len(computed.rows) == num_computed(80, share)
+        assert engine.counters.answered_calls == 80 - Shortcuts(step_cache=share).least_forwards(80)
+    assert len(computed.rows) == Shortcuts(step_cache=share).least_forwards(80)
     assert is_right(ticket, by_hand(0, share, num_inference_steps=80))
     assert not is_right(ticket, solo(smooth(), 0, num_inference_steps=80))
 
@@ -108,7 +108,7 @@ def test_a_cached_picture_is_nearer_than_one_of_fewer_steps() -> None:
     full = solo(smooth(), 0, num_inference_steps=80)
     with caching() as engine:
         cached = drawn(engine, 0, 0.5, num_inference_steps=80).result().images
-    fewer = solo(smooth(), 0, num_inference_steps=num_computed(80, 0.5))
+    fewer = solo(smooth(), 0, num_inference_steps=HALF.least_forwards(80))
     assert (cached - full).abs().mean() < 0.5 * (fewer - full).abs().mean()
 
 
@@ -167,10 +167,10 @@ def test_predicted_rows_leave_the_tick_and_their_request_runs_on() -> None:
         plain = engine.submit(toy_kwargs(1, num_inference_steps=80))
         step_until(engine, lambda: cached.ended)
         decoding = 1
-        assert plain.num_steps_done == num_computed(80, 0.5) + decoding
+        assert plain.num_steps_done == HALF.least_forwards(80) + decoding
         engine.run()
     proof = 2  # of the first group: once more alone
-    assert sum(computed.rows) <= 2 * (80 + num_computed(80, 0.5)) + 4 * proof
+    assert sum(computed.rows) <= 2 * (80 + HALF.least_forwards(80)) + 4 * proof
 
 
 @pytest.mark.parametrize("end", ["done", "cancelled", "failed"])
@@ -222,7 +222,8 @@ def test_any_other_scheduler_may_be_cached(name: str) -> None:
         full = drawn(engine, 0, 0.0, num_inference_steps=80, scheduler=name).result().images
         other = drawn(engine, 1, 0.0, num_inference_steps=80, scheduler=name).result().images
         cached = drawn(engine, 0, 0.5, num_inference_steps=80, scheduler=name).result().images
-        print(engine.counters.answered_calls)
+        # Ancestral noise and short distances may leave fewer that are close enough.
+        assert 0 < engine.counters.answered_calls <= 80 - HALF.least_forwards(80)
     assert (cached - full).abs().mean() < 0.2 * (other - full).abs().mean()
 
 
@@ -238,7 +239,7 @@ def test_both_calls_of_a_step_are_predicted_together() -> None:
     computed = Computed(pipeline.unet)
     with caching(pipeline) as engine:
         ticket = drawn(engine, 0, 0.5, num_inference_steps=80)
-    assert len(computed.rows) == 2 * num_computed(80, 0.5)
+    assert len(computed.rows) == 2 * HALF.least_forwards(80)
     assert is_right(ticket, by_hand(0, 0.5, num_inference_steps=80))
 
 
@@ -345,9 +346,9 @@ def test_a_predicted_step_needs_no_controlnet() -> None:
         ticket = engine.submit(kwargs, task=task, shortcuts=HALF)
         engine.run()
         # The UNet's, and the ControlNet's before it.
-        assert engine.counters.answered_calls == 2 * (20 - num_computed(20, 0.5))
+        assert engine.counters.answered_calls == 2 * (20 - HALF.least_forwards(20))
     assert ticket.error is None
-    assert len(rows) == num_computed(20, 0.5)
+    assert len(rows) == HALF.least_forwards(20)
 
 
 @pytest.mark.usefixtures("trusting")
@@ -409,7 +410,7 @@ def test_a_picture_to_begin_with_leaves_out_the_first_times(strength: float) -> 
         engine.run()
     assert ticket.error is None
     num_steps = round(30 * strength)
-    assert len(rows) == num_computed(num_steps, 0.5)
+    assert len(rows) == HALF.least_forwards(num_steps)
 
 
 @pytest.mark.usefixtures("trusting")

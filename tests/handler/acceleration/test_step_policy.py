@@ -15,9 +15,9 @@ from handler.acceleration.step_policy import (
     allowed_error,
     estimated_error,
     is_close,
-    num_computed,
     weights,
 )
+from handler.engine.shortcuts import Shortcuts
 
 shares = st.floats(0, 1)
 steps = st.integers(1, 1000)
@@ -42,7 +42,7 @@ def test_the_first_steps_and_the_last_are_computed(num_steps: int, share: float)
 def test_no_more_than_the_share_is_predicted(num_steps: int, share: float) -> None:
     found = planned(num_steps, share)
     assert len(found) <= share * num_steps
-    assert num_computed(num_steps, share) == num_steps - len(found)
+    assert Shortcuts(step_cache=share).least_forwards(num_steps) == num_steps - len(found)
 
 
 @given(steps, shares, shares)
