@@ -263,6 +263,8 @@ class GenerationService:
             if self._live:
                 self._queue.check_room()
             self._decoding.start(live, missing)
+            if live.record is not None:
+                live.record.is_read = True
         else:
             self._submit(live, [{} for _ in sent.requests], is_limited=bool(self._live))
         self._live.add(live)
@@ -359,6 +361,8 @@ class GenerationService:
                 continue
             try:
                 live.sent = replace(live.sent, requests=decoded.requests)
+                if live.record is not None:  # which would keep the files that were sent
+                    live.record.requests = decoded.requests
                 if self._shelf is not None:
                     self._shelf.attach(decoded.loras, wanted=wanted)
                 self._submit(live, decoded.pictures, is_limited=len(self._live) > 1)

@@ -35,6 +35,8 @@ class Record:
     requests: Sequence[GenerationRequest] = ()
     """One for each drawing, whose `tickets` are in the same order."""
     tickets: list[Ticket] = field(default_factory=list)
+    is_read: bool = False
+    """Whether pictures, or LoRAs of the folder, are read before it can be drawn."""
     steps: list[tuple[int, float]] = field(default_factory=list)
     """Steps of the only drawing, and when they were done."""
     encoding_s: float | None = None

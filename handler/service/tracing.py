@@ -21,7 +21,7 @@ from typing import Any
 
 from handler.config import HandlerConfig
 from handler.engine.ticket import Ticket
-from handler.errors import ConfigError
+from handler.errors import ConfigError, DeviceLost, EngineFault, OutOfMemory, PipelineFailed
 from handler.service.records import Record, Watcher
 
 __all__ = ["ENDPOINT_VARIABLE", "Tracing", "make_tracing"]
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 ENDPOINT_VARIABLE = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
 """OpenTelemetry's own; it counts where the configuration names no endpoint."""
 _SEND_EVERY_MS = 1000
-_FAULTS = ("engine_fault", "pipeline_failed", "out_of_memory", "device_lost")
+_FAULTS = {error.code for error in (EngineFault, PipelineFailed, OutOfMemory, DeviceLost)}
 
 # Name, begin and end by the service's clock, attributes.
 _Span = tuple[str, float, float, dict[str, Any]]
@@ -132,7 +132,7 @@ def _attributes(record: Record) -> dict[str, Any]:
 
 def _spans(record: Record) -> Iterator[_Span]:
     assert record.ended_s is not None
-    if record.tickets and any(each.pictures for each in record.requests):
+    if record.tickets and record.is_read:
         yield "read_pictures", record.opened_s, record.tickets[0].submitted_s, {}
     for index, ticket in enumerate(record.tickets):
         attributes = {"drawing": index} if len(record.tickets) > 1 else {}
