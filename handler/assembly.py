@@ -62,6 +62,8 @@ def assemble(
     loras = LoraNames(loaded.loras, _lora_folder(config))
     pipelines = pipelines_of(loaded.pipeline, loaded.controlnets)
     traits = replace(describe(loaded.pipeline, pipelines), loras=loras)
+    if config.exact:
+        traits = replace(traits, shortcuts={})
     logger.info("%s serves %s", type(loaded.pipeline).__name__, ", ".join(pipelines))
     if config.default_loras is None and loaded.loras:
         if len(loaded.loras) > MAX_LORAS:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from handler.api.foreign_names import FOREIGN_NAMES, HOW_PICTURES_ARE_SENT, is_picture_input
 from handler.api.picture_headers import identify
-from handler.api.schema import PICTURE_NAMES, REPLY_FIELDS
+from handler.api.schema import KNOWN_NAMES, PICTURE_NAMES
 from handler.api.translation import holds_picture
 from handler.errors import InvalidRequest, TooLarge
 from handler.messages import show, shown_name
@@ -171,7 +171,7 @@ def _open_form(form: Mapping[str, object]) -> Payload:
                 # Whether it is the picture itself or base64 is seen where it is read.
                 value = value if holds_picture(name) else value.decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                is_known = name in PICTURE_NAMES or name in REPLY_FIELDS or name in FOREIGN_NAMES
+                is_known = name in KNOWN_NAMES or name in FOREIGN_NAMES
                 is_picture = not is_known and identify(error.object) is not None
                 is_alike = is_picture or is_picture_input(name)
                 problems[shown_name(name)] = HOW_PICTURES_ARE_SENT if is_alike else _not_utf8(error)

@@ -47,7 +47,8 @@ def check_against_pipeline(config: HandlerConfig, traits: PipelineTraits) -> Non
         problem := _window_problem(config.negative_prompt, config.prompt_weighting, config, traits)
     ):
         problems.append(f"negative_prompt: {problem}")
-    if config.step_cache and not any("step_cache" in has for has in traits.shortcuts.values()):
+    has_cache = config.exact or any("step_cache" in has for has in traits.shortcuts.values())
+    if config.step_cache and not has_cache:
         problems.append("step_cache: this pipeline does not tell which step it is at")
     if problems:
         heading = "the handler section of model-config.yaml does not fit the pipeline:"

@@ -19,9 +19,8 @@ from handler.api.request_checks import check_request, check_values, is_lacking
 from handler.api.sampler_table import SCHEDULES
 from handler.api.samplers import find_sampler, parse_name, sampler_problem
 from handler.api.schema import (
+    KNOWN_NAMES,
     PICTURE_FIELDS,
-    PICTURE_NAMES,
-    REPLY_FIELDS,
     SENT_PICTURES,
     Kind,
     Value,
@@ -88,8 +87,7 @@ def parse_fields(
     request = GenerationRequest(**attributes, extra=extra, pictures=pictures)  # type: ignore[arg-type]
     check_shortcuts(reader, sent, extra, request.engine_task, request.sampler, config, traits)
     check_request(reader, request, parameters, config, traits)
-    check_shortcuts(reader, sent, extra, request.engine_task, request.sampler, config, traits)
-    reader.refuse_rest(PICTURE_NAMES | REPLY_FIELDS.keys())
+    reader.refuse_rest(KNOWN_NAMES)
     if reader.problems:
         raise InvalidRequest(summarise(reader.problems), reader.problems)
     return request if sent["seed"] is not None else replace(request, seed=draw_seed())

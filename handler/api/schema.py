@@ -23,6 +23,7 @@ from handler.api.tasks import IMAGE_TO_IMAGE, INPAINTING, TASKS, TEXT_TO_IMAGE
 from handler.config import MAX_LORA_SCALE, OUTPUT_FORMATS, HandlerConfig
 
 __all__ = [
+    "KNOWN_NAMES",
     "MAX_SEED",
     "PICTURE_FIELDS",
     "PICTURE_NAMES",
@@ -542,6 +543,8 @@ REPLY_FIELDS: Mapping[str, ReplyField] = _table(
         ),
     ]
 )
+KNOWN_NAMES = PICTURE_NAMES | REPLY_FIELDS.keys()
+"""Every name that may stand in a body."""
 
 
 def bounds_of(each: Field, config: HandlerConfig) -> tuple[float, float]:

@@ -12,8 +12,8 @@ from handler.messages import show
 
 __all__ = ["SHORTCUTS", "check_shortcuts"]
 
-SHORTCUTS = ("step_cache", "guidance_start", "guidance_end")
-"""The fields, by the names that the engine has for them."""
+SHORTCUTS: Mapping[str, float] = {"step_cache": 0.0, "guidance_start": 0.0, "guidance_end": 1.0}
+"""The fields, by the names that the engine has for them, with the values that change nothing."""
 
 _NEEDS = {
     "step_cache": "a pipeline that tells which step it is at",
@@ -35,10 +35,10 @@ def check_shortcuts(
 
     `task` is the engine's name of it, `sampler` the scheduler with its sigmas.
     """
-    for name in SHORTCUTS:
+    for name, neutral in SHORTCUTS.items():
         problem = _problem(name, task, sampler, config, traits)
         if problem is not None:
-            if sent[name]:
+            if sent[name] not in (None, neutral):
                 reader.report(name, problem)
             values.pop(name, None)
     if not values.get("step_cache"):
@@ -51,12 +51,12 @@ def check_shortcuts(
 def _problem(
     name: str, task: str, sampler: str | None, config: HandlerConfig, traits: PipelineTraits
 ) -> str | None:
+    if config.exact:
+        return "not here: this server computes everything (exact: true)"
     if name not in traits.shortcuts.get(task, ()):
         others = [other for other, has in traits.shortcuts.items() if name in has]
         where = f"; {', '.join(others)} has it" if others else ""
         return f"not here: it needs {_NEEDS[name]}{where}"
-    if config.exact:
-        return "not here: this server computes everything (exact: true)"
     if name == "step_cache" and not traits.has_one_call_a_step(sampler):
         used = sampler or traits.schedulers[0]
         return f'{used} calls the model more than once a step; send "off", or another scheduler'

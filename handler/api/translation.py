@@ -13,7 +13,7 @@ from handler.api.foreign_names import (
 )
 from handler.api.images import looks_like_base64_picture
 from handler.api.samplers import parse_name
-from handler.api.schema import PICTURE_FIELDS, PICTURE_NAMES, REPLY_FIELDS, SENT_PICTURES
+from handler.api.schema import KNOWN_NAMES, PICTURE_FIELDS, SENT_PICTURES
 from handler.messages import show, shown_name
 
 __all__ = ["holds_picture", "names_for", "translate"]
@@ -47,8 +47,7 @@ def translate(fields: Mapping[str, object]) -> tuple[dict[str, object], dict[str
         if name in FOREIGN_NAMES:
             foreign[name] = value
             continue
-        is_known = name in PICTURE_NAMES or name in REPLY_FIELDS
-        if not is_known and value is not None and is_picture_input(name):
+        if name not in KNOWN_NAMES and value is not None and is_picture_input(name):
             problems[shown_name(name)] = HOW_PICTURES_ARE_SENT
             continue
         target = _OWN_NAMES.get(name, name)

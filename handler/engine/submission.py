@@ -19,7 +19,7 @@ from handler.pipelines.cost import Cost, estimate_cost, least_forwards
 from handler.pipelines.prompt_embeddings import PromptReading
 from handler.pipelines.schedulers import check_num_steps, make_scheduler
 from handler.pipelines.signature import unknown_arguments
-from handler.pipelines.steps import guides_in_halves, tells_steps
+from handler.pipelines.steps import shortcuts_of
 
 __all__ = ["Intake", "Served", "Submission"]
 
@@ -113,10 +113,12 @@ class Intake:
 
 
 def _check_shortcuts(pipeline: Any, shortcuts: Shortcuts) -> None:
-    name = type(pipeline).__name__
-    if shortcuts.step_cache and not tells_steps(pipeline):
+    if not (shortcuts.step_cache or shortcuts.has_interval):
+        return
+    name, has = type(pipeline).__name__, shortcuts_of(pipeline)
+    if shortcuts.step_cache and "step_cache" not in has:
         raise ValueError(f"{name} does not tell which step it is at, which a step cache needs")
-    if shortcuts.has_interval and not (tells_steps(pipeline) and guides_in_halves(pipeline)):
+    if shortcuts.has_interval and "guidance_start" not in has:
         raise ValueError(
             f"{name} has no guided rows that stand together, which a guidance interval needs"
         )

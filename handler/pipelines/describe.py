@@ -13,7 +13,7 @@ from handler.library_logs import quiet_libraries
 from handler.pipelines.prompt_embeddings import reads_windows
 from handler.pipelines.prompt_windows import count_windows
 from handler.pipelines.schedulers import compatible_schedulers, least_steps
-from handler.pipelines.steps import guides_in_halves, several_calls_a_step, tells_steps
+from handler.pipelines.steps import several_calls_a_step, shortcuts_of
 from handler.pipelines.tasks import pictures_of, split_name, task_of
 
 __all__ = ["describe", "latent_scale", "parameters_of"]
@@ -38,7 +38,7 @@ def describe(pipeline: Any, pipelines: Mapping[str, Any] | None = None) -> Pipel
         count_windows=partial(count_windows, pipeline) if reads_windows(pipeline) else None,
         tasks={task: _parameters(each) for task, each in tasks.items()},
         required=pictures_of(own),
-        shortcuts={task: _shortcuts(each) for task, each in tasks.items()},
+        shortcuts={task: shortcuts_of(each) for task, each in tasks.items()},
         several_calls=several_calls_a_step(pipeline),
         controls=tuple(dict.fromkeys(name for name in controls if name is not None)),
     )
@@ -57,14 +57,6 @@ def parameters_of(kind: type, transformer_config: Mapping[str, Any]) -> frozense
     names = frozenset(inspect.signature(kind.__call__).parameters) - {"self"}
     is_idle = "true_cfg_scale" in names and transformer_config.get("guidance_embeds") is False
     return names - {"guidance_scale"} if is_idle else names
-
-
-def _shortcuts(pipeline: Any) -> frozenset[str]:
-    """Return the fields that leave parts of the computing out and that the pipeline can do with."""
-    names = {"step_cache"} if tells_steps(pipeline) else set[str]()
-    if tells_steps(pipeline) and guides_in_halves(pipeline):
-        names |= {"guidance_start", "guidance_end"}
-    return frozenset(names)
 
 
 def _clip_layers(pipeline: Any) -> int | None:

@@ -7,14 +7,18 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["call_defaults", "numbers_of", "unknown_arguments"]
+__all__ = ["call_defaults", "defaults_of", "numbers_of", "unknown_arguments"]
 
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def call_defaults(pipeline: Any) -> dict[str, Any]:
     """The parameters of the pipeline's ``__call__`` and their defaults."""
-    kind: type = type(pipeline)
+    return defaults_of(type(pipeline))
+
+
+def defaults_of(kind: type) -> dict[str, Any]:
+    """The parameters of ``kind.__call__`` and their defaults."""
     return _call_parameters(kind)[0]
 
 
@@ -27,7 +31,7 @@ def unknown_arguments(pipeline: Any, kwargs: Mapping[str, Any]) -> list[str]:
 
 def numbers_of(kind: type) -> list[str]:
     """The parameters of ``kind.__call__`` that are numbers, or true or false, by their defaults."""
-    defaults = _call_parameters(kind)[0].items()
+    defaults = defaults_of(kind).items()
     return sorted(name for name, default in defaults if isinstance(default, (int, float)))
 
 

@@ -6,7 +6,7 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import diffusers
@@ -14,13 +14,15 @@ from diffusers import SchedulerMixin
 
 from handler.pipelines.schedulers import compatible_schedulers, least_steps
 from handler.pipelines.shared_state import swaps_processors
-from handler.pipelines.signature import call_defaults
+from handler.pipelines.signature import defaults_of
 
 __all__ = [
     "guides_in_halves",
     "is_one_call_a_step",
     "num_steps_of",
     "several_calls_a_step",
+    "shortcuts_of",
+    "shortcuts_of_kind",
     "tells_steps",
 ]
 
@@ -36,6 +38,19 @@ def num_steps_of(view: Any) -> int | None:
     return int(num_steps) or None
 
 
+def shortcuts_of(pipeline: Any) -> frozenset[str]:
+    """The fields of `handler.engine.shortcuts.Shortcuts` that a pipeline can do with."""
+    return shortcuts_of_kind(type(pipeline), *_parts(pipeline))
+
+
+def shortcuts_of_kind(kind: type, scheduler: type, components: Collection[str]) -> frozenset[str]:
+    """The same of a class, with a scheduler of that class and components of these names."""
+    if not _tells_steps(kind, scheduler, components):
+        return frozenset()
+    interval = {"guidance_start", "guidance_end"} if _guides_in_halves(kind) else set[str]()
+    return frozenset({"step_cache", *interval})
+
+
 def tells_steps(pipeline: Any) -> bool:
     """Whether one of several steps can be told from the others, and the last from the rest.
 
@@ -43,13 +58,21 @@ def tells_steps(pipeline: Any) -> bool:
     theirs unless a picture to begin with leaves some out. With a prior there are steps of two kinds
     in one call.
     """
-    parameters = call_defaults(pipeline)
-    if not isinstance(getattr(pipeline, "scheduler", None), SchedulerMixin):
+    return _tells_steps(type(pipeline), *_parts(pipeline))
+
+
+def _parts(pipeline: Any) -> tuple[type, Collection[str]]:
+    return type(getattr(pipeline, "scheduler", None)), pipeline.components
+
+
+def _tells_steps(kind: type, scheduler: type, components: Collection[str]) -> bool:
+    parameters = defaults_of(kind)
+    if not issubclass(scheduler, SchedulerMixin):
         return False
-    if any(name.startswith("prior") for name in pipeline.components):
+    if any(name.startswith("prior") for name in components):
         return False
     if "callback_on_step_end" in parameters:
-        return hasattr(type(pipeline), "num_timesteps")
+        return hasattr(kind, "num_timesteps")
     return "callback" in parameters and "strength" not in parameters
 
 

@@ -36,15 +36,20 @@ def fields_of(view: ArchiveView, loras: Collection[str]) -> dict[str, list[str]]
     from handler.api.description import describe
     from handler.api.schema import PICTURE_FIELDS
     from handler.api.traits import PipelineTraits
-    from handler.loading.pipeline_class import pipeline_class
+    from handler.loading.pipeline_class import component_class, pipeline_class
     from handler.pipelines.describe import parameters_of
     from handler.pipelines.signature import numbers_of
+    from handler.pipelines.steps import shortcuts_of_kind
     from handler.pipelines.tasks import split_name
 
     try:
         kind = pipeline_class(view.index)
         config = _config(view, "transformer")
         planned = [(split_name(name), each) for name, each in _planned(view).items()]
+        components = view.index.components
+        scheduler = (
+            component_class("scheduler", view.index) if "scheduler" in components else type(None)
+        )
         traits = PipelineTraits(
             schedulers=(),
             size_multiple_px=1,
@@ -53,6 +58,9 @@ def fields_of(view: ArchiveView, loras: Collection[str]) -> dict[str, list[str]]
             loras=loras,
             controls=tuple(dict.fromkeys(name for (_, name), _ in planned if name is not None)),
             reads_weights=_reads_windows(view, kind),
+            shortcuts={
+                task: shortcuts_of_kind(each, scheduler, components) for (task, _), each in planned
+            },
         )
     except (ArchiveError, AttributeError, TypeError):  # of another diffusers than the installed
         return {"fields": [], "other_parameters": []}

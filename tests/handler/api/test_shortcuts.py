@@ -74,6 +74,18 @@ def test_what_is_no_number_is_told_the_word_too() -> None:
     assert "off" not in problems(guidance_end="off")["guidance_end"].partition(";")[2]
 
 
+@pytest.mark.parametrize(
+    ("name", "neutral", "other"),
+    [("step_cache", 0, 0.5), ("guidance_start", 0, 0.5), ("guidance_end", 1, 0)],
+)
+def test_only_what_would_change_something_is_refused(
+    name: str, neutral: float, other: float
+) -> None:
+    traits = lacking(name)
+    assert name not in parse(traits=traits, **{name: neutral}).extra
+    assert "not here" in problems(traits=traits, **{name: other})[name]
+
+
 def test_by_default_everything_is_computed() -> None:
     request = parse()
     assert not ALL & request.extra.keys()
