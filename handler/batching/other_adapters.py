@@ -65,7 +65,7 @@ class Dora:
             length: torch.Tensor = torch.linalg.norm(weight + factor * product, dim=1).to(
                 weight.dtype
             )
-            return (self.magnitude / length.to(weight.dtype)).view(1, -1)
+            return (self.magnitude / length).view(1, -1)
         rank = down.shape[0]
         product = torch.mm(up.view(-1, rank), down.view(rank, -1)).reshape(weight.shape)
         dims = tuple(range(1, weight.ndim))
