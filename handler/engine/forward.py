@@ -178,8 +178,9 @@ class BatchedForward:
         self.prepare(calls)
         if len(calls) == 1 and padded == total:
             with self.adapters.applied(calls, padded) as is_adapted:
+                real = slot.adapted if is_adapted else slot.real
                 # Faster code is for batches: what runs alone is exact, or there to compare with.
-                run = slot.plain if group.key is None or is_adapted else slot.real
+                run = slot.plain if group.key is None else real
                 results = [self._timed(run, calls[0].bound)]
         else:
             merged = merge(
@@ -187,7 +188,7 @@ class BatchedForward:
             )
             bound = type(calls[0].bound)(slot.signature, merged)
             with self.adapters.applied(calls, padded) as is_adapted:
-                output = self._timed(slot.plain if is_adapted else slot.real, bound)
+                output = self._timed(slot.adapted if is_adapted else slot.real, bound)
             if is_trial and was_written(merged):
                 raise TypeError(
                     "the module writes into its arguments, which have to be a call's own"
@@ -319,8 +320,8 @@ class BatchedForward:
 
     def _key_as(self, call: ModuleCall, layout: Layout, *, apart: bool) -> Hashable:
         slot = call.slot
-        # Where there is faster code, rows without LoRAs run it: those with them cannot.
-        is_adapted = slot.real is not slot.plain and bool(self.adapters.marks_of(call))
+        # Where rows without LoRAs run faster code, those with them cannot.
+        is_adapted = slot.real is not slot.adapted and bool(self.adapters.marks_of(call))
         return (
             id(slot),
             self.adapters.key_of(call, apart=apart),

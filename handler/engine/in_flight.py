@@ -127,7 +127,7 @@ class InFlightEngine:
         }
         for slot in self._slots:
             if slot.is_denoiser:
-                slot.real = self._wrappers.wrap_forward(slot.real)
+                self._wrappers.install(slot)
         for slot in self._slots:
             slot.install()
 

@@ -80,13 +80,15 @@ class Slot:
     """What the module itself had under this name; None where its class has the method."""
     is_companion: bool = False
     """Whether each of its calls is followed by one of the denoiser, as a ControlNet's is."""
+    adapted: Callable[..., Any] = field(init=False)
+    """What serves batches of which rows have LoRAs; `real`, unless that is code without them."""
     plain: Callable[..., Any] = field(init=False)
     """The module's own method, for calls that must not differ from the pipeline called alone."""
 
     _defaults: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.plain = self.real
+        self.plain = self.adapted = self.real
         parameters = self.signature.parameters.values()
         takes_any = any(p.kind is p.VAR_POSITIONAL for p in parameters)
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}

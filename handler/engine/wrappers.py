@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from handler.engine.forward import Failure
-from handler.engine.parking import ModuleCall
+from handler.engine.parking import ModuleCall, Slot
 
 __all__ = ["UNANSWERED", "CompiledForwards", "ForwardWrapper", "Wrappers"]
 
@@ -28,6 +28,9 @@ class ForwardWrapper(Protocol):
     ``call.ticket.memory`` under a key of its own, and is freed with the ticket. Requests that are
     `exact` never meet a wrapper.
     """
+
+    takes_adapters: bool = True
+    """Whether what `wrap_forward` makes runs the module's own layers, to which LoRAs are added."""
 
     def wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """What runs batches in place of a denoiser's `forward`, such as compiled code."""
@@ -54,7 +57,12 @@ class ForwardWrapper(Protocol):
 
 
 class CompiledForwards(ForwardWrapper):
-    """Batches run what `compiler` makes of each denoiser's forward, such as `torch.compile`."""
+    """Batches run what `compiler` makes of each denoiser's forward, such as `torch.compile`.
+
+    Rows with LoRAs run the module's own code, in forwards of their own.
+    """
+
+    takes_adapters = False
 
     def __init__(self, compiler: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
         self._compiler = compiler
@@ -74,11 +82,13 @@ class Wrappers:
     def __init__(self, wrappers: Sequence[ForwardWrapper]) -> None:
         self._wrappers = wrappers
 
-    def wrap_forward(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """`forward` in all wrappers."""
+    def install(self, slot: Slot) -> None:
+        """Put all wrappers around a slot's forward; where it has LoRAs, those that take them."""
         for wrapper in self._wrappers:
-            forward = wrapper.wrap_forward(forward)
-        return forward
+            is_same = slot.real is slot.adapted
+            slot.real = wrapper.wrap_forward(slot.real)
+            if wrapper.takes_adapters:
+                slot.adapted = slot.real if is_same else wrapper.wrap_forward(slot.adapted)
 
     def before(self, call: ModuleCall) -> Any:
         """The answer of the first that has one, a `Failure` if it raised; else `UNANSWERED`."""

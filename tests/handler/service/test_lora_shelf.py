@@ -48,8 +48,8 @@ def lora(seed: int) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def serving(folder: Path, **settings: Any) -> Iterator[GenerationService]:
-    pipeline = build(FAMILY)
+def serving(folder: Path, pipeline: Any = None, **settings: Any) -> Iterator[GenerationService]:
+    pipeline = pipeline or build(FAMILY)
     config = HandlerConfig(**{**SETTINGS, "lora_dir": str(folder), **settings})
     loaded = LoadedPipeline(
         pipeline, torch.device("cpu"), torch.float32, lora_reader=LoraReader(pipeline)
@@ -111,6 +111,27 @@ def test_requests_of_several_loras_at_once_are_each_as_alone(folder: Path) -> No
         assert np.abs(picture(replies["left out"].body) - solo(None, 1.0)).max() <= 1
     assert np.abs(solo(1, 0.8) - solo(0, 0.8)).max() > 10
     assert np.abs(solo(1, 0.8) - solo(1, -0.5)).max() > 10
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_requests_with_a_lora_and_without_share_forwards_however_many_threads_there_are(
+    folder: Path, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    rows: list[int] = []
+    pipeline = build(FAMILY)
+    pipeline.unet.conv_in.register_forward_pre_hook(lambda _, inputs: rows.append(len(inputs[0])))
+    with serving(folder, pipeline) as service:
+        ask(service, "first", loras=["style"])
+        ask(service, "second", loras=["ink"])
+        finish(service)
+        rows.clear()
+        for request_id, loras in (("none", []), ("style", ["style"]), ("ink", ["ink"])):
+            ask(service, request_id, loras=loras)
+        replies = finish(service)
+    assert {reply.status for reply in replies.values()} == {200}
+    # With the prompt and without it; what may be merged is proved in the first step.
+    assert rows[-3:] == [3 * 2] * 3
 
 
 def test_a_lora_that_comes_while_others_draw_changes_nothing_of_theirs(folder: Path) -> None:
