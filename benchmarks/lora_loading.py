@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from benchmarks.report import Figure, Spread
 from handler.assembly import assemble
 from handler.config import HandlerConfig
+from handler.garbage import leave_out_what_is_loaded
 from handler.loading.lora_files import LoraReader
 from handler.loading.pipeline import LoadedPipeline
 from handler.service.generation import GenerationService
@@ -66,6 +67,7 @@ def measure_loading(rounds: int, *, num_steps: int = NUM_STEPS) -> list[Figure]:
         names = [f"lora{i}" for i in range(NUM_LORAS)]
         for seed, name in enumerate(names):
             save_file(_lora(pipeline, seed), Path(folder) / f"{name}.safetensors")
+        leave_out_what_is_loaded()  # as a worker does
         for _ in range(rounds):
             runs = []
             for loras in ([None] * NUM_LORAS, names):

@@ -28,7 +28,6 @@ from handler.config import MAX_LORAS, HandlerConfig
 from handler.engine import BUCKETS, InFlightEngine
 from handler.engine.forward import is_out_of_memory
 from handler.errors import ConfigError, RequestError
-from handler.loading.lora_files import read_lora
 from handler.loading.memory import device_memory, drawing_problem
 from handler.loading.pipeline import LoadedPipeline
 from handler.pipelines.arguments import pipeline_arguments
@@ -154,7 +153,7 @@ def _shelf(
     return LoraShelf(
         engine,
         names,
-        lambda path: read_lora(reader, path, loaded.pipeline, loaded.device),
+        reader.read_file,
         max_loras=config.max_loras,
         max_bytes=config.max_lora_bytes,
     )

@@ -33,6 +33,7 @@ from handler.cycle_messages import CycleMessages
 from handler.cycle_pace import MIN_BYTES, CyclePace
 from handler.cycle_replies import CycleReplies, http_headers
 from handler.errors import ConfigError, ServingError
+from handler.garbage import leave_out_what_is_loaded
 from handler.library_logs import quiet_for_good
 from handler.loading.contents import MANIFEST_NAME
 from handler.loading.pipeline import load_pipeline
@@ -101,6 +102,7 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
             logger.error("cannot serve this model: %s", error)
             raise
         self.initialized = True
+        leave_out_what_is_loaded()
         self._emit_metrics(context)
         logger.info(
             "%s is ready on %s after %.1f s",

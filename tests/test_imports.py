@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "messages": {"errors"},
     "config_checks": {"messages"},
     "config": {"config_checks", "errors", "messages"},
+    "garbage": set(),
     "library_logs": set(),
     "watchdog": set(),
     "cycle_messages": set(),
@@ -38,7 +39,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cycle_replies": {"service", "api"},
     "diffusers_handler": {
         *("assembly", "cycle_messages", "cycle_pace", "cycle_replies", "service", "loading", "api"),
-        *("config", "errors", "library_logs", "single_worker", "torchserve_logs", "watchdog"),
+        *(
+            "config",
+            "errors",
+            "garbage",
+            "library_logs",
+            "single_worker",
+            "torchserve_logs",
+            "watchdog",
+        ),
     },
     "torchserve_entry": {"diffusers_handler"},
 }

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from handler.loading.safetensors_map import Header
 
-__all__ = ["LoraReader", "in_present_names", "read_lora"]
+__all__ = ["LoraReader", "in_present_names"]
 
 # Kinds that diffusers converts for some pipelines.
 _SOME_KINDS = {".lokr_": "a LoKr of LyCORIS"}
@@ -383,19 +383,6 @@ def _what_is_lost(names: list[str], lost: list[str], used: set[str]) -> str:
         f"{len(lost)} of its {len(names)} tensors would not be applied, such as "
         f"{shown(sorted(lost))}"
     )
-
-
-def read_lora(reader: LoraReader, path: Path, pipeline: Any, device: torch.device) -> Layers:
-    """The LoRA in the file at `path`, on `device`, in the precision of `pipeline`'s components.
-
-    Raises:
-        ArchiveError: the file is damaged or no LoRA, or not all of it fits.
-    """
-    found = {}
-    for component, layers in reader.read_file(path).items():
-        dtype = pipeline.components[component].dtype  # a search through all its weights
-        found[component] = {name: layer.to(device, dtype) for name, layer in layers.items()}
-    return found
 
 
 def in_present_names(layers: Layers) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from handler.errors import ArchiveError
@@ -41,14 +41,6 @@ class LoraLayer:
     magnitude: torch.Tensor | None = None
     """Of a DoRA: the length of each column of the sum."""
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> LoraLayer:
-        """The same somewhere else, in another precision."""
-        bias, magnitude = (
-            None if each is None else each.to(device, dtype) for each in (self.bias, self.magnitude)
-        )
-        down, up = (each.to(device, dtype).contiguous() for each in (self.down, self.up))
-        return replace(self, down=down, up=up, bias=bias, magnitude=magnitude)
-
 
 @dataclass(frozen=True, eq=False, slots=True)
 class KroneckerLayer:
@@ -67,11 +59,6 @@ class KroneckerLayer:
         """Of the product: that of the layer's own weight."""
         ends = [(side[0].shape[0], side[-1].shape[-1]) for side in (self.left, self.right)]
         return ends[0][0] * ends[1][0], ends[0][1] * ends[1][1]
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> KroneckerLayer:
-        """The same somewhere else, in another precision."""
-        left, right = ([e.to(device, dtype) for e in side] for side in (self.left, self.right))
-        return replace(self, left=left, right=right)
 
 
 Layers = Mapping[str, Mapping[str, LoraLayer | KroneckerLayer]]

@@ -139,8 +139,12 @@ def peft_layers(module: torch.nn.Module) -> list[Any]:
     return [part for part in module.modules() if isinstance(part, BaseTunerLayer)]
 
 
-def adapter_at(layer: AdaptedLayer, weights: LoraWeights | KroneckerWeights) -> Adapter:
+def adapter_at(
+    layer: AdaptedLayer, weights: LoraWeights | KroneckerWeights, dtype: torch.dtype
+) -> Adapter:
     """What `weights` add to `layer`, where its own weight is and in its precision.
+
+    In `dtype` where its own is of no floating-point numbers.
 
     Raises:
         ValueError: nothing of the kind can be added to a layer of its kind.
@@ -150,9 +154,10 @@ def adapter_at(layer: AdaptedLayer, weights: LoraWeights | KroneckerWeights) -> 
         raise ValueError(f"a {type(base).__name__} takes no LoRA")
 
     def placed(weight: torch.Tensor) -> torch.Tensor:
-        dtype = base.weight.dtype if base.weight.is_floating_point() else weight.dtype
+        own = base.weight
+        weight = weight.to(own.device, own.dtype if own.is_floating_point() else dtype)
         # As PEFT has them: torch multiplies by what could be trained in another order of sums.
-        return torch.nn.Parameter(weight.to(base.weight.device, dtype))
+        return torch.nn.Parameter(weight.contiguous())
 
     if isinstance(weights, KroneckerWeights):
         if not isinstance(base, torch.nn.Linear):

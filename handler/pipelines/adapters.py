@@ -154,11 +154,13 @@ class AdapterSets:
         for component, paths in layers.items():
             for model in self._models(component):
                 modules = dict(getattr(model, "_orig_mod", model).named_modules())
+                # A search through all its weights.
+                dtype: Any = getattr(model, "dtype", torch.float32)
                 for path, weights in paths.items():
                     if path not in modules:
                         raise ValueError(f"{component} has no layer {path}")
                     layer = self._layer(modules[path])
-                    found.setdefault(id(model), {})[layer] = adapter_at(layer, weights)
+                    found.setdefault(id(model), {})[layer] = adapter_at(layer, weights, dtype)
         return PreparedLora(found)
 
     def attach(self, name: str, lora: PreparedLora) -> None:

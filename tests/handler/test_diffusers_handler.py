@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import socket
@@ -81,6 +82,18 @@ def test_the_contract_that_torchserve_users_know(serve: Serve) -> None:
     assert [(a.shape, a.dtype) for a in arrays] == [((32, 32, 3), np.uint8)]
     assert handler.initialized
     assert handler.pipeline is not None
+
+
+def test_collections_of_garbage_leave_out_what_was_loaded(serve: Serve) -> None:
+    gc.unfreeze()
+    try:
+        _, handler = serve()
+        assert gc.get_freeze_count() > 10_000
+        kept = handler.pipeline.unet.conv_in
+        assert not any(each is kept for each in gc.get_objects())
+    finally:
+        gc.unfreeze()
+    assert any(each is kept for each in gc.get_objects())
 
 
 def test_preprocess_gives_the_prompts_in_order(serve: Serve) -> None:

@@ -6,7 +6,6 @@ import functools
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 
 from handler.engine import InFlightEngine
 from handler.errors import ArchiveError
-from handler.loading.lora_files import LoraReader, read_lora
+from handler.loading.lora_files import LoraReader
 from tests.support.loras import kohya_lora
 from tests.support.pipelines import build, example_kwargs, image_of
 
@@ -263,30 +262,3 @@ def test_a_control_lora_leaves_the_reader_as_it_was() -> None:
 def test_a_pipeline_without_loras_says_so() -> None:
     with pytest.raises(ArchiveError, match="takes no LoRAs"):
         LoraReader(object()).read(kohya("stable_diffusion"), {})
-
-
-def test_a_component_is_asked_once_for_its_precision(tmp_path: Path) -> None:
-    """Models search all their weights for it: once a layer is seconds for a large one."""
-    save_file(kohya("stable_diffusion"), tmp_path / "a.safetensors")
-    pipeline = build("stable_diffusion")
-    asked: list[str] = []
-
-    class Counted:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        @property
-        def dtype(self) -> torch.dtype:
-            asked.append(self.name)
-            return torch.float64 if self.name == "unet" else torch.float16
-
-    components = {name: Counted(name) for name in ("unet", "text_encoder")}
-    layers = read_lora(
-        LoraReader(pipeline),
-        tmp_path / "a.safetensors",
-        SimpleNamespace(components=components),
-        torch.device("cpu"),
-    )
-    dtypes = {name: {each.down.dtype for each in of.values()} for name, of in layers.items()}
-    assert dtypes == {"unet": {torch.float64}, "text_encoder": {torch.float16}}
-    assert sorted(asked) == ["text_encoder", "unet"]

@@ -130,8 +130,8 @@ def test_requests_with_a_lora_and_without_share_forwards_however_many_threads_th
             ask(service, request_id, loras=loras)
         replies = finish(service)
     assert {reply.status for reply in replies.values()} == {200}
-    # With the prompt and without it; what may be merged is proved in the first step.
-    assert rows[-3:] == [3 * 2] * 3
+    # All in every step; besides, some run alone where it is proved what may be merged.
+    assert rows.count(3 * 2) == SETTINGS["num_inference_steps"]
 
 
 def test_a_lora_that_comes_while_others_draw_changes_nothing_of_theirs(folder: Path) -> None:

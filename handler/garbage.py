@@ -1,0 +1,17 @@
+"""Python's collections of garbage, in a worker that has loaded its model."""
+
+from __future__ import annotations
+
+import gc
+
+__all__ = ["leave_out_what_is_loaded"]
+
+
+def leave_out_what_is_loaded() -> None:
+    """Let collections leave out all objects that there are now, for as long as the process lives.
+
+    A full one looks at every object, most of them of the libraries: 0.3 s on a CPU, in which no
+    request's step goes on.
+    """
+    gc.collect()
+    gc.freeze()
