@@ -1,6 +1,6 @@
 """What a second instance gains, and what it costs: two supervised instances behind one gateway.
 
-    python -m benchmarks.fleet                     # about eight minutes on two cores
+    python -m benchmarks.fleet                     # about ten minutes on two cores
 
 The denoiser of both is replaced by one that sleeps, as a GPU would let the CPU wait: what is left
 is all that a picture needs of the CPU, of TorchServe and of the gateway. Rounds with one and with
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
+import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -34,6 +36,8 @@ __all__ = ["NAME", "PIPELINE", "SLEEPING", "fleet", "main", "write_sleeping_arch
 PIPELINE, CONFIG = Path("demo/pipeline"), Path("config/model-config.yaml")
 NAME = "bench"
 NUM_CLIENTS = 40
+# Pictures of each client before any counts.
+NUM_FIRST = 2
 # A batch of 16 rows takes 0.21 s, as those of SDXL do on a large card.
 BASE_S, ROW_S = 0.05, 0.01
 MIN_GAIN = 1.9
@@ -89,27 +93,32 @@ def fleet(store: Path, run_dir: Path) -> Iterator[tuple[TorchServer, TorchServer
 
 
 async def images_a_second(url: str, wish: dict[str, object], seconds: float) -> float:
-    """Let clients send one request after the other, for so long; pictures a second."""
-    done, steps = 0, int(str(wish["num_inference_steps"]))
-    begins_s = time.monotonic() + seconds / 4
-    until_s = begins_s + seconds
+    """Let clients send one request after the other; pictures a second.
+
+    So many seconds count, from when all clients have had two pictures each: all are under way then,
+    and no longer together.
+    """
+    steps = int(str(wish["num_inference_steps"]))
+    ended_s: list[list[float]] = [[] for _ in range(NUM_CLIENTS)]
+
+    def begins_s() -> float:
+        return max(math.inf if len(each) < NUM_FIRST else each[NUM_FIRST - 1] for each in ended_s)
 
     async def client(number: int) -> None:
-        nonlocal done
+        lengths = random.Random(number)
         async with aiohttp.ClientSession() as session:
-            while time.monotonic() < until_s:
-                # Of different lengths, so that they do not end together.
-                num_steps = round(steps * (0.5 + number / NUM_CLIENTS))
+            while time.monotonic() < begins_s() + seconds:
+                num_steps = lengths.randint(steps // 2, 3 * steps // 2)
                 body = {**wish, "seed": number, "num_inference_steps": num_steps}
                 async with session.post(f"{url}/v1/images/generations", json=body) as reply:
                     content = await reply.read()
                     if reply.status != 200:
                         raise RuntimeError(f"{reply.status}: {content[:200]!r}")
-                # What was begun before all were under way, or ended after, is not counted.
-                done += begins_s < time.monotonic() < until_s
+                ended_s[number].append(time.monotonic())
 
     await asyncio.gather(*(client(number) for number in range(NUM_CLIENTS)))
-    return done / seconds
+    begun_s = begins_s()
+    return sum(begun_s < at <= begun_s + seconds for of in ended_s for at in of) / seconds
 
 
 def _memory_mb(server: TorchServer) -> tuple[float, float]:
@@ -123,8 +132,8 @@ def _memory_mb(server: TorchServer) -> tuple[float, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 0 done, 1 a figure does not hold."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=40.0, help="of one round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of one round that count")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", type=int, default=64)
     options = parser.parse_args(argv)
@@ -154,12 +163,9 @@ def _measure(
         gateway(folder / "one", servers[0], run_dirs=run_dirs[:1]) as (url_of_one, _),
         gateway(folder / "both", servers[0], run_dirs=run_dirs) as (url_of_both, _),
     ):
-        for number in range(options.rounds + 1):
-            alone = asyncio.run(images_a_second(url_of_one, wish, options.seconds))
-            together = asyncio.run(images_a_second(url_of_both, wish, options.seconds))
-            if number:  # the first warms up
-                one.append(alone)
-                both.append(together)
+        for _ in range(options.rounds):
+            one.append(asyncio.run(images_a_second(url_of_one, wish, options.seconds)))
+            both.append(asyncio.run(images_a_second(url_of_both, wish, options.seconds)))
     memory = [_memory_mb(each) for each in servers]
     gains = tuple(two / single for single, two in zip(one, both, strict=True))
     figures = [

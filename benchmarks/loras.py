@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,15 +24,24 @@ _TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 def measure_loras(requests: Sequence[Any], rounds: int) -> list[Figure]:
     """The same requests without LoRAs, with eight mixed, and with eight in forwards of their own.
 
-    A request is something with `kwargs()` and a `scheduler`.
+    Each once to warm up, then in turns, of which another is the first in each round. A request is
+    something with `kwargs()` and a `scheduler`.
     """
     plain, styled = build_pipeline(), _with_loras(build_pipeline())
     sets = [{f"lora{i % NUM_LORAS}": 0.8} for i in range(len(requests))]
-    without, mixed, apart = [], [], []
-    for _ in range(rounds):
-        without.append(_images_per_s(plain, requests, [None] * len(requests)))
-        mixed.append(_images_per_s(styled, requests, sets))
-        apart.append(_images_per_s(styled, requests, sets, is_apart=True))
+    ways: list[Callable[[], float]] = [
+        lambda: _images_per_s(plain, requests, [None] * len(requests)),
+        lambda: _images_per_s(styled, requests, sets),
+        lambda: _images_per_s(styled, requests, sets, is_apart=True),
+    ]
+    per_s: list[list[float]] = [[], [], []]
+    for number in range(rounds + 1):
+        for turn in range(len(ways)):
+            place = (number + turn) % len(ways)
+            images_per_s = ways[place]()
+            if number:
+                per_s[place].append(images_per_s)
+    without, mixed, apart = per_s
     cost = tuple(a / b for a, b in zip(mixed, without, strict=True))
     gain = tuple(a / b for a, b in zip(mixed, apart, strict=True))
     return [
