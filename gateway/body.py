@@ -14,12 +14,22 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
 from gateway.errors import TooSlow
+from handler.api.body import media_type
 from handler.errors import InvalidRequest, QueueFull, TooLarge
 from handler.messages import show
 
-__all__ = ["BodyBudget", "ClientGone", "Sent", "read_body", "read_form", "read_sent"]
+__all__ = [
+    "FORM",
+    "MULTIPART",
+    "BodyBudget",
+    "ClientGone",
+    "Sent",
+    "read_body",
+    "read_form",
+    "read_sent",
+]
 
-_FORM = "application/x-www-form-urlencoded"
+FORM, MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
 _JSON = re.compile(r"application/json|text/json|.*\+json")
 _MAX_FIELDS = 200
 _MAX_FILES = 32
@@ -106,19 +116,19 @@ async def read_sent(body: bytes, headers: Headers) -> Sent:
         raise _unreadable(
             "Content-Encoding", f"{show(encoding)} cannot be read; send the body as it is"
         )
-    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type == "multipart/form-data":
+    kind = media_type(headers)
+    if kind == MULTIPART:
         return await _read_multipart(body, headers)
     # curl -d '{…}' calls JSON a form.
-    is_form = media_type == _FORM
+    is_form = kind == FORM
     if is_form and not body.lstrip().startswith(b"{"):
         return Sent(dict(read_form(body)), is_form=True)
     try:
         return Sent(_parse_json(body))
     except InvalidRequest as error:
-        if media_type in ("", "application/octet-stream", _FORM) or _JSON.fullmatch(media_type):
+        if kind in ("", "application/octet-stream", FORM) or _JSON.fullmatch(kind):
             raise
-        problem = f"{show(media_type)} is neither application/json nor a form, and {error}"
+        problem = f"{show(kind)} is neither application/json nor a form, and {error}"
         raise _unreadable("Content-Type", problem) from None
 
 

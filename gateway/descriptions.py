@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import aiohttp
 
-from gateway.instances import Address
+from gateway.addresses import Address
+from gateway.asking import ask_worker
 
 __all__ = ["Description", "ask_for_description"]
 
-# A worker answers between two forwards.
 _TIMEOUT_S = 5.0
-_ASKED = json.dumps({"describe": True}).encode("ascii")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,11 +30,9 @@ async def ask_for_description(
     session: aiohttp.ClientSession, address: Address
 ) -> Description | None:
     """Ask a worker; None where it does not say, as earlier handlers and other people's do not."""
-    headers = {**address.headers, "Content-Type": "application/json"}
     try:
-        async with asyncio.timeout(_TIMEOUT_S):
-            async with session.post(address.predictions, data=_ASKED, headers=headers) as reply:
-                content = json.loads(await reply.read()) if reply.status == 200 else None
+        status, body = await ask_worker(session, address, {"describe": True}, _TIMEOUT_S)
+        content = json.loads(body) if status == 200 else None
     except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
         return None
     if not isinstance(content, Mapping):

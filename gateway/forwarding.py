@@ -10,7 +10,6 @@ Who waits for the reply and is cancelled (its client left) cancels the request o
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import secrets
 import time
@@ -22,10 +21,12 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
+from gateway.asking import ask_worker
 from gateway.descriptions import Description, ask_for_description
 from gateway.errors import InstanceDied, Refused
 from gateway.events import read_events
-from gateway.routing import Fleet, Lease
+from gateway.instance import Lease
+from gateway.routing import Fleet
 from gateway.telemetry.attempts import Attempts, trace_headers
 from handler.errors import RequestError
 
@@ -254,13 +255,9 @@ class Forwarder:
         task.add_done_callback(self._cancelling.discard)
 
     async def _post_cancel(self, lease: Lease, upstream_id: str) -> None:
-        body = json.dumps({"cancel": upstream_id}).encode("ascii")
-        headers = {**lease.address.headers, "Content-Type": "application/json"}
+        message = {"cancel": upstream_id}
         try:
-            async with asyncio.timeout(_CANCEL_TIMEOUT_S):
-                url = lease.address.predictions
-                async with self._session.post(url, data=body, headers=headers) as response:
-                    await response.read()
+            await ask_worker(self._session, lease.address, message, _CANCEL_TIMEOUT_S)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             logger.warning(
                 "%s could not be told of a cancelled request: %s", lease.address.url, error

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import aiohttp
 
+from gateway.addresses import FixedSource, RunDirSource, Source
+from gateway.asking import WorkerCheck
 from gateway.body import BodyBudget
 from gateway.door import Door
 from gateway.forwarding import Forwarder
-from gateway.instances import FixedSource, RunDirSource, Source, WorkerCheck
 from gateway.jobs.service import Jobs
 from gateway.keys import KeyRing
 from gateway.limits import Limiter

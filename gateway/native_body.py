@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 
 from starlette.datastructures import Headers
 
-from gateway.body import read_form, read_sent
+from gateway.body import FORM, MULTIPART, read_form, read_sent
 from handler.api.body import media_type, open_body
 from handler.api.fields import FieldReader
 from handler.api.kserve import open_message
@@ -24,7 +24,6 @@ from handler.messages import show, summarise
 
 __all__ = ["NativeBody", "read_native_body"]
 
-_FORM, _MULTIPART = "application/x-www-form-urlencoded", "multipart/form-data"
 _JSON = "application/json"
 # Names of parts that can be written without escaping.
 _UNWRITABLE = frozenset('"\\\r\n')
@@ -55,11 +54,11 @@ async def read_native_body(body: bytes, content_type: str, config: HandlerConfig
     if kind == _JSON:
         content_type = kind  # TorchServe compares it letter by letter
         delivered = {"body": _parse_json(body)}
-    elif kind == _FORM:
+    elif kind == FORM:
         content_type = kind
         delivered = dict(read_form(body))
         body = urlencode(delivered).encode("ascii")
-    elif kind == _MULTIPART:
+    elif kind == MULTIPART:
         delivered = await _read_multipart(body, content_type)
         body, content_type = _write_multipart(delivered)
     try:
@@ -104,4 +103,4 @@ def _write_multipart(fields: Mapping[str, object]) -> tuple[bytes, str]:
         content = value if isinstance(value, bytes) else str(value).encode("utf-8", "replace")
         parts += [head.encode("utf-8", "replace"), b"\r\n\r\n", content, b"\r\n"]
     parts.append(f"--{boundary}--\r\n".encode("ascii"))
-    return b"".join(parts), f"{_MULTIPART}; boundary={boundary}"
+    return b"".join(parts), f"{MULTIPART}; boundary={boundary}"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 import time
 from collections import Counter, deque
@@ -15,20 +14,20 @@ from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from gateway.addresses import Address, Source
+from gateway.asking import WorkerCheck
 from gateway.errors import ModelNotFound, NoInstance, RateLimited
-from gateway.instances import Address, Source, WorkerCheck
+from gateway.instance import Instance, Lease
 from gateway.model_config import ModelConfig
 from gateway.settings import Settings
+from gateway.watching import Watch
 from handler.errors import QueueFull
 from handler.messages import nearest, show
 
-__all__ = ["Fleet", "InstanceState", "Lease", "Model"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Fleet", "InstanceState", "Model"]
 
 # Cancelling is a request too, and must get through where all places of a batch are taken.
 _ROOM_FOR_CANCELS = 16
-_SILENT_CHECKS = 3
 _PACE_WINDOW_S = 60.0
 _RETRY_AFTER_S = 5
 
@@ -57,83 +56,6 @@ class InstanceState:
     """How often its worker became READY."""
 
 
-class Instance:
-    """One TorchServe as the fleet sees it."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.address: Address | None = None
-        """The last that was known: a server that died may come back."""
-        self.is_ready = False
-        self.is_down = False
-        """Known to have no worker: what was sent there is not being drawn."""
-        self.paused_until_s = 0.0
-        self.num_starts = 0
-        self.silent_checks = 0
-        self.heard_s = -math.inf
-        """When its worker was last heard of, or got something to draw when it had nothing."""
-        self.is_silent = False
-        """Not heard of for too long: nothing is sent there until its worker answers a probe."""
-        self.probe: asyncio.Task[None] | None = None
-        self.drew_s = -math.inf
-        """When it last sent a picture: then nobody need ask whether it can."""
-        self.seen_s = int(time.time())
-        self.leases: set[Lease] = set()
-
-    @property
-    def work(self) -> float:
-        """What it has still to draw of what was sent to it."""
-        return sum(lease.work_left for lease in self.leases)
-
-
-class Lease:
-    """A place on an instance, for one request."""
-
-    def __init__(self, instance: Instance, address: Address, work: float) -> None:
-        self.instance = instance
-        self.address = address
-        self.progress = 0.0
-        self.is_lost = False
-        self._work = work
-        self._scope: asyncio.Timeout | None = None
-
-    @property
-    def work_left(self) -> float:
-        """Steps × pixels that are not drawn yet."""
-        return self._work * (1.0 - self.progress)
-
-    @asynccontextmanager
-    async def guard(self) -> AsyncIterator[None]:
-        """End the block by TimeoutError as soon as the instance is known to draw nothing."""
-        async with asyncio.timeout(None) as self._scope:
-            if self.is_lost:
-                self.lose()
-            yield
-
-    def lose(self) -> None:
-        """Give the place up: somebody else draws it."""
-        self.is_lost = True
-        if self._scope is not None:
-            self._scope.reschedule(asyncio.get_running_loop().time())
-
-    def heard(self) -> None:
-        """Note that its worker has sent something."""
-        self.instance.heard_s = time.monotonic()
-
-    def drew(self) -> None:
-        """Note that its worker has sent a picture."""
-        self.heard()
-        self.instance.drew_s = time.monotonic()
-
-    def instance_died(self) -> None:
-        """Send nothing more there until its worker is READY again."""
-        self.instance.is_ready = False
-
-    def pause(self, seconds: float) -> None:
-        """Send nothing more there for a while: it refuses requests."""
-        self.instance.paused_until_s = time.monotonic() + seconds
-
-
 @dataclass(eq=False, slots=True)
 class _Waiter:
     model: str
@@ -151,12 +73,10 @@ class Fleet:
     def __init__(self, sources: Iterable[Source], settings: Settings, check: WorkerCheck) -> None:
         self._instances = [Instance(source) for source in sources]
         self._settings = settings
-        self._check = check
+        self._watch = Watch(self._instances, settings, check, self._looked)
         self._line: deque[_Waiter] = deque()
         self._num_waiting_by_key: Counter[str] = Counter()
         self._done: deque[tuple[float, str, float]] = deque()
-        self._look = asyncio.Event()
-        self._watcher: asyncio.Task[None] | None = None
 
     # What there is.
 
@@ -356,98 +276,21 @@ class Fleet:
                 self._line.remove(waiter)
                 waiter.place.set_result(lease)
 
-    # Watching.
-
     async def start(self) -> None:
         """Look at every instance once, then go on looking in the background."""
-        await self._look_at_all()
-        self._watcher = asyncio.create_task(self._watch(), name="fleet")
+        await self._watch.start()
 
     async def close(self) -> None:
         """Stop looking."""
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
-        for probe in [each.probe for each in self._instances if each.probe is not None]:
-            probe.cancel()
-            await asyncio.gather(probe, return_exceptions=True)
-        await self._check.close()
+        await self._watch.close()
 
     def look_now(self) -> None:
         """Look at the instances at once: something has happened to one of them."""
-        self._look.set()
+        self._watch.look_now()
 
-    async def _watch(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.poll_s):
-                    await self._look.wait()
-            self._look.clear()
-            try:
-                await self._look_at_all()
-            except Exception:  # nothing that an instance says may end the watching
-                logger.exception("the instances could not be looked at")
-
-    async def _look_at_all(self) -> None:
-        await asyncio.gather(*(self._look_at(each) for each in self._instances))
+    def _looked(self) -> None:
         self._move_from_the_dead()
         self._serve_line()
-
-    async def _look_at(self, instance: Instance) -> None:
-        address = instance.source.read()
-        if address is None:
-            self._note(instance, is_ready=False)
-            return
-        if instance.address is None or address.started != instance.address.started:
-            instance.seen_s, instance.is_silent = int(time.time()), False
-        has_just_drawn = time.monotonic() - instance.drew_s < self._settings.poll_s
-        if instance.is_ready and has_just_drawn and address == instance.address:
-            return
-        instance.address = address
-        if self._is_silent(instance, address):
-            self._note(instance, is_ready=False)
-            return
-        is_ready = await self._check.is_ready(address)
-        if is_ready is None:
-            instance.silent_checks += 1
-            if instance.silent_checks >= _SILENT_CHECKS:
-                instance.is_ready = False
-            return
-        self._note(instance, is_ready=is_ready)
-
-    def _is_silent(self, instance: Instance, address: Address) -> bool:
-        """Whether the worker has stood still for too long: it takes requests and never answers."""
-        limit_s, silent_s = self._settings.silence_s, time.monotonic() - instance.heard_s
-        if silent_s > limit_s / 2 and (instance.leases or instance.is_silent):
-            self._ask(instance, address)
-        is_silent = silent_s > limit_s and bool(instance.leases or instance.is_silent)
-        if is_silent != instance.is_silent:
-            said = f"said nothing for {limit_s:g} s" if is_silent else "answers again"
-            logger.warning("%s %s", instance.source.name, said)
-        instance.is_silent = is_silent
-        return is_silent
-
-    def _ask(self, instance: Instance, address: Address) -> None:
-        """Ask the worker in the background whether it lives, unless it is being asked."""
-
-        async def probe() -> None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.silence_s):
-                    if await self._check.hears(address):
-                        instance.heard_s = time.monotonic()
-                        self.look_now()
-
-        if instance.probe is None or instance.probe.done():
-            instance.probe = asyncio.create_task(probe(), name="probe")
-
-    def _note(self, instance: Instance, *, is_ready: bool) -> None:
-        if is_ready != instance.is_ready:
-            logger.info("%s is %s", instance.source.name, "READY" if is_ready else "not READY")
-            instance.num_starts += is_ready
-            # What refused requests for a while, as one that is drained, is another one since.
-            instance.paused_until_s = 0.0
-        instance.silent_checks = 0
-        instance.is_ready, instance.is_down = is_ready, not is_ready
 
     def _move_from_the_dead(self) -> None:
         """Take requests from instances that draw nothing, where another one can draw them."""

@@ -18,7 +18,7 @@ from gateway.jobs.kept import Summary, keep_request, keep_summary
 from gateway.jobs.webhook_targets import WebhookTargets
 from gateway.keys import Key
 from gateway.openai_edits import is_edit, read_edit
-from gateway.openai_fields import field_table
+from gateway.openai_fields import OPENAI_FIELDS, field_table
 from handler.api.fields import FieldReader
 from handler.api.schema import Field, Kind
 from handler.config import HandlerConfig
@@ -39,10 +39,8 @@ JOB_FIELDS: Mapping[str, Field] = field_table(
         maximum=2000,
         meaning="the job is posted there when it has ended; its host must be allowed",
     ),
-    Field(
-        name="partial_images",
-        kind=Kind.INTEGER,
-        maximum=_MAX_PREVIEWS,
+    replace(
+        OPENAI_FIELDS["partial_images"],
         default=_MAX_PREVIEWS,
         meaning="how many previews each picture has while it is drawn",
     ),

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import aiohttp
 
-from gateway.instances import Address
+from gateway.addresses import Address
 
 __all__ = ["collect_from", "merged"]
 

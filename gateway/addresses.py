@@ -1,31 +1,19 @@
-"""Which TorchServe instances there are, where each is reached, and whether its worker is READY.
-
-READY is what the management API says of the worker; /ping is healthy long before. An instance
-whose management address cannot be reached from here is asked through its inference port to cancel
-a request that does not exist: that passes its worker and draws nothing.
-"""
+"""Which TorchServe instances there are, and where each is reached."""
 
 from __future__ import annotations
 
-import asyncio
 import json
-import secrets
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
-import aiohttp
 from yarl import URL
 
 from gateway.file_stamps import file_stamp
 from gateway.model_config import ModelConfig, read_model_config
 from gateway.settings import InstanceSettings
 
-__all__ = ["Address", "FixedSource", "RunDirSource", "Source", "WorkerCheck"]
-
-_CHECK_TIMEOUT_S = 5.0
+__all__ = ["Address", "FixedSource", "RunDirSource", "Source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,67 +134,3 @@ def _tokens(path: Path | None) -> tuple[str | None, str | None]:
         return keys["inference"]["key"], keys["management"]["key"]
     except (ValueError, KeyError, TypeError):
         return text or None, None
-
-
-class WorkerCheck:
-    """Asks instances whether their worker is READY; keeps a connection to each."""
-
-    def __init__(self, open_session: Callable[..., aiohttp.ClientSession]) -> None:
-        self._open_session = open_session
-        self._sessions: dict[str, aiohttp.ClientSession] = {}
-
-    async def is_ready(self, address: Address) -> bool | None:
-        """Whether the worker can take requests; None when nothing was said in time.
-
-        A frontend that is busy may be late, so that no answer does not mean that it is gone.
-        """
-        try:
-            async with asyncio.timeout(_CHECK_TIMEOUT_S):
-                if address.management is None:
-                    return await self._asks_worker(address)
-                return await self._asks_management(address, address.management)
-        except TimeoutError:
-            return None
-        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError):
-            return False
-
-    async def hears(self, address: Address) -> bool:
-        """Wait until the worker answers; False where it cannot be asked, or has died over it."""
-        try:
-            return await self._asks_worker(address)
-        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            return False
-
-    async def close(self) -> None:
-        """Close all connections."""
-        for session in self._sessions.values():
-            await session.close()
-
-    async def _asks_management(self, address: Address, management: str) -> bool:
-        token = address.management_token
-        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        base = "http://localhost" if management.startswith("unix:") else management.rstrip("/")
-        url = URL(f"{base}/models/{address.model}")
-        async with self._session(management).get(url, headers=headers) as reply:
-            workers = json.loads(await reply.read())[0]["workers"]
-        return any(worker.get("status") == "READY" for worker in workers)
-
-    async def _asks_worker(self, address: Address) -> bool:
-        body = json.dumps({"cancel": f"gateway-{secrets.token_hex(8)}"}).encode()
-        headers = {**address.headers, "Content-Type": "application/json"}
-        session = self._session(address.url)
-        async with session.post(address.predictions, data=body, headers=headers) as reply:
-            content = json.loads(await reply.read())
-        return bool(content.get("error", {}).get("code") == "not_found")
-
-    def _session(self, where: str) -> aiohttp.ClientSession:
-        if where not in self._sessions:
-            if where.startswith("unix:"):
-                connector: aiohttp.BaseConnector = aiohttp.UnixConnector(
-                    where.removeprefix("unix:")
-                )
-            else:
-                assert urlsplit(where).netloc, where
-                connector = aiohttp.TCPConnector(limit=0)
-            self._sessions[where] = self._open_session(connector=connector)
-        return self._sessions[where]
