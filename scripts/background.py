@@ -6,16 +6,17 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import psutil
 
 from scripts.interrupts import signals_held
 
 __all__ = [
+    "BackgroundProcess",
     "end_process",
     "end_session",
     "is_suspended",
@@ -28,6 +29,8 @@ __all__ = [
 ]
 
 _LOG_LINES = 15
+# A log that is larger is put aside when its process starts again.
+_MAX_LOG_BYTES = 64 * 1024**2
 # Popen warns of one that is forgotten while it runs.
 _started: list[subprocess.Popen[bytes]] = []
 
@@ -104,8 +107,11 @@ def start_in_background(
 ) -> tuple[subprocess.Popen[bytes], int]:
     """Start `command` in a session of its own; what it says is added to `log_file`.
 
-    Returns the process, and where in the log its own words begin.
+    A log that has grown large is put aside, as `.1`. Returns the process, and where in the log its
+    own words begin.
     """
+    if log_file.exists() and log_file.stat().st_size > _MAX_LOG_BYTES:
+        log_file.replace(log_file.with_name(f"{log_file.name}.1"))
     with log_file.open("ab") as log:
         begins_at = log.tell()
         with signals_held():
@@ -125,3 +131,67 @@ def last_lines(log_file: Path, begins_at: int) -> str:
     """Return the last lines of what a process has said since `begins_at`, indented."""
     said = log_file.read_bytes()[begins_at:].decode("utf-8", "replace")
     return "\n".join(f"    {line}" for line in said.splitlines()[-_LOG_LINES:])
+
+
+class BackgroundProcess:
+    """A process that is found again by its state folder, of a kind of which that holds one."""
+
+    name: ClassVar[str]
+    """Of the files that it keeps there, ``.json`` and ``.log``."""
+
+    def __init__(self, process: psutil.Process, saved: Mapping[str, Any], state_dir: Path) -> None:
+        self.url: str = saved["url"]
+        self.started_as: str = saved["started_as"]
+        self.process = process
+        self.saved = saved
+        self._state_dir = state_dir
+
+    @classmethod
+    def find(cls, state_dir: Path) -> Self | None:
+        """Return the one that runs with this state folder, if any."""
+        try:
+            saved = read_saved(state_dir / f"{cls.name}.json")
+            process = running_process(saved)
+            return None if process is None else cls(process, saved, state_dir)
+        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+            return None
+
+    @classmethod
+    def launch(
+        cls,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        state_dir: Path,
+        wait: Callable[[subprocess.Popen[bytes], Path, int], str],
+        **values: str,
+    ) -> Self:
+        """Start one, and return it when `wait` has found its URL; if that raises, nothing is left.
+
+        `wait` gets the process, its log, and where in that its own words begin. `values` are saved
+        with what is needed to find it.
+        """
+        log_file = state_dir / f"{cls.name}.log"
+        launched, begins_at = start_in_background(command, environment, log_file)
+        try:
+            url = wait(launched, log_file, begins_at)
+            process = psutil.Process(launched.pid)
+            saved = {"pid": launched.pid, "created_s": process.create_time(), "url": url, **values}
+            save(state_dir / f"{cls.name}.json", saved)
+        except BaseException:
+            end_session(launched)
+            raise
+        return cls(process, saved, state_dir)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return int(self.process.pid)
+
+    def stop(self, timeout_s: float) -> None:
+        """End it once its requests are finished, by force after `timeout_s`."""
+        self.end(timeout_s)
+        (self._state_dir / f"{self.name}.json").unlink(missing_ok=True)
+
+    def end(self, timeout_s: float) -> None:
+        """Ask the process to end, and force it after `timeout_s`."""
+        end_process(self.process, timeout_s)

@@ -29,6 +29,7 @@ from scripts.torchserve.supervisor import Supervision, Supervisor, request_resta
 
 __all__ = [
     "is_fleet",
+    "planned",
     "refuse_member",
     "refuse_mixing",
     "restart_fleet",
@@ -48,7 +49,8 @@ def is_fleet(arguments: argparse.Namespace) -> bool:
     )
 
 
-def _plan(arguments: argparse.Namespace) -> tuple[Options, ...]:
+def planned(arguments: argparse.Namespace) -> tuple[Options, ...]:
+    """Return the instances that `arguments` ask for. Raises: ServerError, UsageError."""
     single = Options(
         archive=choose_archive(arguments.store, arguments.name),
         state_dir=arguments.run_dir.resolve(),
@@ -74,7 +76,7 @@ def run_in_foreground(arguments: argparse.Namespace) -> int:
     Supervisor(
         Supervision(
             arguments.run_dir.resolve(),
-            lambda: _plan(arguments),
+            lambda: planned(arguments),
             arguments.drain_s,
             arguments.timeout_s,
         )
@@ -84,7 +86,7 @@ def run_in_foreground(arguments: argparse.Namespace) -> int:
 
 def start_fleet(arguments: argparse.Namespace) -> int:
     """Start a supervisor in the background; return when its instances are READY."""
-    options = _plan(arguments)
+    options = planned(arguments)
     record = FleetRecord.read(arguments.run_dir)
     verb = "is serving"
     if record is not None and record.supervisor is not None:

@@ -11,22 +11,11 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-import psutil
-
-from scripts.background import (
-    end_process,
-    end_session,
-    last_lines,
-    read_saved,
-    running_process,
-    save,
-    start_in_background,
-)
+from scripts.background import BackgroundProcess, last_lines
 from scripts.errors import ServerError
 from scripts.hints import to_run
 from scripts.repository import REPOSITORY
@@ -45,8 +34,6 @@ _START_TIMEOUT_S = 60.0
 _POLL_S = 0.05
 # In a line of text or of JSON.
 _LISTENS = re.compile(r"listens at (https?://[^\s\"]+)")
-# A log that is larger is put aside when the gateway starts.
-_MAX_LOG_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,60 +85,23 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-class GatewayProcess:
+class GatewayProcess(BackgroundProcess):
     """One gateway in the background, by its state folder."""
 
-    def __init__(self, process: psutil.Process, saved: Mapping[str, str], state_dir: Path) -> None:
-        self.url = saved["url"]
-        self.started_as = saved["started_as"]
-        self._process = process
-        self._state_dir = state_dir
-
-    @classmethod
-    def find(cls, state_dir: Path) -> GatewayProcess | None:
-        """Return the gateway that runs with this state folder, if any."""
-        try:
-            saved = read_saved(state_dir / "gateway.json")
-            process = running_process(saved)
-            return None if process is None else cls(process, saved, state_dir)
-        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-            return None
-
-    @property
-    def pid(self) -> int:
-        """Its process id."""
-        return int(self._process.pid)
+    name = "gateway"
 
     @classmethod
     def start(cls, options: GatewayOptions) -> GatewayProcess:
         """Start one and return when it answers. Raises: ServerError; nothing is left then."""
         command = command_line(options)
-        state_dir = options.state_dir
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        log_file = state_dir / "gateway.log"
-        saved_file = state_dir / "gateway.json"
-        if log_file.exists() and log_file.stat().st_size > _MAX_LOG_BYTES:
-            log_file.replace(state_dir / "gateway.log.1")
-        launched, log_begins_at = start_in_background(command, environment(), log_file)
-        try:
-            url = _wait_until_it_answers(launched, log_file, log_begins_at)
-            process = psutil.Process(launched.pid)
-            saved = {
-                "pid": launched.pid,
-                "created_s": process.create_time(),
-                "url": url,
-                "started_as": options.fingerprint(),
-            }
-            save(saved_file, saved)
-        except BaseException:
-            end_session(launched)
-            raise
-        return cls(process, saved, state_dir)
-
-    def stop(self, timeout_s: float) -> None:
-        """End it once its requests are finished, by force after `timeout_s`."""
-        end_process(self._process, timeout_s)
-        (self._state_dir / "gateway.json").unlink(missing_ok=True)
+        options.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return cls.launch(
+            command,
+            environment(),
+            options.state_dir,
+            _wait_until_it_answers,
+            started_as=options.fingerprint(),
+        )
 
 
 def _wait_until_it_answers(

@@ -10,22 +10,15 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
 
-from scripts.background import (
-    end_session,
-    last_lines,
-    read_saved,
-    running_process,
-    save,
-    start_in_background,
-    wake,
-)
+from scripts.background import BackgroundProcess, last_lines, wake
 from scripts.errors import ServerError
 from scripts.hints import option
 from scripts.repository import REPOSITORY
@@ -66,6 +59,11 @@ class HaproxyOptions:
     metrics: str = "127.0.0.1:8405"
     certificate: Path | None = None
 
+    def fingerprint(self) -> str:
+        """Return a digest of all that a running HAProxy depends on."""
+        text = [str(self), _CONFIG.read_text(), instances_text(self.instances)]
+        return hashlib.sha256(json.dumps(text).encode()).hexdigest()
+
 
 def instances_text(instances: Sequence[GrpcInstance]) -> str:
     """Return the file that names the gRPC instances: the shipped one, with these in it.
@@ -88,30 +86,15 @@ def instances_text(instances: Sequence[GrpcInstance]) -> str:
     return head + "".join(lines)
 
 
-class HaproxyProcess:
-    """One HAProxy in the background, by its state folder."""
+class HaproxyProcess(BackgroundProcess):
+    """One HAProxy in the background, by its state folder; the process is its master."""
 
-    def __init__(self, process: psutil.Process, saved: Mapping[str, str], state_dir: Path) -> None:
-        self.url = saved["url"]
-        self.certificate = Path(saved["certificate"])
-        self.started_as = saved["started_as"]
-        self._process = process
-        self._state_dir = state_dir
-
-    @classmethod
-    def find(cls, state_dir: Path) -> HaproxyProcess | None:
-        """Return the one that runs with this state folder, if any."""
-        try:
-            saved = read_saved(state_dir / "haproxy.json")
-            process = running_process(saved)
-            return None if process is None else cls(process, saved, state_dir)
-        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-            return None
+    name = "haproxy"
 
     @property
-    def pid(self) -> int:
-        """The process id of its master."""
-        return int(self._process.pid)
+    def certificate(self) -> Path:
+        """The file with its certificate."""
+        return Path(self.saved["certificate"])
 
     @classmethod
     def start(cls, options: HaproxyOptions) -> HaproxyProcess:
@@ -127,48 +110,32 @@ class HaproxyProcess:
             )
         state_dir = options.state_dir
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        certificate = options.certificate or _own_certificate(state_dir)
+        certificate = (options.certificate or _own_certificate(state_dir)).resolve()
         instances = state_dir / "instances.cfg"
         instances.write_text(instances_text(options.instances))
         environment = {
             **os.environ,
             "HAPROXY_PORT": str(options.port),
-            "HAPROXY_CERT": str(certificate.resolve()),
+            "HAPROXY_CERT": str(certificate),
             "HAPROXY_GATEWAY": options.gateway,
             "HAPROXY_METRICS": options.metrics,
             "HAPROXY_SOCKET": str(admin_socket(state_dir)),
         }
-        log_file = state_dir / "haproxy.log"
-        command = [program, "-W", "-f", str(_CONFIG), "-f", str(instances)]
-        launched, begins_at = start_in_background(command, environment, log_file)
-        try:
-            _wait_until_it_listens(launched, options.port, log_file, begins_at)
-            process = psutil.Process(launched.pid)
-            saved = {
-                "pid": launched.pid,
-                "created_s": process.create_time(),
-                "url": f"https://localhost:{options.port}",
-                "certificate": str(certificate.resolve()),
-                "started_as": cls.fingerprint(options),
-            }
-            save(state_dir / "haproxy.json", saved)
-        except BaseException:
-            end_session(launched)
-            raise
-        return cls(process, saved, state_dir)
+        return cls.launch(
+            [program, "-W", "-f", str(_CONFIG), "-f", str(instances)],
+            environment,
+            state_dir,
+            partial(_wait_until_it_listens, options.port),
+            certificate=str(certificate),
+            started_as=options.fingerprint(),
+        )
 
-    @staticmethod
-    def fingerprint(options: HaproxyOptions) -> str:
-        """Return a digest of all that one depends on."""
-        text = [str(options), _CONFIG.read_text(), instances_text(options.instances)]
-        return hashlib.sha256(json.dumps(text).encode()).hexdigest()
-
-    def stop(self, timeout_s: float) -> None:
+    def end(self, timeout_s: float) -> None:
         """Take no more connections, let requests finish, end; by force after `timeout_s`."""
-        family = [self._process]
+        family = [self.process]
         with suppress(psutil.NoSuchProcess):  # it may have ended already
-            family += self._process.children(recursive=True)
-            self._process.send_signal(signal.SIGUSR1)
+            family += self.process.children(recursive=True)
+            self.process.send_signal(signal.SIGUSR1)
         for process in family:
             wake(process)
         _, alive = psutil.wait_procs(family, timeout=timeout_s)
@@ -176,7 +143,6 @@ class HaproxyProcess:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=10)
-        (self._state_dir / "haproxy.json").unlink(missing_ok=True)
 
 
 def _own_certificate(state_dir: Path) -> Path:
@@ -210,14 +176,15 @@ def _own_certificate(state_dir: Path) -> Path:
 
 
 def _wait_until_it_listens(
-    launched: subprocess.Popen[bytes], port: int, log_file: Path, begins_at: int
-) -> None:
+    port: int, launched: subprocess.Popen[bytes], log_file: Path, begins_at: int
+) -> str:
+    """Return its URL, at which it may not find a gateway yet."""
     until_s = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < until_s:
         if launched.poll() is not None:
             raise ServerError("HAProxy did not start", last_lines(log_file, begins_at))
         with socket.socket() as probe:
             if probe.connect_ex((LOOPBACK, port)) == 0:
-                return
+                return f"https://localhost:{port}"
         time.sleep(_POLL_S)
     raise ServerError(f"HAProxy did not listen on port {port}; {log_file} says more")

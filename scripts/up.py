@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
+from scripts.background import BackgroundProcess
 from scripts.build_archive import pack_embedded
 from scripts.command import Command, add_run_dir
 from scripts.console import DONE
 from scripts.errors import ServerError
+from scripts.fleet import is_fleet, planned
 from scripts.gateway_process import (
     DEFAULT_CONFIG,
     GatewayOptions,
@@ -27,7 +30,9 @@ from scripts.torchserve.fleet import run_dirs
 from scripts.torchserve.haproxy_socket import haproxy_dir_of, server_name
 from scripts.torchserve.process import TorchServer
 
-__all__ = ["GATEWAY", "UP"]
+__all__ = ["GATEWAY", "UP", "grpc_instances"]
+
+Running = TypeVar("Running", bound=BackgroundProcess)
 
 
 def _up(arguments: argparse.Namespace) -> int:
@@ -42,11 +47,7 @@ def _up(arguments: argparse.Namespace) -> int:
         arguments.gateway_port,
         tuple(each.resolve() for each in run_dirs(arguments.run_dir)),
     )
-    running = GatewayProcess.find(options.state_dir)
-    if running is not None and running.started_as != options.fingerprint():
-        print("The gateway's settings have changed: restarting.")
-        running.stop(DRAIN_S)
-        running = None
+    running = _kept(GatewayProcess.find(options.state_dir), options, "The gateway")
     verb = "is already there"
     if running is None:
         running, verb = GatewayProcess.start(options), "answers"
@@ -61,32 +62,48 @@ def _up(arguments: argparse.Namespace) -> int:
     return DONE
 
 
+def _kept(
+    running: Running | None, options: GatewayOptions | HaproxyOptions, what: str
+) -> Running | None:
+    """Return what runs with these options; what runs with others is stopped."""
+    if running is None or running.started_as == options.fingerprint():
+        return running
+    print(f"{what}'s settings have changed: restarting.")
+    running.stop(DRAIN_S)
+    return None
+
+
+def grpc_instances(arguments: argparse.Namespace) -> tuple[GrpcInstance, ...]:
+    """Return the instances that take gRPC, those of a fleet too that are down at the moment."""
+    servers: list[TorchServer | None]
+    if is_fleet(arguments):
+        servers = [TorchServer(each) for each in planned(arguments)]
+    else:
+        servers = [TorchServer.find(each) for each in run_dirs(arguments.run_dir)]
+    return tuple(
+        GrpcInstance(
+            server_name(index),
+            ports.grpc_inference,
+            ports.inference,
+            each.model_name,
+            each.options.auth,
+        )
+        for index, each in enumerate(servers)
+        if each is not None and (ports := each.options.ports).grpc_inference is not None
+    )
+
+
 def _start_haproxy(arguments: argparse.Namespace, gateway: GatewayProcess) -> None:
     """Put HAProxy in front of the gateway, and of the instances for gRPC."""
-    servers = [TorchServer.find(each) for each in run_dirs(arguments.run_dir)]
     options = HaproxyOptions(
         haproxy_dir_of(arguments.run_dir).resolve(),
         urlsplit(gateway.url).netloc,
-        tuple(
-            GrpcInstance(
-                server_name(index),
-                ports.grpc_inference,
-                ports.inference,
-                each.model_name,
-                each.options.auth,
-            )
-            for index, each in enumerate(servers)
-            if each is not None and (ports := each.options.ports).grpc_inference is not None
-        ),
+        grpc_instances(arguments),
         arguments.haproxy_port,
         arguments.haproxy_metrics,
         arguments.haproxy_cert,
     )
-    running = HaproxyProcess.find(options.state_dir)
-    if running is not None and running.started_as != HaproxyProcess.fingerprint(options):
-        print("HAProxy's settings have changed: restarting.")
-        running.stop(DRAIN_S)
-        running = None
+    running = _kept(HaproxyProcess.find(options.state_dir), options, "HAProxy")
     verb = "is already there"
     if running is None:
         running, verb = HaproxyProcess.start(options), "answers"
