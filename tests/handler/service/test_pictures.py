@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from handler.pipelines.describe import describe
 from handler.pipelines.signature import call_defaults
 from handler.service.draining import Drain
 from handler.service.generation import GenerationService
+from handler.service.records import Record, Watcher
 from tests.support.clock import Clock
 from tests.support.pictures import as_base64, encoded
 from tests.support.pipelines import build
@@ -86,6 +88,7 @@ def start(clock: Clock, gate: Gate) -> Iterator[Start]:
         *,
         gated: bool = False,
         encode: Callable[..., Reply] = success_reply,
+        watchers: Sequence[Watcher] = (),
         **settings: Any,
     ) -> GenerationService:
         parts = build("stable_diffusion").components
@@ -115,6 +118,7 @@ def start(clock: Clock, gate: Gate) -> Iterator[Start]:
                 encode=encode,
                 decode=gate if gated else decode_all,
                 clock=clock,
+                watchers=watchers,
             )
         )
         return services[-1]
@@ -137,6 +141,17 @@ def alone(task: str, **arguments: Any) -> Any:
 
 def picture_of(reply: Any) -> Any:
     return np.asarray(Image.open(io.BytesIO(reply.body))).astype(int)
+
+
+def test_what_is_kept_of_a_request_holds_no_file(start: Start) -> None:
+    records: list[Record] = []
+    service = start(watchers=[records.append])
+    open_request(service, "image", **SENT)
+    finish(service)
+    (record,) = records
+    assert record.is_read
+    sent = record.requests[0].pictures["image"]
+    assert (sent.content, sent.sha256) == (b"", hashlib.sha256(PICTURE).hexdigest())
 
 
 def test_a_picture_is_drawn_from_as_the_pipeline_alone_does(start: Start) -> None:
