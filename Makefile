@@ -35,7 +35,7 @@ PIP_ARGS  ?=
 DEMO_PICTURE ?= demo.png
 # Test files that run at the same time, each process with models and servers of its own.
 JOBS      ?= 2
-PARALLEL   = -n $(JOBS) --dist loadfile
+PARALLEL   = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # The first Python that the pinned packages are made for makes the virtual environment; PYTHON=… chooses another.
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
