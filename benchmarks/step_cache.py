@@ -2,6 +2,7 @@
 
     python -m benchmarks.step_cache                          # about fifteen minutes on two cores
     python -m benchmarks.step_cache --prompts 8 --rounds 1   # a look
+    python -m benchmarks.step_cache --rounds 0               # the pictures: also on a busy machine
 
 The demo's trained pipeline, on an engine with the worker's wrappers. Throughput: sixteen requests
 always in flight, with a step cache and without by turns. Pictures: fixed prompts and seeds, judged
@@ -211,15 +212,21 @@ def main(argv: Sequence[str] | None = None, load: Callable[[], Any] | None = Non
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     pipeline = (load or _trained)()
-    figures = measure_throughput(pipeline, arguments.rounds) if arguments.rounds else []
-    lines: list[dict[str, object]] = []
+    threads: dict[str, object] = {"torch_threads": torch.get_num_threads()}
+    if arguments.rounds:
+        figures = measure_throughput(pipeline, arguments.rounds)
+        print(f"\n{write_report('step_cache', figures, threads)}")
     if arguments.prompts:
+        lines: list[dict[str, object]] = []
         chosen = thin_out(cases(), arguments.prompts)
         for num_steps, scheduler in KINDS:
             lines += compare(pipeline, chosen, num_steps, scheduler)
         print(f"\n{table(lines)}\n")
-    details: dict[str, object] = {"pictures": lines, "torch_threads": torch.get_num_threads()}
-    print(f"\n{write_report('step_cache', figures, details)}")
+        details = {**threads, "pictures": lines}
+        path = write_report(
+            "step_cache", [], details, file_name="step_cache_pictures", is_quiet=True
+        )
+        print(path)
     return 0
 
 

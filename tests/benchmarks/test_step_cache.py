@@ -42,7 +42,8 @@ def test_what_is_left_out_is_measured_and_compared(
     assert gain["name"] == "50 steps, saturated: step_cache 0.5 / off"
     assert gain["target"] == ">= 1.6"
     assert len(gain["values"]) == 2
-    lines = [line for line in found["pictures"] if line["scheduler"] == "DDIM"]
+    drawn = json.loads((results / "step_cache_pictures.json").read_text())
+    lines = [line for line in drawn["pictures"] if line["scheduler"] == "DDIM"]
     full, *others = lines
     assert (full["forwards"], full["difference_of_255"]) == (12, 0)
     by_name = {line["setting"]: line for line in others}
