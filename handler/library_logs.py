@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import CRITICAL
+from logging import CRITICAL, ERROR
 from types import ModuleType
 
 __all__ = ["hub_bars_on_terminals", "quiet_for_good", "quiet_libraries"]
@@ -20,7 +20,8 @@ __all__ = ["hub_bars_on_terminals", "quiet_for_good", "quiet_libraries"]
 def quiet_for_good() -> None:
     """Let the libraries log errors only, and draw no progress bars, for as long as we run."""
     for library in _libraries():
-        library.set_verbosity_error()
+        if library.get_verbosity() != ERROR:  # setting it makes all loggers forget what they know
+            library.set_verbosity_error()
         library.disable_progress_bar()
 
 
@@ -40,7 +41,8 @@ def quiet_libraries(*, are_errors_logged: bool = True) -> Iterator[None]:
         yield
     finally:
         for library, (verbosity, had_bars) in zip(libraries, before, strict=True):
-            library.set_verbosity(verbosity)
+            if library.get_verbosity() != verbosity:
+                library.set_verbosity(verbosity)
             if had_bars:
                 library.enable_progress_bar()
 
