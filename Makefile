@@ -163,7 +163,7 @@ format: $(INSTALLED) ## Format the code and fix what can be fixed safely
 	@$(PY) -m ruff check --fix
 	@$(PY) -m ruff format
 
-bench: $(INSTALLED) ## Measure the README's figures: one UNet, then servers under load (an hour)
+bench: $(INSTALLED) ## Measure in-flight batching, load and the gateway anew: figures of the README (an hour)
 	@$(PY) -m benchmarks.engine --rounds 3 --served
 	@$(PY) -m benchmarks.load --speed max
 	@$(PY) -m benchmarks.gateway

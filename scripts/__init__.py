@@ -1,4 +1,4 @@
-"""What runs beside the server: download, pack, inspect and verify. Imports only ``handler``."""
+"""The commands beside the server: pack, verify, serve, ship and more. Imports only ``handler``."""
 
 from handler import __version__
 

@@ -4,7 +4,8 @@
 speed  on the CPU                          on CUDA
 =====  ==================================  =====================================================
 off    the pipeline as diffusers loads it  the same
-safe   convolutions in channels_last       the same, and the VAE decodes picture by picture
+safe   convolutions in channels_last       the same but in decoders; the VAE decodes picture by
+                                           picture
 max    also bfloat16 where the CPU has     also fused projections, TF32 for what is float32,
        it, compiled for any rows           compiled for any rows, a CUDA graph a bucket
 =====  ==================================  =====================================================
