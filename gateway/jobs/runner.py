@@ -230,7 +230,7 @@ class JobRunner:
             before = self._progress[claim]
             if name == "step":
                 self._progress[claim] = replace(
-                    before, step=int(data["step"]), num_steps=int(data["num_steps"])
+                    before, step=int(data["step"]), num_steps=int(data["num_steps"] or 0)
                 )
             elif name == "preview":
                 preview = base64.b64decode(data["image"])
