@@ -21,6 +21,11 @@ from gateway.addresses import Address
 __all__ = ["WorkerCheck", "ask_worker"]
 
 _CHECK_TIMEOUT_S = 5.0
+# It is not reached, or what it says has another form than ours and TorchServe's.
+_NO_ANSWER = (
+    *(aiohttp.ClientError, OSError),
+    *(ValueError, LookupError, TypeError, AttributeError),
+)
 
 
 async def ask_worker(
@@ -63,14 +68,14 @@ class WorkerCheck:
                 return await self._asks_management(address, address.management)
         except TimeoutError:
             return None
-        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError):
+        except _NO_ANSWER:
             return False
 
     async def hears(self, address: Address) -> bool:
         """Wait until the worker answers; False where it cannot be asked, or has died over it."""
         try:
             return await self._asks_worker(address)
-        except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        except _NO_ANSWER:
             return False
 
     async def close(self) -> None:

@@ -84,7 +84,8 @@ class Door:
         self._keys_required = keys_required
         self._on_begin = on_begin
         self._on_end = on_end
-        self._running: dict[str, tuple[str, Callable[[], object]]] = {}
+        # By the key's name and the request's id: two clients may have chosen the same one.
+        self._running: dict[tuple[str, str], Callable[[], object]] = {}
 
     def route(
         self,
@@ -124,16 +125,17 @@ class Door:
         Raises:
             Conflict: the id belongs to a request that is still running.
         """
-        if call.request_id in self._running:
+        own = call.key_name, call.request_id
+        if own in self._running:
             raise Conflict(
                 f"the id {call.request_id!r} belongs to a request that is still running",
                 {"X-Request-Id": "is taken"},
             )
-        self._running[call.request_id] = (call.key_name, cancel)
+        self._running[own] = cancel
         try:
             yield
         finally:
-            del self._running[call.request_id]
+            del self._running[own]
 
     async def running(self, call: Call, work: Coroutine[Any, Any, _T]) -> _T:
         """Do `work` until it is done, its client has gone or somebody cancels it.
@@ -156,8 +158,8 @@ class Door:
 
     def cancel(self, call: Call, request_id: str) -> None:
         """End a running request of the same key. Raises: NotFound."""
-        key_name, end = self._running.get(request_id, ("", None))
-        if end is None or key_name != call.key_name:
+        end = self._running.get((call.key_name, request_id))
+        if end is None:
             raise NotFound(f"no request with the id {request_id!r} is running", {"id": "unknown"})
         end()
 

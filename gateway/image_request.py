@@ -28,7 +28,7 @@ from handler.config import HandlerConfig
 from handler.errors import InvalidRequest
 from handler.messages import show, summarise
 
-__all__ = ["ImageRequest", "read_image_request"]
+__all__ = ["ImageRequest", "num_previews", "read_image_request"]
 
 # Drawn seeds are short enough to be typed again.
 _MAX_DRAWN_SEED = 2**32
@@ -160,9 +160,17 @@ def read_image_request(
         response_format=str(values["response_format"]),
         safety_identifier=cast("str | None", values["safety_identifier"] or values["user"]),
         is_stream=bool(values["stream"]),
-        num_partial_images=int(cast(int, values["partial_images"])),
+        num_partial_images=num_previews(int(cast(int, values["partial_images"])), config),
         renamed={**renamed, "num_images": "n", "previews": "partial_images", "mask_image": "mask"},
     )
+
+
+def num_previews(asked: int, config: HandlerConfig) -> int:
+    """How many previews a picture has: none where flagged pictures are refused.
+
+    Nothing checks previews, so that an instance then refuses whoever asks for one.
+    """
+    return 0 if config.safety_checker == "refuse" else asked
 
 
 def _read_size(

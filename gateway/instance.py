@@ -61,16 +61,16 @@ class Lease:
     @asynccontextmanager
     async def guard(self) -> AsyncIterator[None]:
         """End the block by TimeoutError as soon as the instance is known to draw nothing."""
-        async with asyncio.timeout(None) as self._scope:
-            if self.is_lost:
-                self.lose()
+        now_s = asyncio.get_running_loop().time()
+        async with asyncio.timeout_at(now_s if self.is_lost else None) as self._scope:
             yield
 
     def lose(self) -> None:
         """Give the place up: somebody else draws it."""
-        self.is_lost = True
-        if self._scope is not None:
+        # Once: a block that is being ended already takes no other end.
+        if self._scope is not None and not self.is_lost:
             self._scope.reschedule(asyncio.get_running_loop().time())
+        self.is_lost = True
 
     def heard(self) -> None:
         """Note that its worker has sent something."""

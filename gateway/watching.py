@@ -21,7 +21,10 @@ _SILENT_CHECKS = 3
 
 
 class Watch:
-    """Looks at `instances`, and calls `looked` whenever it has looked at all of them."""
+    """Looks at `instances`, and calls `looked` whenever it has looked at all that answer at once.
+
+    One that does not keeps nobody from seeing what becomes of the others.
+    """
 
     def __init__(
         self,
@@ -35,11 +38,12 @@ class Watch:
         self._check = check
         self._looked = looked
         self._look = asyncio.Event()
+        self._looking: dict[Instance, asyncio.Task[None]] = {}
         self._watcher: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Look at every instance once, then go on looking in the background."""
-        await self._look_at_all()
+        await self._look_at_all(None)
         self._watcher = asyncio.create_task(self._run(), name="watch")
 
     async def close(self) -> None:
@@ -47,9 +51,11 @@ class Watch:
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
-        for probe in [each.probe for each in self._instances if each.probe is not None]:
-            probe.cancel()
-            await asyncio.gather(probe, return_exceptions=True)
+        probes = [each.probe for each in self._instances if each.probe is not None]
+        begun = [*self._looking.values(), *probes]
+        for task in begun:
+            task.cancel()
+        await asyncio.gather(*begun, return_exceptions=True)
         await self._check.close()
 
     def look_now(self) -> None:
@@ -63,12 +69,20 @@ class Watch:
                     await self._look.wait()
             self._look.clear()
             try:
-                await self._look_at_all()
-            except Exception:  # nothing that an instance says may end the watching
+                await self._look_at_all(self._settings.poll_s)
+            except Exception:  # nothing that comes of it may end the watching
                 logger.exception("the instances could not be looked at")
 
-    async def _look_at_all(self) -> None:
-        await asyncio.gather(*(self._look_at(each) for each in self._instances))
+    async def _look_at_all(self, timeout_s: float | None) -> None:
+        """Look at all; those that have not answered after `timeout_s` are still being looked at."""
+        for each in self._instances:
+            if each not in self._looking:
+                self._looking[each] = asyncio.create_task(self._look_at(each), name="look")
+        if self._looking:
+            await asyncio.wait(self._looking.values(), timeout=timeout_s)
+        for each in [each for each, task in self._looking.items() if task.done()]:
+            if (error := self._looking.pop(each).exception()) is not None:
+                logger.error("%s could not be looked at", each.source.name, exc_info=error)
         self._looked()
 
     async def _look_at(self, instance: Instance) -> None:

@@ -12,7 +12,7 @@ from typing import cast
 
 from gateway.body import Sent
 from gateway.gateway import Gateway
-from gateway.image_request import read_image_request
+from gateway.image_request import num_previews, read_image_request
 from gateway.jobs.job import NewJob
 from gateway.jobs.kept import Summary, keep_request, keep_summary
 from gateway.jobs.webhook_targets import WebhookTargets
@@ -81,7 +81,7 @@ async def read_job(
     """
     reader = FieldReader(sent.fields, allow_text=sent.is_form)
     webhook_url = reader.read(JOB_FIELDS["webhook_url"], _BOUNDS)
-    num_previews = reader.read(JOB_FIELDS["partial_images"], _BOUNDS)
+    asked = reader.read(JOB_FIELDS["partial_images"], _BOUNDS)
     if reader.boolean("stream"):
         reader.report("stream", "a job is asked for by GET /v1/jobs/ID; leave it out")
     if webhook_url is not None and (problem := targets.problem_of(str(webhook_url))):
@@ -100,7 +100,9 @@ async def read_job(
         request.response_format,
         base_url,
     )
-    previews = _MAX_PREVIEWS if num_previews is None else cast(int, num_previews)
+    previews = num_previews(
+        _MAX_PREVIEWS if asked is None else cast(int, asked), request.model.config.handler
+    )
     return NewJob(
         id=f"job_{secrets.token_hex(16)}",
         key_name="" if key is None else key.name,

@@ -23,7 +23,7 @@ from gateway.jobs.settings import JobSettings
 from gateway.jobs.store import JobStore
 from gateway.picture_store import StoreFull
 from gateway.routing import Fleet
-from handler.errors import EngineFault, RequestError
+from handler.errors import DeviceLost, EngineFault, RequestError
 
 __all__ = ["JobRunner"]
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 1.0
 _SWEEP_S = 1.0
 _RENEWALS_A_LEASE = 5
-# Each is two instances that died: a third time it is the job that fells them.
+# Each is two instances that died, or a device: a third time it is the job that fells them.
 _MAX_DEATHS = 3
 _LATER_S, _MAX_LATER_S = 2.0, 60.0
 
@@ -187,11 +187,12 @@ class JobRunner:
 
     async def _end_with(self, claim: Claim, error: RequestError) -> None:
         """Let a job fail, or be drawn later where it can do nothing for it."""
-        has_died = isinstance(error, InstanceDied)
+        # A device that has failed ends its worker too; whose request it was, nobody knows.
+        has_died = isinstance(error, InstanceDied) or error.code == DeviceLost.code
         if has_died and claim.num_deaths + 1 < _MAX_DEATHS:
             logger.warning("%s: instances died over it; it is drawn once more", claim.id)
             await self._store.put_back(claim, _LATER_S, has_died=True)
-        elif error.status in (429, 503):
+        elif error.status in (429, 503) and not has_died:
             await self._store.put_back(
                 claim, min(float(error.retry_after_s or _LATER_S), _MAX_LATER_S)
             )
@@ -230,7 +231,7 @@ class JobRunner:
             before = self._progress[claim]
             if name == "step":
                 self._progress[claim] = replace(
-                    before, step=int(data["step"]), num_steps=int(data["num_steps"])
+                    before, step=int(data["step"]), num_steps=int(data["num_steps"] or 0)
                 )
             elif name == "preview":
                 preview = base64.b64decode(data["image"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from handler.errors import ArchiveError
-from handler.messages import first_lines
+from handler.messages import first_lines, show
 
 if TYPE_CHECKING:
     import torch
@@ -88,10 +88,18 @@ class Delivery:
 
 
 _Patterns = Sequence[tuple[re.Pattern[str], float]]
+# What patterns of a file's author may have: names with dots, and twice something repeated. Others
+# can take for ever to find no match, and nothing else of the process runs meanwhile.
+_PATTERN = re.compile(r"\^?(?:[\w.-]|\\.)+(?:[*+](?:[\w.-]|\\.)*){0,2}\$?")
 
 
 def _patterns(values: Mapping[str, Any]) -> _Patterns:
-    """Of layers' names, compiled once: PEFT does so for every layer anew, which takes seconds."""
+    """Of layers' names, compiled once: PEFT does so for every layer anew, which takes seconds.
+
+    Raises: ValueError, where one might take for ever.
+    """
+    if wrong := next((key for key in values if not _PATTERN.fullmatch(key)), None):
+        raise ValueError(f"{show(wrong)} is no name of a layer, nor one with two * or + in it")
     return [(re.compile(rf"(.*\.)?({key})$"), float(each)) for key, each in values.items()]
 
 

@@ -39,6 +39,7 @@ class EventStream:
         self._clock = clock
         self._started_s = clock()
         self._pending: list[bytes] = []
+        self._has_begun = False
 
     def on_step(self, end: StepEnd) -> None:
         """Add the end of a denoising step; called by the engine."""
@@ -59,10 +60,16 @@ class EventStream:
 
     def opening(self) -> Reply:
         """Return the first chunk, which fixes the reply's status and type for good."""
+        self._has_begun = True
         return Reply(200, "OK", EVENT_STREAM, b": accepted\n\n" + self.take())
 
     def close(self, reply: Reply) -> Reply:
-        """Return the last chunk: all that is pending and then `reply` as an event."""
+        """Return the last chunk: all that is pending and then `reply` as an event.
+
+        An error of a stream that has not begun stays the reply that it is.
+        """
+        if reply.status != 200 and not self._has_begun:
+            return reply
         if reply.status != 200:
             self._add("error", {"status": reply.status, **json.loads(reply.body)})
         elif reply.content_type == "application/json":

@@ -161,6 +161,40 @@ def test_a_key_that_has_all_its_requests_open_may_ask_and_cancel(tmp_path: Path)
     asyncio.run(asyncio.wait_for(check(), 60))
 
 
+def test_two_keys_may_choose_the_same_id(tmp_path: Path) -> None:
+    first, second = (
+        {"Authorization": f"Bearer {add_key(tmp_path / 'keys', name, {})}", "X-Request-Id": "mine"}
+        for name in ("first", "second")
+    )
+
+    async def check() -> None:
+        never = asyncio.Event()
+        async with (
+            running_instance(answer=lambda _: never.wait()) as fake,
+            gateway_client(tmp_path, [fake]) as client,
+        ):
+
+            def draw(headers: dict[str, str]) -> Any:
+                path, fields = "/v1/images/generations", {"prompt": PROMPT}
+                return asyncio.create_task(client.post(path, json=fields, headers=headers))
+
+            def cancel(headers: dict[str, str]) -> Any:
+                key = {"Authorization": headers["Authorization"]}
+                return client.delete("/v1/requests/mine", headers=key)
+
+            drawing = [draw(first), draw(second)]
+            while len(fake.received) < 2:
+                await asyncio.sleep(0.01)
+            assert (await draw(first)).status == 409
+            assert (await cancel(second)).status == 200
+            assert (await drawing[1]).status == 499
+            assert not drawing[0].done()
+            assert (await cancel(first)).status == 200
+            assert (await drawing[0]).status == 499
+
+    asyncio.run(asyncio.wait_for(check(), 60))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("keyed")

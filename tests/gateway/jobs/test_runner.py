@@ -125,6 +125,37 @@ def test_a_job_that_fells_its_instances_fails(tmp_path: Path) -> None:
     run(check())
 
 
+def test_a_job_that_fells_devices_fails(tmp_path: Path) -> None:
+    lost = {"status": 503, "error": {"code": "device_lost", "message": "lost", "fields": {}}}
+
+    async def check() -> None:
+        def answer(received: Received) -> bytes:
+            return b"event: error\ndata: " + json.dumps(lost).encode() + b"\n\n"
+
+        async with running_instance(answer=answer) as fake, running(tmp_path, fake) as gateway:
+            job = await until(gateway, await post(gateway), has_ended)
+            assert job.state is State.FAILED
+            assert job.error is not None
+            assert json.loads(job.error)["code"] == "device_lost"
+            assert len(fake.received) == 3
+
+    run(check())
+
+
+def test_a_pipeline_need_not_tell_how_many_steps_there_are(tmp_path: Path) -> None:
+    step = b'event: step\ndata: {"step": 1, "num_steps": null, "elapsed_s": 0.1}\n\n'
+
+    async def check() -> None:
+        def answer(received: Received) -> bytes:
+            return step + drawn(received)
+
+        async with running_instance(answer=answer) as fake, running(tmp_path, fake) as gateway:
+            job = await until(gateway, await post(gateway), has_ended)
+            assert job.state is State.SUCCEEDED
+
+    run(check())
+
+
 def test_a_job_waits_for_its_instance(tmp_path: Path) -> None:
     """Longer than a request would, while it is away and while it is full."""
     full = (503, {"error": {"code": "queue_full", "message": "full", "fields": {}}}, {})

@@ -101,7 +101,8 @@ def test_a_text_encoder_is_applied_whole_where_diffusers_drops_its_attention() -
 def test_the_scale_stands_in_the_files_metadata() -> None:
     """As diffusers saves it: there are no alphas among the tensors."""
     pipeline = build("stable_diffusion")
-    config = {"r": 2, "lora_alpha": 8, "rank_pattern": {"attn2.to_v": 3}, "alpha_pattern": {}}
+    config = {"r": 2, "lora_alpha": 8, "rank_pattern": {"attn2.to_v": 3}}
+    config["alpha_pattern"] = {r"^down.*\.nothing\d+$": 1}
     written = {f"unet.{key}": value for key, value in config.items()}
     metadata = {"lora_adapter_metadata": json.dumps({**written, "unet.use_rslora": True})}
     layers = LoraReader(pipeline).read(diffusers_own("stable_diffusion"), metadata)["unet"]
@@ -117,6 +118,10 @@ def test_the_scale_stands_in_the_files_metadata() -> None:
     "wrong",
     [
         {"rank_pattern": {"(": 2}},
+        # Each takes for ever to find no match.
+        {"rank_pattern": {"([a-z0-9_.]+)+!": 2}},
+        {"alpha_pattern": {"a?" * 40 + "!": 2}},
+        {"alpha_pattern": {".*" * 8 + "!": 2}},
         {"lora_alpha": "much"},
         {"alpha_pattern": [1]},
         {"r": None, "x": 1},

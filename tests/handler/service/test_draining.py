@@ -73,6 +73,9 @@ def test_what_takes_longer_than_the_drain_is_told_so(make: Make, clock: Clock) -
     service.drain(Drain(clock() + 1e6, INQUIRY))
     tick(service, 3)
     assert not service.take_replies()
+    stream = service.stream_of("stream")
+    assert stream is not None
+    stream.opening()
     assert num_live(service) == 2
     service.drain(Drain(clock(), INQUIRY))
     tick(service)

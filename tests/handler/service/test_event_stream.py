@@ -99,8 +99,16 @@ def test_json_is_passed_on_as_it_is() -> None:
 @pytest.mark.parametrize("error", [Cancelled("cancelled"), TooLarge("large\nand more")])
 def test_an_error_is_an_event_with_its_status(error: RequestError) -> None:
     stream, _ = make()
+    stream.opening()
     last = stream.close(error_reply(error, request_id="a"))
     assert last.status == error.status
     event, data = last.body.decode("ascii").strip().split("\n")
     assert event == "event: error"
     assert json.loads(data.removeprefix("data: ")) == {"status": error.status, **error.body()}
+
+
+def test_an_error_before_the_stream_has_begun_is_an_ordinary_reply() -> None:
+    stream, _ = make()
+    stream.on_step(StepEnd(1, 2, None))
+    reply = error_reply(TooLarge("large"), request_id="a")
+    assert stream.close(reply) is reply

@@ -228,11 +228,11 @@ def test_a_broken_picture_is_the_requests_error(start: Start) -> None:
     assert service.stream_of("stream") is None
     replies = finish(service)
     assert statuses(replies) == {"good": 200, "bad": 400, "stream": 400, "kserve": 400}
-    for name, field in (("bad", "image"), ("kserve", "instances[1].image")):
+    named = {"bad": "image", "stream": "image", "kserve": "instances[1].image"}
+    for name, field in named.items():
         error = error_of(replies[name])
         assert error["fields"].keys() == {field}
         assert "is a PNG that cannot be decoded" in error["fields"][field]
-    assert b"event: error" in replies["stream"].body
 
 
 def test_cancelled_while_it_is_decoded(start: Start, gate: Gate) -> None:
