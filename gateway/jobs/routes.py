@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.body import read_sent
 from gateway.door import Call
 from gateway.gateway import Gateway
-from gateway.jobs.job import ENDED, Job, State
+from gateway.jobs.job import ENDED, Drawn, Job, State
 from gateway.jobs.kept import read_summary
 from gateway.jobs.replies import job_json
 from gateway.jobs.requests import check_idempotency_key, fingerprint, read_job
@@ -34,7 +37,7 @@ def routes(gateway: Gateway) -> list[Route]:
         if idempotency_key is not None:
             known = await jobs.store.find(call.key_name, idempotency_key, fingerprint(sent))
             if known is not None:
-                return _accepted(known)
+                return await _accepted(call, known)
         new = await read_job(
             gateway,
             sent,
@@ -46,12 +49,12 @@ def routes(gateway: Gateway) -> list[Route]:
         job, is_new = await jobs.store.add(new)
         if is_new:
             jobs.runner.wake()
-        return _accepted(job)
+        return await _accepted(call, job)
 
-    def _accepted(job: Job) -> Response:
-        content = job_json(job, expires_s=gateway.settings.jobs.expires_s)
+    async def _accepted(call: Call, job: Job) -> Response:
+        # Whoever posts it again, for the first reply was lost, may find it ended.
         headers = {"Location": f"/v1/jobs/{job.id}", "Retry-After": str(_POLL_AFTER_S)}
-        return json_response(content, 202, headers)
+        return json_response(await _content(call, job), 202, headers)
 
     async def show(call: Call) -> Response:
         return await _reply(call, await _own(call))
@@ -84,21 +87,24 @@ def routes(gateway: Gateway) -> list[Route]:
         return job
 
     async def _reply(call: Call, job: Job) -> Response:
-        pictures = []
+        headers = {} if job.state in ENDED else {"Retry-After": str(_POLL_AFTER_S)}
+        return json_response(await _content(call, job), 200, headers)
+
+    async def _content(call: Call, job: Job) -> dict[str, Any]:
+        """A job with its pictures. Raises: NotFound, where these have just been forgotten."""
+        pictures: Sequence[Drawn] = ()
         is_inline = read_summary(job.summary).response_format == "b64_json"
         if job.state is State.SUCCEEDED and is_inline:
             pictures = await jobs.store.pictures(job.id)
             if not pictures:
                 raise NotFound("there is no such job any more", {"id": "unknown"})
-        content = job_json(
+        return job_json(
             job,
             expires_s=gateway.settings.jobs.expires_s,
             base_url=base_url(gateway.settings, call.request),
             pictures=pictures,
             progress=jobs.runner.progress(job.id),
         )
-        headers = {} if job.state in ENDED else {"Retry-After": str(_POLL_AFTER_S)}
-        return json_response(content, 200, headers)
 
     route = gateway.door.route
     return [

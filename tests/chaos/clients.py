@@ -138,6 +138,9 @@ class Clients:
         except (aiohttp.ClientError, OSError) as error:
             tally.errors[f"{name}: {type(error).__name__}"] += 1
             await asyncio.sleep(_AWAY_S)
+        except (LookupError, TypeError, ValueError) as error:
+            # A reply that is none of ours; the others draw on.
+            tally.errors[f"{name}: a reply of another form, {error!r}"] += 1
         tally.longest_s = max(tally.longest_s, time.monotonic() - started_s)
 
     def next_number(self) -> int:

@@ -202,6 +202,16 @@ def test_idempotency_key(client: JobClient) -> None:
     assert client.post({**SMALL, "seed": 5}).json()["id"] != first.json()["id"]
 
 
+def test_a_job_that_is_posted_again_when_it_has_ended_has_its_pictures(client: JobClient) -> None:
+    """As by a client whose gateway was gone before the first reply, and came back later."""
+    headers = {"Idempotency-Key": "lost"}
+    job = client.ended(client.accepted(SMALL, **headers))
+    again = client.post(SMALL, **headers)
+    assert again.status == 202
+    assert again.json() == job
+    assert picture_of(again.json())
+
+
 def test_unknown_jobs(client: JobClient) -> None:
     for method in ("GET", "DELETE"):
         assert client.ask(method, f"/v1/jobs/job_{'0' * 32}").status == 404
