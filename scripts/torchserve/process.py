@@ -10,7 +10,7 @@ import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -93,10 +93,15 @@ class TorchServer:
     def pid(self) -> int | None:
         """The frontend's process id, None when it does not run."""
         process = self._process
-        if process is None or not process.is_running():
-            return None
-        # Where nothing reaps orphans (a container without an init) a dead one stays a zombie.
-        return None if process.status() == psutil.STATUS_ZOMBIE else int(process.pid)
+        with suppress(psutil.NoSuchProcess):
+            # Where nothing reaps orphans (a container without an init) a dead one stays a zombie.
+            if (
+                process is not None
+                and process.is_running()
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                return int(process.pid)
+        return None
 
     @property
     def state_dir(self) -> Path:
