@@ -108,6 +108,8 @@ class LoraReader:
         size_bytes = path.stat().st_size
         with path.open("rb") as file:
             header = read_header(file, size_bytes, path.name)
+        if not any(_LAYER_END.search(name) for name in header.tensors):
+            self.check(header)  # a whole model, perhaps: it is refused without being read
         mapped = map_tensors(Extent(path, 0, size_bytes), path.name)
         if problem := not_finite(mapped):
             raise ArchiveError(problem)

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, Generic, TypeVar
+
+import torch
 
 from handler.service.live_requests import LiveRequest
 
@@ -20,7 +23,10 @@ class SideWork(Generic[_Made]):
     """Runs a function of a live request, once for each, in `num_threads` threads named `name`."""
 
     def __init__(self, name: str, num_threads: int) -> None:
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix=name)
+        # What torch gives to new threads is what the engine's has at the moment they begin, and
+        # that may be fewer: some forwards run on fewer.
+        use_all = partial(torch.set_num_threads, torch.get_num_threads())
+        self._threads = ThreadPoolExecutor(num_threads, name, use_all)
         self._pending: dict[LiveRequest, Future[_Made]] = {}
 
     def __contains__(self, live: LiveRequest) -> bool:

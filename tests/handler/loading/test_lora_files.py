@@ -206,6 +206,16 @@ def test_what_is_not_applied_is_named(tensors: Any, words: str) -> None:
     assert words in str(raised.value)
 
 
+def test_a_whole_model_is_refused_without_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = build("stable_diffusion")
+    save_file(pipeline.unet.state_dict(), tmp_path / "unet.safetensors")
+    monkeypatch.setattr("handler.loading.lora_files.map_tensors", lambda *_: pytest.fail("read"))
+    with pytest.raises(ArchiveError, match="does not fit the pipeline"):
+        LoraReader(pipeline).read_file(tmp_path / "unet.safetensors")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float8_e4m3fn])
 def test_values_that_are_not_finite_are_named_by_their_keys(
     tmp_path: Path, dtype: torch.dtype

@@ -263,6 +263,16 @@ def test_one_that_is_larger_than_all_may_be_is_refused(folder: Path) -> None:
     assert "max_lora_bytes allows 1024" in error_of(reply)["fields"]["loras"]
 
 
+def test_a_file_that_is_too_large_is_refused_without_being_read(folder: Path) -> None:
+    with (folder / "huge.safetensors").open("wb") as file:
+        file.truncate(10**12)
+    with serving(folder, max_lora_bytes=10**9) as service:
+        ask(service, "r", loras=["huge"])
+        reply = finish(service)["r"]
+    assert reply.status == 400
+    assert "max_lora_bytes allows 1000000000" in error_of(reply)["fields"]["loras"]
+
+
 def test_those_that_are_on_unnamed_are_told(folder: Path) -> None:
     with serving(folder, default_loras={"ink": 0.5}, default_output="json") as service:
         ask(service, "default")
