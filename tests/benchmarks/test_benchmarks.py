@@ -142,7 +142,7 @@ def test_every_system_is_measured_alone_saturated_and_under_every_load(
                 for name, server in servers.items()
             }
             return await load.measure(
-                targets, num_rounds=2, window_s=0.05, fractions=[0.01, 0.7, 50.0], seconds=0.05
+                targets, num_rounds=2, window_s=0.5, fractions=[0.01, 0.7, 50.0], seconds=0.05
             )
 
     measured = asyncio.run(measure())

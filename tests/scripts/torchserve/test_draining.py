@@ -95,7 +95,7 @@ def test_who_never_ends_is_given_up(start: Start, monkeypatch: pytest.MonkeyPatc
     assert 1 <= len(asked) < 20
 
 
-@pytest.mark.parametrize("earlier", [None, Drain(time.monotonic() + 3600, "earlier")])
+@pytest.mark.parametrize("earlier", [None, Drain(time.monotonic() + 1e6, "earlier")])
 def test_an_interrupted_one_leaves_things_as_they_were(start: Start, earlier: Drain | None) -> None:
     server, asked = start(b'{"live": 1}')
     if earlier is not None:
