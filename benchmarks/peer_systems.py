@@ -20,6 +20,7 @@ from benchmarks.systems import one_at_a_time, ours
 from scripts.torchserve.options import Ports
 
 __all__ = [
+    "NUM_CLIENTS",
     "PEERS",
     "PIPELINE",
     "SERVERS",
@@ -35,6 +36,8 @@ PIPELINE = Path("demo/pipeline").resolve()
 SERVERS = Path(__file__).parent / "peer_servers"
 INSTALL_S = 900.0
 READY_S = 180.0
+NUM_CLIENTS = 12
+"""Who are always there; ours lets as many draw at once, with two rows each."""
 _STOP_S = 20.0
 
 
@@ -167,7 +170,7 @@ def _torchserve(name: str, kind: str) -> Callable[[Path], Any]:
     @contextmanager
     def start(folder: Path) -> Iterator[Any]:
         system = (
-            ours(name, PIPELINE, folder, {})
+            ours(name, PIPELINE, folder, {"max_rows": 2 * NUM_CLIENTS})
             if kind == "ours"
             else one_at_a_time(name, PIPELINE, folder, num_workers=1, settings={})
         )

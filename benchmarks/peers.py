@@ -6,7 +6,8 @@
 
 Servers take turns, one at a time on all cores, each with the embedded pipeline in float32 and the
 libraries of this environment; their own packages are in virtual environments below ``--folder``.
-Twelve clients are always there, each waiting for its picture. What cannot be installed or started
+Twelve clients are always there, each waiting for its picture; ours has the `max_rows` that they need
+(24), and is as it is shipped otherwise. What cannot be installed or started
 is named in the report and left out. hf-serve 0.2.0 starts on Python 3.12 alone, so all of this runs
 there: ``make setup PYTHON=python3.12 VENV=.venv312``, then that environment's Python.
 
@@ -35,11 +36,19 @@ import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
 from PIL import Image, UnidentifiedImageError
 
-from benchmarks.peer_systems import PEERS, PIPELINE, Peer, PeerError, Serving, install, slug
+from benchmarks.peer_systems import (
+    NUM_CLIENTS,
+    PEERS,
+    PIPELINE,
+    Peer,
+    PeerError,
+    Serving,
+    install,
+    slug,
+)
 from benchmarks.report import Figure, Spread, write_report
 from benchmarks.traffic import mixed_wishes, percentile
 
-NUM_CLIENTS = 12
 # Of 255: what rounding leaves between two ways to compute the same picture.
 SAME_LEVELS = 2.0
 SHORT_STEPS = 20
