@@ -6,10 +6,10 @@
 
 Servers take turns, one at a time on all cores, each with the embedded pipeline in float32 and the
 libraries of this environment; their own packages are in virtual environments below ``--folder``.
-Twelve clients are always there, each waiting for its picture; ours has the `max_rows` that they need
-(24), and is as it is shipped otherwise. What cannot be installed or started
-is named in the report and left out. hf-serve 0.2.0 starts on Python 3.12 alone, so all of this runs
-there: ``make setup PYTHON=python3.12 VENV=.venv312``, then that environment's Python.
+Twelve clients are always there, each waiting for its picture; ours has the `max_rows` that they
+need (24), and is as it is shipped otherwise. What cannot be installed or started is named in the
+report and left out. hf-serve 0.2.0 starts on Python 3.12 alone, so all of this runs there:
+``make setup PYTHON=python3.12 VENV=.venv312``, then that environment's Python.
 
 A parameter is honoured when the picture is the one that diffusers draws with it, up to what two
 levels of 255 are; it is refused when the answer is a 4xx; and ignored when it is another picture.
