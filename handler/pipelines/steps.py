@@ -23,7 +23,6 @@ __all__ = [
     "several_calls_a_step",
     "shortcuts_of",
     "shortcuts_of_kind",
-    "tells_steps",
 ]
 
 
@@ -40,32 +39,25 @@ def num_steps_of(view: Any) -> int | None:
 
 def shortcuts_of(pipeline: Any) -> frozenset[str]:
     """The fields of `handler.engine.shortcuts.Shortcuts` that a pipeline can do with."""
-    return shortcuts_of_kind(type(pipeline), *_parts(pipeline))
+    scheduler = type(getattr(pipeline, "scheduler", None))
+    return shortcuts_of_kind(type(pipeline), scheduler, pipeline.components)
 
 
 def shortcuts_of_kind(kind: type, scheduler: type, components: Collection[str]) -> frozenset[str]:
     """The same of a class, with a scheduler of that class and components of these names."""
     if not _tells_steps(kind, scheduler, components):
         return frozenset()
-    interval = {"guidance_start", "guidance_end"} if _guides_in_halves(kind) else set[str]()
+    interval = {"guidance_start", "guidance_end"} if guides_in_halves(kind) else set[str]()
     return frozenset({"step_cache", *interval})
 
 
-def tells_steps(pipeline: Any) -> bool:
+def _tells_steps(kind: type, scheduler: type, components: Collection[str]) -> bool:
     """Whether one of several steps can be told from the others, and the last from the rest.
 
     Those that report to the older callback tell the number of their scheduler's steps, which is
     theirs unless a picture to begin with leaves some out. With a prior there are steps of two kinds
     in one call.
     """
-    return _tells_steps(type(pipeline), *_parts(pipeline))
-
-
-def _parts(pipeline: Any) -> tuple[type, Collection[str]]:
-    return type(getattr(pipeline, "scheduler", None)), pipeline.components
-
-
-def _tells_steps(kind: type, scheduler: type, components: Collection[str]) -> bool:
     parameters = defaults_of(kind)
     if not issubclass(scheduler, SchedulerMixin):
         return False
@@ -93,19 +85,14 @@ def is_one_call_a_step(scheduler: Any) -> bool:
     return getattr(scheduler, "order", 1) == 1 and config.get("skip_prk_steps", True) is not False
 
 
-def guides_in_halves(pipeline: Any) -> bool:
-    """Whether the guided rows of a call are those without the prompt, then as many with it.
+@functools.cache
+def guides_in_halves(kind: type) -> bool:
+    """Whether a pipeline's guided rows are those without the prompt, then as many with it.
 
-    As its code says: ``noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)``. Where it takes
+    As the code of ``kind.__call__`` says: ``noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)``. Where it takes
     them apart in another way too, makes a call for each half, or exchanges attention processors, it
     is not so simple.
     """
-    kind: type = type(pipeline)
-    return _guides_in_halves(kind)
-
-
-@functools.cache
-def _guides_in_halves(kind: type) -> bool:
     if swaps_processors(kind):
         return False
     try:

@@ -148,7 +148,7 @@ def test_a_step_cache_begins_anew_where_guidance_does() -> None:
 IN_HALVES = [
     family
     for family in FAMILIES
-    if guides_in_halves(shared(family)) and "guidance_scale" in example_kwargs(family, 0)
+    if guides_in_halves(type(shared(family))) and "guidance_scale" in example_kwargs(family, 0)
 ]
 
 

@@ -18,7 +18,7 @@ from handler.acceleration.step_policy import allowed_error, weights
 from handler.engine import InFlightEngine
 from handler.engine.shortcuts import Shortcuts
 from handler.errors import DeadlineExceeded, PipelineFailed
-from handler.pipelines.steps import tells_steps
+from handler.pipelines.steps import shortcuts_of
 from tests.support.clock import Clock
 from tests.support.engine_tools import all_right, is_right, opened, solo, step_until
 from tests.support.picture_tasks import task_kwargs, task_pipelines
@@ -368,7 +368,7 @@ def test_steps_are_computed_when_a_controlnet_begins_or_ends_to_count() -> None:
 
 
 @pytest.mark.usefixtures("trusting")
-@pytest.mark.parametrize("family", [f for f in FAMILIES if tells_steps(shared(f))])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if "step_cache" in shortcuts_of(shared(f))])
 def test_every_family_is_the_same_alone_and_in_company(family: str) -> None:
     """Whatever its denoiser returns."""
     pipeline = build(family)

@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 
 from handler.acceleration.step_policy import (
     MAX_ERROR,
+    ORDER,
     Measured,
     allowed_error,
     estimated_error,
     is_close,
     weights,
 )
-from handler.engine.shortcuts import Shortcuts
+from handler.engine.shortcuts import NUM_FIRST, Shortcuts
 
 shares = st.floats(0, 1)
 steps = st.integers(1, 1000)
@@ -43,6 +44,10 @@ def test_no_more_than_the_share_is_predicted(num_steps: int, share: float) -> No
     found = planned(num_steps, share)
     assert len(found) <= share * num_steps
     assert Shortcuts(step_cache=share).least_forwards(num_steps) == num_steps - len(found)
+
+
+def test_the_first_steps_are_enough_to_predict_from_and_to_see_how_good_that_is() -> None:
+    assert NUM_FIRST == (ORDER + 1) + 1
 
 
 @given(steps, shares, shares)
