@@ -53,7 +53,7 @@ def routes(gateway: Gateway) -> list[Route]:
 
     async def _accepted(call: Call, job: Job) -> Response:
         # Whoever posts it again, for the first reply was lost, may find it ended.
-        headers = {"Location": f"/v1/jobs/{job.id}", "Retry-After": str(_POLL_AFTER_S)}
+        headers = {"Location": f"/v1/jobs/{job.id}", **_until_ended(job)}
         return json_response(await _content(call, job), 202, headers)
 
     async def show(call: Call) -> Response:
@@ -87,8 +87,7 @@ def routes(gateway: Gateway) -> list[Route]:
         return job
 
     async def _reply(call: Call, job: Job) -> Response:
-        headers = {} if job.state in ENDED else {"Retry-After": str(_POLL_AFTER_S)}
-        return json_response(await _content(call, job), 200, headers)
+        return json_response(await _content(call, job), 200, _until_ended(job))
 
     async def _content(call: Call, job: Job) -> dict[str, Any]:
         """A job with its pictures. Raises: NotFound, where these have just been forgotten."""
@@ -114,3 +113,7 @@ def routes(gateway: Gateway) -> list[Route]:
         # Its name is unguessable: whoever knows the URL may fetch it.
         route("/v1/jobs/{id}/pictures/{name}", picture, keyless=True),
     ]
+
+
+def _until_ended(job: Job) -> dict[str, str]:
+    return {} if job.state in ENDED else {"Retry-After": str(_POLL_AFTER_S)}

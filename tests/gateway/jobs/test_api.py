@@ -210,6 +210,7 @@ def test_a_job_that_is_posted_again_when_it_has_ended_has_its_pictures(client: J
     assert again.status == 202
     assert again.json() == job
     assert picture_of(again.json())
+    assert "retry-after" not in again.headers
 
 
 def test_unknown_jobs(client: JobClient) -> None:
