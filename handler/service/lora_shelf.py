@@ -130,17 +130,17 @@ class LoraShelf:
         key = path, stat.st_mtime_ns, stat.st_size
         lora = self._read_ones.get(key)
         if lora is None:
-            # It is copied whole; in the layers' precision it may have half of that.
-            self._check_size(path.stem, stat.st_size // 2)
+            # It is copied whole. In the layers' precision it may have half of that.
+            self._check_size(path.stem, stat.st_size, 2 * self._max_bytes)
             lora = self._read_ones[key] = self._engine.prepare_lora(self._read(path))
         return lora
 
-    def _check_size(self, name: str, size: int) -> None:
-        if size > self._max_bytes:
+    def _check_size(self, name: str, size: int, allowed: int) -> None:
+        if size > allowed:
             raise _refused(f"{name} has {size} bytes; max_lora_bytes allows {self._max_bytes}")
 
     def _make_room(self, name: str, size: int, wanted: Collection[str]) -> None:
-        self._check_size(name, size)
+        self._check_size(name, size, self._max_bytes)
         kept = self._engine.loras_in_use | set(wanted)
         free = [each for each in self._attached if each not in kept]
         while (

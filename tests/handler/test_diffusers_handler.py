@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def serve(model_folder: Path) -> Serve:
+def serve(model_folder: Path) -> Iterator[Serve]:
     """Start a handler with these settings of its section."""
 
     def start(top: Mapping[str, Any] = CONTINUOUS, **settings: Any) -> Server:
@@ -49,7 +49,8 @@ def serve(model_folder: Path) -> Serve:
         handler.initialize(frontend.context)
         return frontend, handler
 
-    return start
+    yield start
+    gc.unfreeze()  # of a process that goes on with other tests
 
 
 def prompt(**fields: Any) -> dict[str, Any]:
@@ -86,13 +87,11 @@ def test_the_contract_that_torchserve_users_know(serve: Serve) -> None:
 
 def test_collections_of_garbage_leave_out_what_was_loaded(serve: Serve) -> None:
     gc.unfreeze()
-    try:
-        _, handler = serve()
-        assert gc.get_freeze_count() > 10_000
-        kept = handler.pipeline.unet.conv_in
-        assert not any(each is kept for each in gc.get_objects())
-    finally:
-        gc.unfreeze()
+    _, handler = serve()
+    assert gc.get_freeze_count() > 10_000
+    kept = handler.pipeline.unet.conv_in
+    assert not any(each is kept for each in gc.get_objects())
+    gc.unfreeze()
     assert any(each is kept for each in gc.get_objects())
 
 
