@@ -89,9 +89,10 @@ def is_one_call_a_step(scheduler: Any) -> bool:
 def guides_in_halves(kind: type) -> bool:
     """Whether a pipeline's guided rows are those without the prompt, then as many with it.
 
-    As the code of ``kind.__call__`` says: ``noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)``. Where it takes
-    them apart in another way too, makes a call for each half, or exchanges attention processors, it
-    is not so simple.
+    As the code of ``kind.__call__`` says:
+    ``noise_pred_uncond, noise_pred_text = noise_pred.chunk(2)``. Where it takes them apart in
+    another way too, makes a call for each half, or exchanges attention processors, it is not so
+    simple.
     """
     if swaps_processors(kind):
         return False
