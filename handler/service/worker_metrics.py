@@ -40,8 +40,8 @@ class WorkerMetrics:
                 (
                     _label(__version__),
                     *(_label(labels.get(name, "")) for name in ("archive", "pipeline", "source")),
-                    _label(_version("torch")),
-                    _label(_version("diffusers")),
+                    _label(torch.__version__),
+                    _label(importlib.metadata.version("diffusers")),
                     _label(str(device)),
                 ),
             ),
@@ -92,7 +92,3 @@ def _gauge(name: str, value: float) -> Sample:
 
 def _label(text: str) -> str:
     return _NOT_IN_LABELS.sub("_", text)[:_MAX_LABEL] or "unknown"
-
-
-def _version(package: str) -> str:
-    return importlib.metadata.version(package)
