@@ -5,6 +5,7 @@ python ray_batching.py FOLDER PORT PRECISION
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Any
@@ -15,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 
-@serve.deployment(max_ongoing_requests=64)
+# Ray tells torch to use as many threads as a replica has of its CPUs: one, where nothing is said.
+@serve.deployment(max_ongoing_requests=64, ray_actor_options={"num_cpus": os.cpu_count()})
 class Drawing:
     """One replica on all cores."""
 
