@@ -54,6 +54,7 @@ from benchmarks.peer_systems import (
 from benchmarks.report import Figure, Spread, write_report
 from benchmarks.traffic import percentile
 from scripts.errors import ServerError
+from scripts.interrupts import signals_as_interrupts
 
 FILL_S = 8.0
 PARTS = ("float32", "fastest")
@@ -287,7 +288,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, default=Path(".peers"), help="of environments")
     arguments = parser.parse_args(argv)
     parts = ["float32"] if arguments.only_parameters else arguments.parts
-    with TemporaryDirectory(prefix="peers-") as folder:
+    # Ended by a signal, it ends the server that is having its turn.
+    with signals_as_interrupts(), TemporaryDirectory(prefix="peers-") as folder:
         measured = measure(
             chosen(arguments.peers, parts), arguments.folder.resolve(), Path(folder), arguments
         )
