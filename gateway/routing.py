@@ -19,6 +19,7 @@ from gateway.asking import WorkerCheck
 from gateway.errors import ModelNotFound, NoInstance, RateLimited
 from gateway.instance import Instance, Lease
 from gateway.model_config import ModelConfig
+from gateway.pace import Pace
 from gateway.settings import Settings
 from gateway.watching import Watch
 from handler.errors import QueueFull
@@ -28,7 +29,6 @@ __all__ = ["Fleet", "InstanceState", "Model"]
 
 # Cancelling is a request too, and must get through where all places of a batch are taken.
 _ROOM_FOR_CANCELS = 16
-_PACE_WINDOW_S = 60.0
 _RETRY_AFTER_S = 5
 
 
@@ -76,7 +76,7 @@ class Fleet:
         self._watch = Watch(self._instances, settings, check, self._looked)
         self._line: deque[_Waiter] = deque()
         self._num_waiting_by_key: Counter[str] = Counter()
-        self._done: deque[tuple[float, str, float]] = deque()
+        self._pace = Pace()
 
     # What there is.
 
@@ -156,13 +156,7 @@ class Fleet:
 
     def retry_after_s(self, model: str) -> int:
         """How long the work that there is takes at the present pace."""
-        since_s = time.monotonic() - _PACE_WINDOW_S
-        while self._done and self._done[0][0] < since_s:
-            self._done.popleft()
-        done = [(at_s, work) for at_s, name, work in self._done if name == model]
-        if not done:
-            return _RETRY_AFTER_S
-        pace = sum(work for _, work in done) / max(1.0, time.monotonic() - done[0][0])
+        pace = self._pace.of(model)
         backlog = sum(waiter.work for waiter in self._line if waiter.model == model)
         backlog += sum(each.work for each in self._serving(model))
         return max(1, math.ceil(backlog / pace)) if pace > 0 else _RETRY_AFTER_S
@@ -186,7 +180,7 @@ class Fleet:
         try:
             yield lease
             if not lease.is_lost:
-                self._done.append((time.monotonic(), model, work))
+                self._pace.drew(model, work)
         finally:
             lease.instance.leases.discard(lease)
             self._serve_line()
