@@ -1,6 +1,6 @@
 """Servers that people use for diffusers pipelines, side by side: the same requests, the same cores.
 
-    python -m benchmarks.peers                      # installs what is missing; TIME a round
+    python -m benchmarks.peers                      # installs what is missing; half an hour a round
     python -m benchmarks.peers --peers ours,LitServe --rounds 1 --window 10
     python -m benchmarks.peers --parts float32      # or --mixes "all different": half of it
     python -m benchmarks.peers --only-parameters    # who honours what: minutes
@@ -56,6 +56,8 @@ from scripts.errors import ServerError
 from scripts.interrupts import signals_as_interrupts
 
 FILL_S = 8.0
+# And how long clients ask on after the window, so that nobody's work in it is done in a lull.
+TAIL_S = 8.0
 PARTS = ("float32", "fastest")
 
 
@@ -123,13 +125,18 @@ async def _draw(
 
 
 def add(replies: Sequence[Reply], mix: str, window_s: float, measured: Measured) -> None:
-    """Count pictures in the window after the fill, and all short requests; mutates `measured`."""
-    num_drawn, short_s = 0, []
+    """Count pictures in the window after the fill, and all short requests; mutates `measured`.
+
+    A picture that is waited for in the window and beside it counts by the part of its wait that is
+    inside: replies to a batch come at once, and a window may hold one batch more or less.
+    """
+    num_drawn, short_s = 0.0, []
     for reply in replies:
         if problem := reply.problem or flaw_of(reply.content, reply.fields):
             measured.errors[problem] = measured.errors.get(problem, 0) + 1
             continue
-        num_drawn += FILL_S < reply.done_s <= FILL_S + window_s
+        inside_s = min(reply.done_s, FILL_S + window_s) - max(reply.sent_s, FILL_S)
+        num_drawn += max(0.0, inside_s) / (reply.done_s - reply.sent_s)
         if reply.fields["num_inference_steps"] <= SHORT_STEPS:
             short_s.append(reply.done_s - reply.sent_s)
     measured.images_per_s.setdefault(mix, []).append(num_drawn / window_s)
@@ -199,7 +206,7 @@ def _turn(
     if arguments.only_parameters:
         return
     for mix in arguments.mixes:
-        until_s = FILL_S + arguments.window
+        until_s = FILL_S + arguments.window + TAIL_S
         replies = asyncio.run(saturate(peer, serving, mixes(5000)[mix], until_s))
         add(replies, mix, arguments.window, result)
         rate, p95_s = result.images_per_s[mix][-1], result.short_p95_s[mix][-1]

@@ -163,7 +163,7 @@ def test_rounds_begin_with_different_turns_and_have_all() -> None:
     assert all({peer.title for peer in order} == {peer.title for peer in PEERS} for order in orders)
 
 
-def test_only_pictures_in_the_window_count() -> None:
+def test_pictures_count_by_their_part_in_the_window() -> None:
     size = {"height": 64, "width": 64}
     fields = {"num_inference_steps": 10, "guidance_scale": 4.0, **size}
     fine, black = png_of(picture_of(fields)), png_of(Image.new("RGB", (64, 64)))
@@ -181,9 +181,24 @@ def test_only_pictures_in_the_window_count() -> None:
     ]
     measured = peers.Measured()
     peers.add(replies, "mix", 10.0, measured)
-    assert measured.images_per_s == {"mix": [0.2]}
+    assert measured.images_per_s == {"mix": [pytest.approx((1 + 9 / 17 + 10 / 11) / 10)]}
     assert measured.errors == {"one colour": 1, "another size": 1, "no picture": 1, "503": 1}
     assert 7.0 < measured.short_p95_s["mix"][0] <= 11.0
+
+
+@pytest.mark.parametrize("begins_s", [-3.0, 0.0, 1.0])
+def test_where_a_batch_ends_in_the_window_changes_no_rate(begins_s: float) -> None:
+    fields = {"num_inference_steps": 10, "height": 64, "width": 64}
+    content = png_of(picture_of({**fields, "guidance_scale": 4.0}))
+    starts_s = [peers.FILL_S + begins_s + 4.0 * number for number in range(-2, 8)]
+    replies = [
+        peers.Reply(fields, start_s, start_s + 4.0, content)
+        for start_s in starts_s
+        for _ in range(8)
+    ]
+    measured = peers.Measured()
+    peers.add(replies, "mix", 10.0, measured)
+    assert measured.images_per_s["mix"] == [pytest.approx(2.0)]
 
 
 def measured(rates: list[float], p95_s: list[float]) -> peers.Measured:
