@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,8 @@ __all__ = [
     "Group",
     "is_out_of_memory",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -134,7 +137,14 @@ class BatchedForward:
         is_plain = len(group.calls) == 1 and self._padded(group) == sum(group.rows)
         if is_plain or group.key is None:
             return self._run(group)
-        return self._run(group) if self._unproven(group) is None else self._prove(group)
+        try:
+            return self._run(group) if self._unproven(group) is None else self._prove(group)
+        except Exception as error:
+            # What a module takes or gives cannot be compared: nothing that a request did wrong.
+            release_frames(error)
+            logger.warning("calls of %s run alone: %r", group.calls[0].slot.name, error)
+            self._proofs.refuted(group.key)
+            return [self._alone(call) for call in group.calls]
 
     def _run(self, group: Group) -> list[Any]:
         results = self._attempt(group)
@@ -176,19 +186,21 @@ class BatchedForward:
         calls, rows = group.calls, group.rows
         slot, total, padded = calls[0].slot, sum(rows), self._padded(group)
         self.prepare(calls)
-        if len(calls) == 1 and padded == total:
-            with self.adapters.applied(calls, padded) as is_adapted:
-                real = slot.adapted if is_adapted else slot.real
-                # Faster code is for batches: what runs alone is exact, or there to compare with.
-                run = slot.plain if group.key is None else real
-                results = [self._timed(run, calls[0].bound)]
-        else:
-            merged = merge(
-                group.arguments, rows, pad_to=padded, layout=group.layout, copies=is_trial
+        is_as_it_is = len(calls) == 1 and padded == total
+        bound = calls[0].bound
+        if not is_as_it_is:
+            bound = type(bound)(
+                slot.signature,
+                merge(group.arguments, rows, pad_to=padded, layout=group.layout, copies=is_trial),
             )
-            bound = type(calls[0].bound)(slot.signature, merged)
-            with self.adapters.applied(calls, padded) as is_adapted:
-                output = self._timed(slot.adapted if is_adapted else slot.real, bound)
+        with self.adapters.applied(calls, padded) as is_adapted:
+            forward = slot.adapted if is_adapted else slot.real
+            # Faster code is for batches: what runs alone is exact, or there to compare with.
+            output = self._timed(slot.plain if group.key is None else forward, bound)
+        if is_as_it_is:
+            results = [output]
+        else:
+            merged = bound.arguments
             if is_trial and was_written(merged):
                 raise TypeError(
                     "the module writes into its arguments, which have to be a call's own"
@@ -312,10 +324,15 @@ class BatchedForward:
         """
         if call.ticket.exact or call.num_rows == 0:
             return None, False
-        for apart in (False, True):
-            key = self._key_as(call, layout, apart=apart)
-            if key not in self._proofs.unmergeable:
-                return key, apart
+        try:
+            for apart in (False, True):
+                key = self._key_as(call, layout, apart=apart)
+                if key not in self._proofs.unmergeable:
+                    return key, apart
+        except Exception as error:
+            # An argument that cannot be looked at, such as a tensor of several shapes.
+            release_frames(error)
+            logger.debug("a call of %s runs alone: %r", call.slot.name, error)
         return None, False
 
     def _key_as(self, call: ModuleCall, layout: Layout, *, apart: bool) -> Hashable:

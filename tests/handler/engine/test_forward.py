@@ -177,6 +177,43 @@ def test_what_prepares_a_forward_fails_for_its_calls_alone() -> None:
     assert asked == [2, 1, 1], "before every forward, the proof's included"
 
 
+def shapeless() -> torch.Tensor:
+    """A tensor of two shapes at once, whose own raises when it is asked for."""
+    return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_an_argument_that_cannot_be_compared_leaves_the_others_together() -> None:
+    with pytest.raises(RuntimeError):
+        tuple(shapeless().shape)
+    forward, slot = batched(), slot_of(doubled)
+    calls = [call(slot, 1), call(slot, 2, timestep=shapeless()), call(slot, 3, 4)]
+    for _ in range(2):
+        slot.module.rows.clear()
+        assert run(forward, calls) == [[2], [4], [6, 8]]
+        assert slot.module.rows[0] == 3
+
+
+class Opaque(torch.Tensor):
+    """A tensor that cannot be compared."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            raise RefusedError
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_calls_whose_results_cannot_be_compared_run_alone() -> None:
+    forward = batched()
+    slot = slot_of(lambda sample, timestep: (sample * 2).as_subclass(Opaque))
+    calls = [call(slot, 1), call(slot, 2)]
+    assert run(forward, calls) == [[2], [4]]
+    slot.module.rows.clear()
+    assert run(forward, calls) == [[2], [4]]
+    assert slot.module.rows == [1, 1]
+
+
 # Memory
 
 
