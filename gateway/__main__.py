@@ -22,6 +22,7 @@ from gateway.settings import EVERYBODY, NOBODY, Settings, read_settings
 from gateway.telemetry.logs import set_up_logs
 from gateway.telemetry.tracing import check_tracing
 from handler.errors import ConfigError
+from handler.garbage import leave_out_what_is_loaded
 
 __all__ = ["main"]
 
@@ -58,11 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     host = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     # `make up` reads it.
     logging.getLogger("gateway").info("listens at http://%s:%d", host, listener.getsockname()[1])
-    # What is imported stays: looking through it for garbage again and again costs a request's time.
-    gc.collect()
-    gc.freeze()
-    # The last one is put off until what is new is a quarter of what it left before: now of nothing.
-    gc.collect()
+    leave_out_what_is_loaded()
     gc.set_threshold(*_GC_THRESHOLDS)
     server = _Server(_config(settings, arguments.state_dir))
     server.run(sockets=[listener])
