@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support.leftovers import end_with_this_process
+
 # An example's time says how busy the machine is; pytest-timeout catches what hangs.
 settings.register_profile("project", deadline=None)
 settings.load_profile("project")
@@ -25,6 +27,11 @@ def _one_thread() -> None:
 def _stop_servers_when_terminated() -> None:
     """End on SIGTERM as on Ctrl-C, so that no fixture leaves a TorchServe behind."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def pytest_configure() -> None:
+    """Leave no server behind, even where this process is killed."""
+    end_with_this_process()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

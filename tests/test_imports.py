@@ -64,7 +64,8 @@ GATEWAY_MAY_IMPORT = {
     *("handler.api.body", "handler.api.fields", "handler.api.images", "handler.api.kserve"),
     *("handler.api.picture_headers", "handler.api.picture_sizes", "handler.api.schema"),
     "handler.api.translation",
-    *("handler.config", "handler.config_checks", "handler.errors", "handler.messages"),
+    *("handler.config", "handler.config_checks", "handler.errors", "handler.garbage"),
+    "handler.messages",
 }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.support.fake_front import Values, in_front_of, running_instances
 from tests.support.fake_instance import MODEL, PNG, FakeInstance, Received, running_instance
 from tests.support.gateway_apps import gateway_client
 
@@ -148,3 +149,27 @@ async def growth(folder: Path, request: Request) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_request_leaves_an_object_behind(kind: str, tmp_path: Path) -> None:
     assert asyncio.run(asyncio.wait_for(growth(tmp_path, KINDS[kind]), 120)) < NUM_REQUESTS
+
+
+def test_a_process_collects_what_errors_leave_before_it_is_much(tmp_path: Path) -> None:
+    """An error and its traceback hold each other, and all that they came from, its body included.
+
+    Nothing but a full collection finds those that outlived a first look.
+    """
+    num_requests, at_a_time = 1500, 12
+
+    async def refuse(url: str) -> None:
+        connector = aiohttp.TCPConnector(force_close=True)
+        async with aiohttp.ClientSession(url, connector=connector) as client:
+            for _ in range(num_requests // at_a_time):
+                await asyncio.gather(*(post(client, IMAGES, 400) for _ in range(at_a_time)))
+
+    with running_instances(1) as fakes, in_front_of(tmp_path, fakes) as gateway:
+        refusal = {"error": {"code": "invalid_request", "message": "no", "fields": {}}}
+        fakes[0].answer = lambda received: (400, refusal, {})
+        before = Values(gateway)
+        asyncio.run(asyncio.wait_for(refuse(gateway.url), 120))
+        after = Values(gateway)
+    for generation in ("0", "1", "2"):
+        name, labels = "python_gc_collections_total", {"generation": generation}
+        assert after(name, **labels) > before(name, **labels), generation
