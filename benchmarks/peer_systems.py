@@ -10,12 +10,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from benchmarks.peer_requests import SIDES_PX
 from benchmarks.systems import one_at_a_time, ours
 from scripts.torchserve.options import Ports
 
@@ -23,6 +24,7 @@ __all__ = [
     "NUM_CLIENTS",
     "PEERS",
     "PIPELINE",
+    "PRECISIONS",
     "SERVERS",
     "Asked",
     "Peer",
@@ -38,6 +40,7 @@ INSTALL_S = 900.0
 READY_S = 180.0
 NUM_CLIENTS = 12
 """Who are always there; ours lets as many draw at once, with two rows each."""
+PRECISIONS = ("float32", "bfloat16")
 _STOP_S = 20.0
 
 
@@ -70,19 +73,31 @@ class Peer:
     """From a request's fields, by the names of diffusers' arguments, beside `seed`."""
     requirements: tuple[str, ...] = ()
     command: tuple[str, ...] = ()
-    """After the peer's own Python; words in braces stand for the pipeline and the port."""
-    start: Callable[[Path], Any] | None = None
-    """In place of `command`: a context of a TorchServe, in a folder."""
+    """After its own Python; words in braces stand for the pipeline, the port, the precision."""
+    start: Callable[[str, Path, Path], Any] | None = None
+    """In place of `command`: a context of a TorchServe, by `_ours` or `_upstream`."""
+    precision: str = "float32"
+    """What it computes in; ours, where this is bfloat16, has `speed: max`."""
+
+    @property
+    def title(self) -> str:
+        """Its name, and what it computes in."""
+        return f"{self.name} in {self.precision}"
 
     @contextmanager
     def serving(self, environments: Path, folder: Path) -> Iterator[Serving]:
         """It answers inside the block, and is stopped after it. Raises: PeerError."""
         if self.start is not None:
-            with self.start(folder) as server:
+            with self.start(self.precision, folder, environments) as server:
                 yield Serving(server.predictions_url)
             return
         port = Ports.free().inference
-        words = {"pipeline": str(PIPELINE), "port": str(port), "servers": str(SERVERS)}
+        words = {
+            "pipeline": str(PIPELINE),
+            "port": str(port),
+            "precision": self.precision,
+            "servers": str(SERVERS),
+        }
         python = environment(environments, self) / "bin" / "python"
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "log.txt").open("wb") as log:
@@ -164,20 +179,26 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _torchserve(name: str, kind: str) -> Callable[[Path], Any]:
-    """Our handler, or the example's way, on a TorchServe of its own."""
+@contextmanager
+def _ours(precision: str, folder: Path, environments: Path) -> Iterator[Any]:
+    """Our handler as it is shipped, or at its fastest: then compiled code is kept."""
+    settings: dict[str, object] = {"max_rows": 2 * NUM_CLIENTS}
+    if precision == "bfloat16":
+        settings["speed"] = "max"
+        settings["warm_up_sizes"] = [f"{side}x{side}" for side in SIDES_PX]
+    system = ours("ours", PIPELINE, folder, settings)
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(environments / "compiled")}
+    with system.serving(folder / "run", compiled) as server:
+        yield server
 
-    @contextmanager
-    def start(folder: Path) -> Iterator[Any]:
-        system = (
-            ours(name, PIPELINE, folder, {"max_rows": 2 * NUM_CLIENTS})
-            if kind == "ours"
-            else one_at_a_time(name, PIPELINE, folder, num_workers=1, settings={})
-        )
-        with system.serving(folder / "run") as server:
-            yield server
 
-    return start
+@contextmanager
+def _upstream(precision: str, folder: Path, _: Path) -> Iterator[Any]:
+    """The way of TorchServe's example."""
+    settings = {"dtype": precision}
+    system = one_at_a_time("example", PIPELINE, folder, num_workers=1, settings=settings)
+    with system.serving(folder / "run") as server:
+        yield server
 
 
 def _plain(path: str) -> Callable[[Mapping[str, Any]], Asked]:
@@ -205,12 +226,12 @@ def _hugging_face(fields: Mapping[str, Any]) -> Asked:
 
 
 def _server(script: str) -> tuple[str, ...]:
-    return (f"{{servers}}/{script}", "{pipeline}", "{port}")
+    return (f"{{servers}}/{script}", "{pipeline}", "{port}", "{precision}")
 
 
-PEERS: Sequence[Peer] = (
-    Peer("ours", _plain(""), start=_torchserve("ours", "ours")),
-    Peer("TorchServe's example", _example, start=_torchserve("example", "example")),
+_PEERS: Sequence[Peer] = (
+    Peer("ours", _plain(""), start=_ours),
+    Peer("TorchServe's example", _example, start=_upstream),
     Peer(
         "hf-serve",
         _hugging_face,
@@ -218,7 +239,8 @@ PEERS: Sequence[Peer] = (
         (
             *("-c", "from hf_serve.cli import main; main()"),
             *("--model-dir", "{pipeline}", "--task", "text-to-image"),
-            *("--device", "cpu", "--dtype", "float32", "--host", "127.0.0.1", "--port", "{port}"),
+            *("--device", "cpu", "--dtype", "{precision}"),
+            *("--host", "127.0.0.1", "--port", "{port}"),
         ),
     ),
     Peer(
@@ -240,4 +262,5 @@ PEERS: Sequence[Peer] = (
         _server("ray_batching.py"),
     ),
 )
-"""The first is ours; what is compared is held against it."""
+PEERS = tuple(replace(peer, precision=each) for each in PRECISIONS for peer in _PEERS)
+"""Each server in both precisions; of each precision ours is the first."""

@@ -31,13 +31,16 @@ class System:
     archive: Path
 
     @contextmanager
-    def serving(self, state_dir: Path) -> Iterator[TorchServer]:
+    def serving(
+        self, state_dir: Path, environment: Mapping[str, str] | None = None
+    ) -> Iterator[TorchServer]:
         """A TorchServe with this archive: READY inside the block, stopped after it."""
         options = Options(
             archive=self.archive,
             state_dir=state_dir / self.name.replace(" ", "-"),
             ports=Ports.free(),
             properties={"max_response_size": str(_ARRAY_REPLY_BYTES), "job_queue_size": "1000"},
+            environment=environment or {},
         )
         with TorchServer(options).running() as server:
             yield server

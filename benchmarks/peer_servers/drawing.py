@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 SETTINGS = ("height", "width", "num_inference_steps", "guidance_scale")
 
 
-def open_pipeline(folder: str) -> Any:
-    """The pipeline in `folder`, as diffusers loads it."""
-    pipeline = DiffusionPipeline.from_pretrained(folder)
+def open_pipeline(folder: str, precision: str) -> Any:
+    """The pipeline in `folder`, as diffusers loads it in ``float32`` or ``bfloat16``."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, precision))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -1,6 +1,6 @@
 """LitServe with its own batching: what waits is drawn by one call where its settings are the same.
 
-python litserve_batching.py FOLDER PORT
+python litserve_batching.py FOLDER PORT PRECISION
 """
 
 import sys
@@ -15,7 +15,7 @@ class DrawingApi(litserve.LitAPI):
     """Batches of at most eight, gathered for 50 ms."""
 
     def setup(self, device: str) -> None:
-        self.pipeline = open_pipeline(sys.argv[1])
+        self.pipeline = open_pipeline(sys.argv[1], sys.argv[3])
 
     def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
         return request

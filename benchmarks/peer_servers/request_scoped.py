@@ -1,6 +1,6 @@
 """The way of diffusers' own server example: one pipeline, many threads, a scheduler a request.
 
-    python request_scoped.py FOLDER PORT
+    python request_scoped.py FOLDER PORT PRECISION
 
 Rebuilt from its description: modules are shared by all requests, what a call changes (the
 scheduler) is made anew for each, tokenizers are used by one at a time. Nothing is batched.
@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 NUM_THREADS = 4
 
-pipeline = open_pipeline(sys.argv[1])
+pipeline = open_pipeline(sys.argv[1], sys.argv[3])
 threads = ThreadPoolExecutor(NUM_THREADS)
 tokenizing = threading.Lock()
 
