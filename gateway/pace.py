@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections import defaultdict, deque
+from array import array
 from collections.abc import Callable
 
 __all__ = ["Pace"]
 
-_WINDOW_S = 60.0
-_PART_S = 1.0
+_WINDOW_S = 60
 
 
 class Pace:
@@ -17,26 +17,40 @@ class Pace:
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s
-        # When each part of the minute began, and the work of every model in it.
-        self._parts: deque[tuple[float, defaultdict[str, float]]] = deque()
+        self._minutes: dict[str, _Minute] = {}
 
     def drew(self, model: str, work: float) -> None:
         """Count work that is done."""
-        now_s = self._clock_s()
-        self._forget(now_s)
-        if not self._parts or now_s - self._parts[-1][0] >= _PART_S:
-            self._parts.append((now_s, defaultdict(float)))
-        self._parts[-1][1][model] += work
+        self._minutes.setdefault(model, _Minute()).add(self._clock_s(), work)
 
     def of(self, model: str) -> float:
         """Work a second; 0 where nothing of `model` was drawn."""
-        now_s = self._clock_s()
-        self._forget(now_s)
-        done = [(begun_s, work[model]) for begun_s, work in self._parts if model in work]
-        if not done:
-            return 0.0
-        return sum(work for _, work in done) / max(_PART_S, now_s - done[0][0])
+        minute = self._minutes.get(model)
+        return 0.0 if minute is None else minute.mean(self._clock_s())
 
-    def _forget(self, now_s: float) -> None:
-        while self._parts and self._parts[0][0] < now_s - _WINDOW_S:
-            self._parts.popleft()
+
+class _Minute:
+    """The work of each of the last seconds, in places that are used again and again."""
+
+    def __init__(self) -> None:
+        self._work = array("d", [0.0]) * _WINDOW_S
+        self._second = 0
+        """The last one that is counted."""
+
+    def add(self, now_s: float, work: float) -> None:
+        self._go_to(now_s)
+        self._work[self._second % _WINDOW_S] += work
+
+    def mean(self, now_s: float) -> float:
+        """Since the first of the seconds in which there was work, a second at least."""
+        self._go_to(now_s)
+        for ago in reversed(range(_WINDOW_S)):
+            if self._work[(self._second - ago) % _WINDOW_S]:
+                return sum(self._work) / max(1.0, now_s - (self._second - ago))
+        return 0.0
+
+    def _go_to(self, now_s: float) -> None:
+        second = math.floor(now_s)
+        for each in range(max(self._second + 1, second - _WINDOW_S + 1), second + 1):
+            self._work[each % _WINDOW_S] = 0.0
+        self._second = second
