@@ -122,11 +122,11 @@ def measure(
         torch.compiler.reset()
         return SpeedUp(pipeline, plan, 2 * num_in_flight, **tools)
 
+    def in_company(num: int) -> Run:
+        return run_in_flight(work, sped_up(num), num, rounds, expected)
+
     for num in in_flight if "in-flight" in systems else ():
-        attempt(
-            f"in flight, {num}",
-            lambda num=num: run_in_flight(work, sped_up(num), num, rounds, expected),
-        )
+        attempt(f"in flight, {num}", functools.partial(in_company, num))
     if "short-request" in systems:
         num_long = max(1, min(4, max(in_flight)))
         attempt("a short request", lambda: run_short_request(work, sped_up(num_long + 1), num_long))

@@ -96,7 +96,7 @@ def run_compiled(work: Work, count: int, mode: str, backend: str = "inductor") -
     """The same with the denoiser compiled as diffusers' documentation has it."""
     unet = work.pipeline.unet
     unet.to(memory_format=torch.channels_last)
-    options = {"mode": mode} if backend == "inductor" else {}
+    options: Any = {"mode": mode} if backend == "inductor" else {}
     # An instance's `forward`, as `Module.compile` would leave the module changed for good.
     unet.forward = torch.compile(unet.forward, backend=backend, **options)
     try:

@@ -18,7 +18,7 @@ import asyncio
 import os
 import statistics
 import sys
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -119,8 +119,10 @@ async def measure(
     for fraction in fractions:
         rate_per_s = fraction * mine.capacity_per_s
         is_target = fraction == TARGET_FRACTION
-        shapes = {"poisson": poisson_times, "bursts": burst_times}
-        for shape, times_of in shapes.items() if is_target else [("poisson", poisson_times)]:
+        shapes: dict[str, Callable[[float, float], list[float]]] = {"poisson": poisson_times}
+        if is_target:
+            shapes["bursts"] = burst_times
+        for shape, times_of in shapes.items():
             times = times_of(rate_per_s, seconds)
             for name, target in targets.items():
                 own_per_s = measured[name].capacity_per_s

@@ -119,8 +119,11 @@ def in_turn(model: TinyDiT, inputs: Inputs) -> list[torch.Tensor]:
         found = []
         for (n, length), end in zip(shapes, ends, strict=True):
             own = slice(end - n * length, end)
-            heads = (t[0, :, own].unflatten(1, (n, length)).transpose(0, 1) for t in (q, k, v))
-            found.append(scaled_dot_product_attention(*heads).transpose(0, 1).flatten(1, 2))
+            query, key, value = (
+                torch.unflatten(t[0, :, own], 1, (n, length)).transpose(0, 1) for t in (q, k, v)
+            )
+            drawn = scaled_dot_product_attention(query, key, value)
+            found.append(drawn.transpose(0, 1).flatten(1, 2))
         return torch.cat(found, dim=1)[None]
 
     return _unpacked(model(*_packed(inputs), attend, _owner(inputs)), inputs)
@@ -150,7 +153,7 @@ def _packed(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _unpacked(line: torch.Tensor, inputs: Inputs) -> list[torch.Tensor]:
     counts = [x.shape[0] * x.shape[1] for x in inputs.tokens]
-    parts = line[0].split(counts)
+    parts = torch.split(line[0], counts)
     return [part.view_as(x) for part, x in zip(parts, inputs.tokens, strict=True)]
 
 

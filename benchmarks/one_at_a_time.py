@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from ts.torch_handler.base_handler import BaseHandler
 
 
-class OneAtATimeHandler(BaseHandler):
+class OneAtATimeHandler(BaseHandler):  # type: ignore[misc]
     """Keys of its ``handler:`` section: `reply` (png or array), `num_threads` and `dtype`."""
 
     def initialize(self, context: Any) -> None:

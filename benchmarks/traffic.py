@@ -121,7 +121,8 @@ def mixed_wishes(count: int, seed: int = 0) -> list[Wish]:
 
 def poisson_times(rate_per_s: float, duration_s: float, seed: int = 0) -> list[float]:
     """Arrivals that know nothing of each other, `rate_per_s` on average."""
-    draw, times, now_s = random.Random(seed), [], 0.0
+    draw, now_s = random.Random(seed), 0.0
+    times: list[float] = []
     while True:
         now_s += draw.expovariate(rate_per_s)
         if now_s >= duration_s:

@@ -73,9 +73,9 @@ def build_autoencoder() -> AutoencoderTiny:
                     conv.weight[channel, channel, 1, 1] = 1.0
         # The layers work on [0, 1]; latents are [-1, 1] / LATENT_SCALE.
         encoder[-1].weight.mul_(2 / LATENT_SCALE)
-        encoder[-1].bias[:NUM_COLOR_CHANNELS] = -1 / LATENT_SCALE
+        encoder[-1].get_parameter("bias")[:NUM_COLOR_CHANNELS] = -1 / LATENT_SCALE
         decoder[0].weight.mul_(LATENT_SCALE / 2)
-        decoder[0].bias[:NUM_COLOR_CHANNELS] = 0.5
+        decoder[0].get_parameter("bias")[:NUM_COLOR_CHANNELS] = 0.5
     return vae.eval()
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -253,7 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     every = open_cases() if args.open else cases()
     chosen = every if args.prompts is None else thin_out(every, args.prompts)
     tried = SETTINGS[: args.settings] if args.only is None else (SETTINGS[args.only],)
-    results, drawings, missed = [], [], []
+    results, missed = [], []
+    drawings: list[Any] = []
     for setting in tried:
         result, drawings = evaluate(args.pipeline, setting, chosen, args.batch_size)
         results.append(result)

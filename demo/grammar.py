@@ -1,6 +1,7 @@
 """Say in English what a picture shows: the prompts of training and judging."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from demo.sprites import (
@@ -193,7 +194,9 @@ def vocabulary() -> list[str]:
     return sorted({word for text in texts for word in text.split() if word.isalpha()})
 
 
-def _either(rng: random.Random, words: dict[str, tuple[str, ...]], name: str | None) -> str | None:
+def _either(
+    rng: random.Random, words: Mapping[str, tuple[str, ...]], name: str | None
+) -> str | None:
     return None if name is None else rng.choice(words.get(name, (name,)))
 
 

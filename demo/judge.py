@@ -99,7 +99,8 @@ def _front_color(grid: Array, back: NDArray[np.float32]) -> NDArray[np.float32]:
     pixels = grid.reshape(-1, 3)
     distance = np.linalg.norm(pixels - back, axis=1)
     chosen = pixels[distance >= 0.75 * np.quantile(distance, 0.99)]
-    return np.median(chosen, axis=0).astype(np.float32)
+    median: Array = np.median(chosen, axis=0).astype(np.float32)
+    return median
 
 
 def _name(color: NDArray[np.float32]) -> str | None:

@@ -12,7 +12,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
     """Push the singular values of every matrix in (N, rows, cols) towards 1, in bfloat16."""
-    x = matrices.bfloat16()
+    x: Tensor = matrices.bfloat16()
     is_tall = x.size(1) > x.size(2)
     x = x.mT if is_tall else x
     x = x / (x.float().norm(dim=(1, 2), keepdim=True) + 1e-7).bfloat16()
@@ -53,7 +53,7 @@ class Muon(torch.optim.Optimizer):
             views = [
                 view.view_as(param)
                 for view, param in zip(
-                    updates.split([p.numel() for p in params]), params, strict=True
+                    torch.split(updates, [p.numel() for p in params]), params, strict=True
                 )
             ]
             self._fill_own(params, views, group["momentum"])

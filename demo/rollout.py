@@ -13,7 +13,7 @@ from torch import Tensor
 
 from demo import grammar
 from demo.exact import cached_coverage
-from demo.sprites import paint
+from demo.sprites import Sprite, paint
 
 GUIDANCE_SCALES = (1.0, 3.0, 5.0, 7.5, 7.5, 10.0)
 NUMS_STEPS = (10, 20, 25, 50)
@@ -35,7 +35,7 @@ def noised(picture: Tensor, alpha: Tensor, noise_of: torch.Generator) -> Tensor:
     return alpha.sqrt() * picture + (1 - alpha).sqrt() * noise
 
 
-def picture_of(sprite: grammar.Sprite) -> Tensor:
+def picture_of(sprite: Sprite) -> Tensor:
     """The rendered sprite, (3, 24, 24) in [-1, 1]."""
     alpha = cached_coverage(sprite.shape, sprite.radius_px, sprite.x_px, sprite.y_px)
     return torch.from_numpy(paint(alpha, sprite.color, sprite.background)).permute(2, 0, 1)

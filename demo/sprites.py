@@ -64,11 +64,13 @@ def _triangle(x: Array, y: Array) -> Mask:
 
 
 def _diamond(x: Array, y: Array) -> Mask:
-    return abs(x) / 0.86 + abs(y) < 1.04
+    inside: Mask = abs(x) / 0.86 + abs(y) < 1.04
+    return inside
 
 
 def _hexagon(x: Array, y: Array) -> Mask:
-    return (abs(y) < 0.88) & (abs(x) + abs(y) / np.sqrt(3) < 1.02)
+    inside: Mask = (abs(y) < 0.88) & (abs(x) + abs(y) / np.sqrt(3) < 1.02)
+    return inside
 
 
 def _ring(x: Array, y: Array) -> Mask:
@@ -85,13 +87,15 @@ def _star(x: Array, y: Array) -> Mask:
     r = np.hypot(x, y - np.float32(0.04))
     px, py = r * np.sin(angle), r * np.cos(angle)
     ix, iy = inner * np.sin(sector / 2), inner * np.cos(sector / 2)
-    return (outer - iy) * px + ix * (py - outer) < 0
+    inside: Mask = (outer - iy) * px + ix * (py - outer) < 0
+    return inside
 
 
 def _heart(x: Array, y: Array) -> Mask:
     u, v = x * 1.18, -(y * 1.15) + 0.12
     q = u * u + v * v - 1
-    return q * q * q - u * u * v * v * v < 0
+    inside: Mask = q * q * q - u * u * v * v * v < 0
+    return inside
 
 
 def _cross(x: Array, y: Array) -> Mask:
@@ -125,7 +129,8 @@ def coverage(shape: str, radius_px: float, x_px: float, y_px: float) -> Array:
     x, y = np.meshgrid((axis - x_px) / radius_px, (axis - y_px) / radius_px)
     inside = SHAPES[shape](x.astype(np.float32), y.astype(np.float32)).astype(np.float32)
     blocks = inside.reshape(SIZE_PX, SUPERSAMPLING, SIZE_PX, SUPERSAMPLING)
-    return blocks.mean(axis=(1, 3), dtype=np.float32)
+    covered: Array = blocks.mean(axis=(1, 3), dtype=np.float32)
+    return covered
 
 
 def paint(alpha: Array, color: str, background: str) -> Array:

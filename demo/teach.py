@@ -82,7 +82,7 @@ def teach(
             logits = heads[term](ends)
             loss = loss + nn.functional.cross_entropy(logits, truth)
             num_right += (logits.argmax(dim=1) == truth).float().mean().item() / len(TERMS)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -18,7 +18,7 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     Encoding replays the merges in this order, so the words come out whole there too.
     """
     spelled = [[*word[:-1], word[-1] + END_OF_WORD] for word in words]
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs = Counter(pair for word in spelled for pair in pairwise(word))
         if not pairs:

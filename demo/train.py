@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from demo.build import NUM_LATENT_CHANNELS, build_pipeline, save_pipeline
@@ -91,7 +92,8 @@ def make_optimizers(
 
     Each with its share of the learning rate.
     """
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, param in model.named_parameters():
         is_end = any(part in name for part in ("conv_in", "conv_out", "embedding", "norm"))
         (others if is_end or param.ndim < 2 else matrices).append(param)
@@ -126,7 +128,8 @@ def average_gradients(model: nn.Module, loss: Tensor, num_workers: int) -> float
 def update_average(average: nn.Module, model: nn.Module, step: int, max_decay: float) -> None:
     """Move the running average of the weights towards `model`, quickly at first."""
     decay = min(max_decay, (1 + step) / (10 + step))
-    ours, theirs = list(average.parameters()), list(model.parameters())
+    ours: list[Tensor] = list(average.parameters())
+    theirs: list[Tensor] = list(model.parameters())
     torch._foreach_lerp_(ours, theirs, 1 - decay)
 
 
@@ -152,7 +155,7 @@ class Trainer:
         seed = (settings.seed * settings.num_workers + self.rank) * 10_000_000 + step
         lesson = self.guided_lesson if is_guided_at(step, settings) else self.plain_lesson
         loss = lesson(step, random.Random(seed))
-        loss.backward()
+        torch.autograd.backward(loss)
         mean_loss = average_gradients(self.unet, loss, settings.num_workers)
         for optimizer, share in self.optimizers:
             for group in optimizer.param_groups:
@@ -181,11 +184,11 @@ class Trainer:
         assert self.rollout is not None
         num_walked = len(self.rollout.trajectories)
         self.rollout.advance(with_prompt[:num_walked].detach(), without[:num_walked].detach())
-        targets = [
-            exact_targets(batch, wishes, self.alphas)
-            for wishes in (prompted_wishes(batch), free_wishes(batch))
-        ]
-        return guided_loss((with_prompt, without), tuple(targets), self.snr[batch.times])
+        targets = (
+            exact_targets(batch, prompted_wishes(batch), self.alphas),
+            exact_targets(batch, free_wishes(batch), self.alphas),
+        )
+        return guided_loss((with_prompt, without), targets, self.snr[batch.times])
 
     def draw_guided(self, step: int, rng: random.Random) -> Batch:
         """This worker's examples: first those that the rollout has reached, as many drawn anew."""
@@ -337,7 +340,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.workers == 1:
         work(0, settings, args.port)
     else:
-        torch.multiprocessing.spawn(work, (settings, args.port), nprocs=args.workers)
+        spawn(work, (settings, args.port), nprocs=args.workers)  # type: ignore[no-untyped-call]
     print(f"{args.out / 'pipeline'}")
     return 0
 

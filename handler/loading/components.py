@@ -145,7 +145,7 @@ def build_empty(cls: type, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
 @contextmanager
 def _building(dtype: torch.dtype) -> Iterator[None]:
     """Build modules with meta parameters and with buffers of `dtype`, as from_pretrained does."""
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from accelerate import init_empty_weights
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
