@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -19,6 +20,7 @@ import torch
 from benchmarks import cpu, engine, gpu, gpu_forward, load, pictures, report, traffic
 from benchmarks.shapes import MODELS, count_flops
 from benchmarks.traffic import CLASSES, Outcome, Wish, mixed_wishes, summarise
+from tests.support.clock import Clock
 from tests.support.compilers import Compiler
 from tests.support.pipelines import build
 
@@ -173,29 +175,28 @@ def client_of(server: Callable[[httpx2.Request], httpx2.Response]) -> httpx2.Asy
     return httpx2.AsyncClient(transport=httpx2.MockTransport(server))
 
 
-def test_saturated_counts_the_replies_of_its_window_alone() -> None:
+def test_saturated_counts_the_replies_of_its_window_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replies while the line fills, and those to what is under way at the end, do not count."""
+    clock, num_clients = Clock(), 20
+    monkeypatch.setattr(traffic, "time", SimpleNamespace(perf_counter=clock))
+    num_replies = 0
 
-    class Slow(httpx2.AsyncBaseTransport):
-        def __init__(self) -> None:
-            self.lock = asyncio.Lock()
-            self.num_replies = 0
+    async def reply(request: httpx2.Request) -> httpx2.Response:
+        """One after another, 64 a second."""
+        nonlocal num_replies
+        await asyncio.sleep(0)
+        num_replies += 1
+        clock.now_s += 1 / 64
+        return httpx2.Response(200)
 
-        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-            async with self.lock:
-                await asyncio.sleep(0.01)
-            self.num_replies += 1
-            return httpx2.Response(200)
+    async def saturate() -> float:
+        async with httpx2.AsyncClient(transport=httpx2.MockTransport(reply)) as client:
+            return await traffic.saturate(
+                client, "http://x", mixed_wishes(1000), num_clients, fill_s=0.5, window_s=2.0
+            )
 
-    async def saturate() -> tuple[float, int]:
-        slow = Slow()
-        async with httpx2.AsyncClient(transport=slow) as client:
-            wishes = mixed_wishes(1000)
-            rate = await traffic.saturate(client, "http://x", wishes, 20, fill_s=0.2, window_s=0.4)
-        return rate, slow.num_replies
-
-    rate_per_s, num_replies = asyncio.run(saturate())
-    assert 0 < rate_per_s * 0.4 < num_replies - 20
+    assert asyncio.run(saturate()) == 64
+    assert num_replies == 64 * 2.5 + num_clients
 
 
 def test_a_server_that_draws_nothing_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
