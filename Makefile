@@ -7,7 +7,7 @@ SHELL := /bin/bash
 # These come from the command line alone: some shells export a NAME or a VERSION of their own.
 $(foreach variable,NAME VERSION REVISION PIPELINE MODEL_ID FROM CONFIG FORMAT DTYPE SIGN KEY ARGS PROMPT \
 	FORCE SMOKE SBOM TO RUN_DIR STORE VENV DRAIN_S DEMO_PICTURE GATEWAY_DIR GATEWAY_PORT GATEWAY_ADDRESS \
-	GPUS INSTANCES FOREGROUND HAPROXY HAPROXY_PORT HAPROXY_CERT HAPROXY_METRICS,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
+	GPUS INSTANCES FOREGROUND HAPROXY HAPROXY_ADDRESS HAPROXY_PORT HAPROXY_CERT HAPROXY_METRICS,$(if $(filter environment,$(origin $(variable))),$(eval undefine $(variable))))
 
 # The recipes put these between double quotes, where the shell would read such letters itself.
 unquotable := " ` \ $$
@@ -115,7 +115,8 @@ serve: $(INSTALLED) ## Serve the archive in model-store/ [NAME= PORT= GRPC_PORT=
 up: $(INSTALLED) ## Serve with the gateway in front: http://127.0.0.1:8000 [GATEWAY_PORT= GATEWAY_ADDRESS= NAME= GPUS= INSTANCES= HAPROXY=1 …]
 	@$(CLI) up $(START) $(if $(NAME),--name "$(NAME)") $(FLEET) --gateway-dir "$(GATEWAY_DIR)" \
 		$(if $(GATEWAY_PORT),--gateway-port $(GATEWAY_PORT)) $(if $(GATEWAY_ADDRESS),--gateway-address $(GATEWAY_ADDRESS)) \
-		$(if $(HAPROXY),--haproxy $(if $(HAPROXY_PORT),--haproxy-port $(HAPROXY_PORT)) \
+		$(if $(HAPROXY),--haproxy $(if $(HAPROXY_ADDRESS),--haproxy-address $(HAPROXY_ADDRESS)) \
+		$(if $(HAPROXY_PORT),--haproxy-port $(HAPROXY_PORT)) \
 		$(if $(HAPROXY_CERT),--haproxy-cert "$(HAPROXY_CERT)") \
 		$(if $(HAPROXY_METRICS),--haproxy-metrics $(HAPROXY_METRICS)))
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import Callable, Mapping
-from urllib.parse import urlsplit
+from collections.abc import Mapping
 
 import aiohttp
 from yarl import URL
 
 from gateway.addresses import Address
+from gateway.connections import open_session
 
 __all__ = ["WorkerCheck", "ask_worker"]
 
@@ -52,8 +52,7 @@ async def ask_worker(
 class WorkerCheck:
     """Asks instances whether their worker is READY; keeps a connection to each."""
 
-    def __init__(self, open_session: Callable[..., aiohttp.ClientSession]) -> None:
-        self._open_session = open_session
+    def __init__(self) -> None:
         self._sessions: dict[str, aiohttp.ClientSession] = {}
 
     async def is_ready(self, address: Address) -> bool | None:
@@ -100,12 +99,5 @@ class WorkerCheck:
 
     def _session(self, where: str) -> aiohttp.ClientSession:
         if where not in self._sessions:
-            if where.startswith("unix:"):
-                connector: aiohttp.BaseConnector = aiohttp.UnixConnector(
-                    where.removeprefix("unix:")
-                )
-            else:
-                assert urlsplit(where).netloc, where
-                connector = aiohttp.TCPConnector(limit=0)
-            self._sessions[where] = self._open_session(connector=connector)
+            self._sessions[where] = open_session(where)
         return self._sessions[where]

@@ -13,4 +13,5 @@ def file_stamp(path: Path) -> object:
         stat = path.stat()
     except OSError:
         return None
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+    # Its change time too: who may read it counts, and a command may set the other time back.
+    return stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size, stat.st_ino

@@ -28,6 +28,7 @@ from gateway.events import read_events
 from gateway.instance import Lease
 from gateway.routing import Fleet
 from gateway.telemetry.attempts import Attempts, trace_headers
+from handler.api.accept import EVENT_STREAM
 from handler.errors import RequestError
 
 __all__ = ["Forwarder", "Order", "Reply"]
@@ -143,6 +144,10 @@ class Forwarder:
                     raise Refused.from_reply(
                         reply.status, reply.body, reply.headers.get("retry-after")
                     )
+                if response.content_type != EVENT_STREAM:
+                    raise Refused(
+                        502, "no_stream", f"the instance replied {response.content_type}, no events"
+                    )
                 if not is_accepted:
                     is_accepted = True
                     on_event("accepted", {})
@@ -171,9 +176,10 @@ class Forwarder:
             await asyncio.wait(self._cancelling, timeout=5)
 
     async def _until_taken(self, order: Order, attempt: _Send) -> None:
-        num_died, until_s = 0, time.monotonic() + self._max_wait_s
+        num_died, until_s, is_again = 0, time.monotonic() + self._max_wait_s, False
         while True:
-            async with self._lease(order, until_s) as lease:
+            async with self._lease(order, until_s, is_again=is_again) as lease:
+                is_again = True
                 try:
                     await self._try(order.model, lease, attempt)
                     return
@@ -200,10 +206,12 @@ class Forwarder:
             until_s = max(until_s, time.monotonic() + self._max_wait_s) if num_died else until_s
 
     @asynccontextmanager
-    async def _lease(self, order: Order, until_s: float) -> AsyncIterator[Lease]:
+    async def _lease(self, order: Order, until_s: float, *, is_again: bool) -> AsyncIterator[Lease]:
         async with AsyncExitStack() as stack:
             with self._attempts.waiting(order.model):
-                place = self._fleet.lease(order.model, order.work, order.key, until_s)
+                place = self._fleet.lease(
+                    order.model, order.work, order.key, until_s, is_again=is_again
+                )
                 lease = await stack.enter_async_context(place)
             yield lease
 

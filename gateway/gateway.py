@@ -15,6 +15,7 @@ import aiohttp
 from gateway.addresses import FixedSource, RunDirSource, Source
 from gateway.asking import WorkerCheck
 from gateway.body import BodyBudget
+from gateway.connections import open_session
 from gateway.door import Door
 from gateway.forwarding import Forwarder
 from gateway.jobs.service import Jobs
@@ -30,23 +31,11 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import make_tracing
 from handler.errors import ConfigError
 
-__all__ = ["Gateway", "open_session"]
+__all__ = ["Gateway"]
 
 logger = logging.getLogger(__name__)
 
 _SWEEP_S = 2.0
-
-
-def open_session(connector: aiohttp.BaseConnector) -> aiohttp.ClientSession:
-    """A pool of connections that waits for as long as drawing takes, and keeps no cookies."""
-    return aiohttp.ClientSession(
-        connector=connector,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        # Events carry whole pictures in one line.
-        read_bufsize=2**18,
-    )
 
 
 @dataclass(slots=True)
@@ -70,8 +59,8 @@ class Gateway:
         keys = KeyRing(Path(settings.keys_file))
         sources: list[Source] = [RunDirSource(Path(each)) for each in settings.run_dirs]
         sources += [FixedSource(each) for each in settings.instances]
-        fleet = Fleet(sources, settings, WorkerCheck(open_session))
-        session = open_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=30))
+        fleet = Fleet(sources, settings, WorkerCheck())
+        session = open_session()
         metrics, tracing = Metrics(), make_tracing(settings.trace_endpoint)
         forwarder = Forwarder(fleet, session, settings.max_wait_s, Attempts(metrics, tracing))
         pictures = PictureStore(

@@ -24,6 +24,8 @@ _MAX_HEAD_BYTES = 64 * 1024
 # From the first byte of a request's head, or from the connection, to the head's end.
 _HEAD_S = 30.0
 _TLS_RECORD = b"\x16\x03"
+# Of a reply that is being sent: in that time some of it must be read.
+_UNREAD_S = 60.0
 # Longer than that nobody's rest of a refused body is read and thrown away.
 _DISCARD_S = 5.0
 
@@ -57,6 +59,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     _discarding: asyncio.TimerHandle | None = None
     _head_timer: asyncio.TimerHandle | None = None
+    _read_timer: asyncio.TimerHandle | None = None
+    _num_unread_bytes = 0
+    """Of replies, at the last look."""
     _awaits_head = True
     _has_begun = False
     """Whether a byte of the head that is awaited has come."""
@@ -76,7 +81,19 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of what waits for the connection."""
         self._stop_head_timer()
+        self._stop_read_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Watch whether the client reads, now that replies to it heap up here."""
+        super().pause_writing()
+        self._num_unread_bytes = self.transport.get_write_buffer_size()
+        self._read_timer = self.loop.call_later(_UNREAD_S, self._must_have_read)
+
+    def resume_writing(self) -> None:
+        """Watch no more: it reads."""
+        self._stop_read_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless a head or a trailer does not end.
@@ -198,6 +215,20 @@ class HttpProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _must_have_read(self) -> None:
+        num_bytes = self.transport.get_write_buffer_size()
+        if num_bytes >= self._num_unread_bytes:
+            self._read_timer = None
+            self.transport.abort()
+        else:
+            self._num_unread_bytes = num_bytes
+            self._read_timer = self.loop.call_later(_UNREAD_S, self._must_have_read)
+
+    def _stop_read_timer(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
 
     def _look(self, waited_s: float) -> None:
         if self.transport.is_closing() or self.cycle.response_complete:

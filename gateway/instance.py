@@ -50,6 +50,8 @@ class Lease:
         self.address = address
         self.progress = 0.0
         self.is_lost = False
+        self.has_drawn = False
+        """Whether its picture came."""
         self._work = work
         self._scope: asyncio.Timeout | None = None
 
@@ -79,6 +81,7 @@ class Lease:
     def drew(self) -> None:
         """Note that its worker has sent a picture."""
         self.heard()
+        self.has_drawn = True
         self.instance.drew_s = time.monotonic()
 
     def instance_died(self) -> None:

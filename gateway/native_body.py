@@ -17,7 +17,7 @@ from starlette.datastructures import Headers
 from gateway.body import FORM, MULTIPART, read_form, read_sent
 from handler.api.body import media_type, open_body
 from handler.api.fields import FieldReader
-from handler.api.kserve import open_message
+from handler.api.kserve import Envelope, open_message
 from handler.config import HandlerConfig
 from handler.errors import InvalidRequest
 from handler.messages import show, summarise
@@ -38,7 +38,10 @@ class NativeBody:
     is_form: bool = False
     drawings: tuple[Mapping[str, object], ...] = field(default=({},))
     """The fields of each."""
-    wants_events: bool = False
+    stream: bool | None = None
+    """What it says of a stream; None: nothing, and then its Accept header counts."""
+    can_stream: bool = False
+    """Whether its reply can be one: KServe's cannot, nor those that draw nothing."""
     problem: InvalidRequest | None = None
     """Why the instance cannot read it, unless it is not one of ours."""
 
@@ -67,13 +70,16 @@ async def read_native_body(body: bytes, content_type: str, config: HandlerConfig
     except InvalidRequest as error:
         return NativeBody(body, content_type, problem=error)
     problems = message.problems
+    reader = FieldReader(message.shared, allow_text=payload.is_form)
+    draws = message.shared.get("cancel") is None and reader.boolean("describe") is not True
     return NativeBody(
         body,
         content_type,
-        payload.is_form,
-        tuple({**message.shared, **each.fields} for each in message.instances),
-        FieldReader(message.shared, allow_text=payload.is_form).boolean("stream") is True,
-        InvalidRequest(summarise(problems), problems) if problems else None,
+        is_form=payload.is_form,
+        drawings=tuple({**message.shared, **each.fields} for each in message.instances),
+        stream=reader.boolean("stream"),
+        can_stream=draws and message.envelope is Envelope.PLAIN,
+        problem=InvalidRequest(summarise(problems), problems) if problems else None,
     )
 
 

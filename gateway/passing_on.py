@@ -23,6 +23,7 @@ from gateway.limits import check_model
 from gateway.measuring import measure
 from gateway.native_body import NativeBody, read_native_body
 from gateway.routing import Model
+from handler.api.accept import negotiate
 from handler.errors import RequestError
 
 __all__ = ["routes"]
@@ -62,13 +63,19 @@ async def _pass_on(gateway: Gateway, call: Call, path: str) -> Response:
         accept=headers.get("accept"),
         route=path.format(quote(model.name, safe="")),
     )
-    # Then the reply is a stream, which is passed on as it comes.
-    if body.wants_events or "text/event-stream" in (order.accept or ""):
+    if _is_streamed(body, order.accept or "", model):
         return await reply_with_events(
             gateway.door, call, gateway.forwarder, [order], _as_it_is, _error_in_an_event
         )
     reply = await gateway.door.running(call, gateway.forwarder.send(order))
     return _response(reply)
+
+
+def _is_streamed(body: NativeBody, accept: str, model: Model) -> bool:
+    """Whether the instance will reply with a stream, which is passed on as it comes."""
+    if body.stream is not None:
+        return body.can_stream and body.stream
+    return body.can_stream and negotiate(accept, model.config.handler.default_output).stream
 
 
 def _measure(body: NativeBody, model: Model, key: Key | None) -> float:

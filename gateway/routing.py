@@ -165,9 +165,12 @@ class Fleet:
 
     @asynccontextmanager
     async def lease(
-        self, model: str, work: float, key: str, until_s: float
+        self, model: str, work: float, key: str, until_s: float, *, is_again: bool = False
     ) -> AsyncIterator[Lease]:
         """Give a place on an instance of `model`, waiting for one until `until_s` at most.
+
+        What has lost its place before (`is_again`) was let in then: it is first in line, however
+        many wait.
 
         Raises:
             RateLimited: too many of this key wait already.
@@ -176,10 +179,12 @@ class Fleet:
         """
         lease = None if self._has_line(model) else self._take(model, work)
         if lease is None:
-            lease = await self._wait(_Waiter(model, work, key), until_s)
+            if not is_again:
+                self._check_line(model, key)
+            lease = await self._wait(_Waiter(model, work, key), until_s, is_first=is_again)
         try:
             yield lease
-            if not lease.is_lost:
+            if lease.has_drawn:
                 self._pace.drew(model, work)
         finally:
             lease.instance.leases.discard(lease)
@@ -216,21 +221,25 @@ class Fleet:
         room = address.config.batch_size - _ROOM_FOR_CANCELS
         return self._settings.max_in_flight or max(1, room)
 
-    async def _wait(self, waiter: _Waiter, until_s: float) -> Lease:
-        settings, key = self._settings, waiter.key
+    def _check_line(self, model: str, key: str) -> None:
+        """Raise RateLimited or QueueFull, where nobody more may wait."""
+        settings = self._settings
         if self._num_waiting_by_key[key] >= settings.max_waiting_per_key:
             raise RateLimited(
                 f"{self._num_waiting_by_key[key]} of your pictures are waiting already;"
                 f" allowed are {settings.max_waiting_per_key}",
-                retry_after_s=self.retry_after_s(waiter.model),
+                retry_after_s=self.retry_after_s(model),
             )
         if len(self._line) >= settings.max_waiting:
             raise QueueFull(
                 f"{len(self._line)} pictures are waiting already; allowed are"
                 f" {settings.max_waiting}; try again a little later",
-                self.retry_after_s(waiter.model),
+                self.retry_after_s(model),
             )
-        self._line.append(waiter)
+
+    async def _wait(self, waiter: _Waiter, until_s: float, *, is_first: bool) -> Lease:
+        key = waiter.key
+        (self._line.appendleft if is_first else self._line.append)(waiter)
         self._num_waiting_by_key[key] += 1
         lease = None
         try:
@@ -240,7 +249,7 @@ class Fleet:
         except TimeoutError:
             raise NoInstance(
                 f"no instance of {waiter.model} was ready and free within"
-                f" {settings.max_wait_s:g} s",
+                f" {self._settings.max_wait_s:g} s",
                 retry_after_s=self.retry_after_s(waiter.model),
             ) from None
         finally:

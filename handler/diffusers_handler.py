@@ -177,9 +177,9 @@ class DiffusersHandler(BaseHandler):  # type: ignore[misc]
         else:
             service.advance()
         bodies = self._replies.write(service, ids, context)
-        self._emit_metrics(context)
         if service.is_device_lost:
             self._end_process()
+        self._emit_metrics(context)
         if self._watchdog is not None and service.live_ids:
             self._watchdog.start()
         self._pace.end(is_live=bool(service.live_ids))

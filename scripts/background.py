@@ -51,8 +51,19 @@ def read_saved(path: Path) -> dict[str, Any]:
     return saved
 
 
+def started_s(pid: int) -> float:
+    """When a process started, in seconds after the machine did: no step of the clock moves that.
+
+    Raises:
+        psutil.Error: nothing is known of it.
+    """
+    # An object of psutil's keeps what it has once computed with the clock as it was.
+    after_boot_s: float = psutil.Process(pid).create_time() - psutil.boot_time()
+    return round(after_boot_s, 2)
+
+
 def running_process(saved: Mapping[str, Any]) -> psutil.Process | None:
-    """Return the process of `pid` and `created_s`, unless it has ended.
+    """Return the process of `pid` that started at `created_s`, unless it has ended.
 
     Raises:
         KeyError, TypeError, ValueError: these are not in `saved`.
@@ -61,7 +72,7 @@ def running_process(saved: Mapping[str, Any]) -> psutil.Process | None:
     try:
         process = psutil.Process(saved["pid"])
         # The PID alone may have been given to somebody else since.
-        if process.create_time() != saved["created_s"]:
+        if started_s(process.pid) != saved["created_s"]:
             return None
         # Where nothing reaps orphans (a container without an init) a dead one stays a zombie.
         return None if process.status() == psutil.STATUS_ZOMBIE else process
@@ -175,7 +186,12 @@ class BackgroundProcess:
         try:
             url = wait(launched, log_file, begins_at)
             process = psutil.Process(launched.pid)
-            saved = {"pid": launched.pid, "created_s": process.create_time(), "url": url, **values}
+            saved = {
+                "pid": launched.pid,
+                "created_s": started_s(launched.pid),
+                "url": url,
+                **values,
+            }
             save(state_dir / f"{cls.name}.json", saved)
         except BaseException:
             end_session(launched)

@@ -23,7 +23,7 @@ from scripts.errors import ServerError
 from scripts.hints import option
 from scripts.repository import REPOSITORY
 from scripts.torchserve.haproxy_socket import admin_socket
-from scripts.torchserve.options import LOOPBACK, can_bind
+from scripts.torchserve.options import LOOPBACK, can_bind, is_loopback
 
 __all__ = ["GrpcInstance", "HaproxyOptions", "HaproxyProcess", "instances_text"]
 
@@ -31,6 +31,7 @@ _FOLDER = REPOSITORY / "deploy" / "haproxy"
 _CONFIG, _INSTANCES = _FOLDER / "haproxy.cfg", _FOLDER / "instances.cfg"
 _START_TIMEOUT_S = 15.0
 _POLL_S = 0.05
+_ALL_ADDRESSES = "0.0.0.0"
 _CERTIFICATE_DAYS = 365
 
 
@@ -58,6 +59,7 @@ class HaproxyOptions:
     port: int = 8443
     metrics: str = "127.0.0.1:8405"
     certificate: Path | None = None
+    address: str = LOOPBACK
 
     def fingerprint(self) -> str:
         """Return a digest of all that a running HAProxy depends on."""
@@ -115,6 +117,7 @@ class HaproxyProcess(BackgroundProcess):
         instances.write_text(instances_text(options.instances))
         environment = {
             **os.environ,
+            "HAPROXY_ADDRESS": options.address,
             "HAPROXY_PORT": str(options.port),
             "HAPROXY_CERT": str(certificate),
             "HAPROXY_GATEWAY": options.gateway,
@@ -125,7 +128,7 @@ class HaproxyProcess(BackgroundProcess):
             [program, "-W", "-f", str(_CONFIG), "-f", str(instances)],
             environment,
             state_dir,
-            partial(_wait_until_it_listens, options.port),
+            partial(_wait_until_it_listens, options.address, options.port),
             certificate=str(certificate),
             started_as=options.fingerprint(),
         )
@@ -176,15 +179,16 @@ def _own_certificate(state_dir: Path) -> Path:
 
 
 def _wait_until_it_listens(
-    port: int, launched: subprocess.Popen[bytes], log_file: Path, begins_at: int
+    address: str, port: int, launched: subprocess.Popen[bytes], log_file: Path, begins_at: int
 ) -> str:
     """Return its URL, at which it may not find a gateway yet."""
+    is_local = address == _ALL_ADDRESSES or is_loopback(address)
     until_s = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < until_s:
         if launched.poll() is not None:
             raise ServerError("HAProxy did not start", last_lines(log_file, begins_at))
         with socket.socket() as probe:
-            if probe.connect_ex((LOOPBACK, port)) == 0:
-                return f"https://localhost:{port}"
+            if probe.connect_ex((LOOPBACK if is_local else address, port)) == 0:
+                return f"https://{'localhost' if is_local else address}:{port}"
         time.sleep(_POLL_S)
     raise ServerError(f"HAProxy did not listen on port {port}; {log_file} says more")

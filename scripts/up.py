@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
+import yaml
+
 from scripts.background import BackgroundProcess
 from scripts.build_archive import pack_embedded
 from scripts.command import Command, add_run_dir
@@ -22,12 +24,13 @@ from scripts.gateway_process import (
     environment,
 )
 from scripts.haproxy_process import GrpcInstance, HaproxyOptions, HaproxyProcess
-from scripts.hints import to_run
+from scripts.hints import option, to_run
 from scripts.serve import gateway_dir_of, start
 from scripts.serve_arguments import add_fleet_arguments, add_start_arguments
 from scripts.torchserve.draining import DRAIN_S
 from scripts.torchserve.fleet import run_dirs
 from scripts.torchserve.haproxy_socket import haproxy_dir_of, server_name
+from scripts.torchserve.options import LOOPBACK, is_loopback
 from scripts.torchserve.process import TorchServer
 
 __all__ = ["GATEWAY", "UP", "grpc_instances"]
@@ -36,6 +39,7 @@ Running = TypeVar("Running", bound=BackgroundProcess)
 
 
 def _up(arguments: argparse.Namespace) -> int:
+    _check_haproxy(arguments)
     if not arguments.name and not _has_archive(arguments.store):
         pack_embedded(arguments.store)
     arguments.brief, arguments.drain_s = True, DRAIN_S
@@ -95,13 +99,15 @@ def grpc_instances(arguments: argparse.Namespace) -> tuple[GrpcInstance, ...]:
 
 def _start_haproxy(arguments: argparse.Namespace, gateway: GatewayProcess) -> None:
     """Put HAProxy in front of the gateway, and of the instances for gRPC."""
+    instances = grpc_instances(arguments)
     options = HaproxyOptions(
         haproxy_dir_of(arguments.run_dir).resolve(),
         urlsplit(gateway.url).netloc,
-        grpc_instances(arguments),
+        instances,
         arguments.haproxy_port,
         arguments.haproxy_metrics,
         arguments.haproxy_cert,
+        arguments.haproxy_address,
     )
     running = _kept(HaproxyProcess.find(options.state_dir), options, "HAProxy")
     verb = "is already there"
@@ -109,6 +115,28 @@ def _start_haproxy(arguments: argparse.Namespace, gateway: GatewayProcess) -> No
         running, verb = HaproxyProcess.start(options), "answers"
     trust = "" if arguments.haproxy_cert else f"\n\n  curl --cacert {running.certificate} …"
     print(f"HAProxy {verb} at {running.url}, for HTTP and gRPC{trust}")
+
+
+def _check_haproxy(arguments: argparse.Namespace) -> None:
+    """Let nobody in from other machines without a key. Raises: ServerError."""
+    address = arguments.haproxy_address
+    if not arguments.haproxy or is_loopback(address):
+        return
+    try:
+        settings = yaml.safe_load(arguments.gateway_config.read_text(encoding="utf-8")) or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # the gateway says what is wrong with it
+    if settings.get("require_keys") is not True:
+        raise ServerError(
+            f"{option('haproxy_address')} {address}: other machines would reach a gateway that asks"
+            f" for no keys; write `require_keys: true` into {arguments.gateway_config}, and make a"
+            " key, as docs/gateway.md says"
+        )
+    if arguments.auth != "on" and arguments.grpc_port is not None:
+        raise ServerError(
+            f"{option('haproxy_address')} {address}: gRPC passes the gateway by, and the instances"
+            f" ask for no keys: {option('auth')}on, or {option('grpc_port')}off"
+        )
 
 
 def _has_archive(store: Path) -> bool:
@@ -152,6 +180,11 @@ def _add_up_arguments(parser: argparse.ArgumentParser) -> None:
     add_fleet_arguments(parser, foreground=False)
     _add_gateway_arguments(parser)
     parser.add_argument("--haproxy", action="store_true", help="put HAProxy with TLS in front")
+    parser.add_argument(
+        "--haproxy-address",
+        default=LOOPBACK,
+        help="where it listens (127.0.0.1); any but loopback needs keys",
+    )
     parser.add_argument("--haproxy-port", type=int, default=8443, help="its port (8443)")
     parser.add_argument(
         "--haproxy-cert", type=Path, help="certificate, chain and key in one file (one of its own)"

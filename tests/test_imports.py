@@ -61,9 +61,9 @@ TOP_MAY_IMPORT = {
 }
 # What reads requests, and the checks of settings: plain data, nothing of torch.
 GATEWAY_MAY_IMPORT = {
-    *("handler.api.body", "handler.api.fields", "handler.api.images", "handler.api.kserve"),
-    *("handler.api.picture_headers", "handler.api.picture_sizes", "handler.api.schema"),
-    "handler.api.translation",
+    *("handler.api.accept", "handler.api.body", "handler.api.fields", "handler.api.images"),
+    *("handler.api.kserve", "handler.api.picture_headers", "handler.api.picture_sizes"),
+    *("handler.api.schema", "handler.api.translation"),
     *("handler.config", "handler.config_checks", "handler.errors", "handler.garbage"),
     "handler.messages",
 }

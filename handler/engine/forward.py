@@ -31,6 +31,12 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+# What libraries say that have no class for it.
+_OUT_OF_MEMORY = (
+    *("out of memory", "can't allocate memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED"),
+)
+
 
 @dataclass(slots=True)
 class Counters:
@@ -143,7 +149,8 @@ class BatchedForward:
             # What a module takes or gives cannot be compared: nothing that a request did wrong.
             release_frames(error)
             logger.warning("calls of %s run alone: %r", group.calls[0].slot.name, error)
-            self._proofs.refuted(group.key)
+            if not is_out_of_memory(error):  # which passes
+                self._proofs.refuted(group.key)
             return [self._alone(call) for call in group.calls]
 
     def _run(self, group: Group) -> list[Any]:
@@ -240,7 +247,12 @@ class BatchedForward:
         if is_right and all(is_conclusive(result) for result in alone.values()):
             self._confirm(trial, differences)
             if self.proves_ahead and len(trial.calls) > 1:
-                self._prove_ahead(trial, together)
+                try:
+                    self._prove_ahead(trial, together)
+                except Exception as error:
+                    # Then it is proved when such calls come.
+                    release_frames(error)
+                    logger.debug("not proved ahead: %r", error)
             return together
         results = [
             alone[i] if i in alone else self._alone(call) for i, call in enumerate(trial.calls)
@@ -367,6 +379,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that memory ran out, on a device or on the host."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(
-        text in str(error) for text in ("out of memory", "can't allocate memory")
-    )
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,8 @@ from handler.errors import Cancelled, TooLarge
 from handler.pipelines.shared_state import SharedState
 
 __all__ = ["Runs"]
+
+logger = logging.getLogger(__name__)
 
 
 class Runs:
@@ -131,6 +134,10 @@ class Runs:
 
     def _end(self, ticket: Ticket, state: State, outcome: Any) -> None:
         if ticket.run is not None:
-            self._shared_states[ticket.task].restore()
+            try:
+                self._shared_states[ticket.task].restore()
+            except Exception:
+                # To give a module its precision back takes memory. The next end tries again.
+                logger.exception("what a request changed cannot be put back yet")
         ticket.end(state, outcome, self._clock())
         self.ended.append(ticket)

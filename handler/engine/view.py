@@ -21,6 +21,7 @@ from handler.pipelines.broken_pictures import watch_pictures
 from handler.pipelines.prompt_embeddings import read_prompts
 from handler.pipelines.schedulers import seed_noise, start_at_the_first
 from handler.pipelines.signature import call_defaults
+from handler.pipelines.steps import num_steps_of
 
 __all__ = ["make_view"]
 
@@ -135,9 +136,7 @@ def _report_steps_of(view: Any, ticket: Ticket, theirs: Callable[..., Any] | Non
     def callback(step: int, timestep: Any, latents: torch.Tensor) -> None:
         if theirs is not None:
             theirs(step, timestep, latents)
-        timesteps = getattr(view.scheduler, "timesteps", None)
-        order = getattr(view.scheduler, "order", 1)
-        _end_step(ticket, step, None if timesteps is None else len(timesteps) // order, latents)
+        _end_step(ticket, step, num_steps_of(view), latents)
 
     return callback
 

@@ -24,8 +24,7 @@ from handler.loading.lora_layers import (
     layers_in,
 )
 from handler.loading.lora_refusals import not_a_lora, not_finite, shown
-from handler.loading.model_dir import Extent
-from handler.loading.safetensors_map import map_tensors, read_header
+from handler.loading.safetensors_map import read_header, read_tensors
 from handler.messages import first_lines
 
 if TYPE_CHECKING:
@@ -110,11 +109,11 @@ class LoraReader:
             header = read_header(file, size_bytes, path.name)
         if not any(_LAYER_END.search(name) for name in header.tensors):
             self.check(header)  # a whole model, perhaps: it is refused without being read
-        mapped = map_tensors(Extent(path, 0, size_bytes), path.name)
-        if problem := not_finite(mapped):
+        # Not mapped: the operator may replace or cut off the file at any time.
+        tensors = read_tensors(path, path.name)
+        if problem := not_finite(tensors):
             raise ArchiveError(problem)
-        # Copied, for the operator may replace the file.
-        return self.read({name: each.clone() for name, each in mapped.items()}, header.metadata)
+        return self.read(tensors, header.metadata)
 
     def _check_keys(
         self, tensors: Mapping[str, torch.Tensor], configured: Mapping[str, Any]

@@ -2,13 +2,14 @@
 
 Our own because the safetensors library opens whole files only, not weights inside an archive. The
 header is checked before a byte of data is touched: what it claims must be exactly what is there.
-Imports torch only in `map_tensors`, so that scripts read headers cheaply.
+Imports torch only where tensors are made, so that scripts read headers cheaply.
 Source: the format's description in safetensors 0.8.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,11 +20,21 @@ from handler.errors import ArchiveError
 from handler.loading.documents import parse_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
 
     from handler.loading.model_dir import Extent
 
-__all__ = ["DTYPE_BITS", "Header", "TensorInfo", "map_tensors", "parse_header", "read_header"]
+__all__ = [
+    "DTYPE_BITS",
+    "Header",
+    "TensorInfo",
+    "map_tensors",
+    "parse_header",
+    "read_header",
+    "read_tensors",
+]
 
 MAX_HEADER_BYTES = 100_000_000
 DTYPE_BITS = {
@@ -173,8 +184,6 @@ def map_tensors(extent: Extent, label: str) -> dict[str, torch.Tensor]:
     The mapping is private: a write to a tensor copies its page and never reaches the file.
     Tensors keep it alive. Raises: ArchiveError.
     """
-    import torch
-
     page_start = extent.offset - extent.offset % mmap.ALLOCATIONGRANULARITY
     with extent.path.open("rb") as file:
         header = read_header(file, extent.size_bytes, label, extent.offset)
@@ -185,16 +194,38 @@ def map_tensors(extent: Extent, label: str) -> dict[str, torch.Tensor]:
             access=mmap.ACCESS_COPY,
             offset=page_start,
         )
+    return _tensors_in(mapped, skipped + header.data_offset, header)
+
+
+def read_tensors(path: Path, label: str) -> dict[str, torch.Tensor]:
+    """Read the weights of a file whole; what becomes of it then is nothing to the tensors.
+
+    Raises: ArchiveError, OSError.
+    """
+    with path.open("rb") as file:
+        content = bytearray(os.fstat(file.fileno()).st_size)
+        header = read_header(file, len(content), label)
+        file.seek(0)
+        if file.readinto(content) != len(content):
+            raise ArchiveError(f"{label} has become shorter while it was read")
+    return _tensors_in(content, header.data_offset, header)
+
+
+def _tensors_in(
+    source: mmap.mmap | bytearray, data_offset: int, header: Header
+) -> dict[str, torch.Tensor]:
+    """The tensors of `header`, their data from `data_offset` on; they keep `source` alive."""
+    import torch
+
     tensors = {}
     for name, info in header.tensors.items():
         dtype = getattr(torch, _TORCH_NAMES[info.dtype])
         if info.num_values == 0:
             tensors[name] = torch.empty(info.shape, dtype=dtype)
             continue
-        offset = skipped + header.data_offset + info.start
-        source: mmap.mmap | bytearray = mapped
+        offset, own = data_offset + info.start, source
         if offset % dtype.itemsize:
-            source, offset = bytearray(mapped[offset : offset + info.end - info.start]), 0
-        flat = torch.frombuffer(source, dtype=dtype, count=info.num_values, offset=offset)
+            own, offset = bytearray(source[offset : offset + info.end - info.start]), 0
+        flat = torch.frombuffer(own, dtype=dtype, count=info.num_values, offset=offset)
         tensors[name] = flat.reshape(info.shape)
     return tensors

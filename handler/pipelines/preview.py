@@ -38,7 +38,11 @@ class Previewer:
         matrix = self._matrix(int(latents.shape[1]))
         if matrix is None:
             return None
-        pixels = _with_constant(latents[0].float().cpu()) @ matrix
+        try:
+            shown = latents[0].float().cpu()
+        except torch.OutOfMemoryError:
+            return None
+        pixels = _with_constant(shown) @ matrix
         rgb = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
         buffer = io.BytesIO()
         Image.fromarray(rgb).save(buffer, "JPEG", quality=_JPEG_QUALITY)
@@ -51,6 +55,8 @@ class Previewer:
             try:
                 self._fitted = _fit(self._pipeline.vae, num_channels)
             except Exception as error:  # any family's decoder, called as those of most are
+                if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                    self._is_fitted = False  # that may pass
                 logger.warning("this pipeline gives no previews: %s", error)
         fitted = self._fitted
         return fitted if fitted is not None and fitted.shape[0] == num_channels + 1 else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import math
 import textwrap
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -33,7 +34,11 @@ def num_steps_of(view: Any) -> int | None:
     """
     num_steps = getattr(view, "num_timesteps", None)
     if num_steps is None:
-        num_steps = len(getattr(getattr(view, "scheduler", None), "timesteps", ()))
+        # Those with the older callback: a step has `order` timesteps there, the last one of Heun's
+        # kind only one.
+        scheduler = getattr(view, "scheduler", None)
+        num_times = len(getattr(scheduler, "timesteps", ()))
+        num_steps = math.ceil(num_times / getattr(scheduler, "order", 1))
     return int(num_steps) or None
 
 

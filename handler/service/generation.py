@@ -223,7 +223,7 @@ class GenerationService:
         pictures = decode_all(requests, self.config, [""] * len(requests))
         if self._shelf is not None:
             read = self._shelf.read(self._shelf.missing(requests))
-            self._shelf.attach(read, wanted=self._wanted_loras())
+            self._shelf.attach(read, requests, wanted=self._wanted_loras())
         tickets = self._queue.submit(requests, pictures)
         while not all(ticket.ended for ticket in tickets):
             if self.is_device_lost:
@@ -364,7 +364,7 @@ class GenerationService:
                 if live.record is not None:  # which would keep the files that were sent
                     live.record.requests = decoded.requests
                 if self._shelf is not None:
-                    self._shelf.attach(decoded.loras, wanted=wanted)
+                    self._shelf.attach(decoded.loras, decoded.requests, wanted=wanted)
                 self._submit(live, decoded.pictures, is_limited=len(self._live) > 1)
             except Exception as error:
                 problem = "the request could not be queued; the server's log says why"

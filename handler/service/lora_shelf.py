@@ -84,8 +84,14 @@ class LoraShelf:
         self._read_ones = WeakValueDictionary[tuple[Path, int, int], PreparedLora]()
 
     def missing(self, requests: Iterable[GenerationRequest]) -> list[str]:
-        """The LoRAs that `requests` name and that are to be read first; uses the others."""
-        wanted = named_by(requests) - self._names.packed
+        """The LoRAs that `requests` name and that are to be read first; uses the others.
+
+        Raises:
+            InvalidRequest: they name more than there may be at a time.
+        """
+        wanted = self._wanted(requests)
+        if len(wanted) > self._max_loras:
+            raise _refused(f"{len(wanted)} are named; max_loras allows {self._max_loras} at a time")
         for name in wanted & self._attached.keys():
             self._attached[name] = self._attached.pop(name)
         return sorted(wanted - self._attached.keys())
@@ -108,16 +114,28 @@ class LoraShelf:
                 raise _refused(f"{name} cannot be used: {error}") from error
         return found
 
-    def attach(self, loras: Mapping[str, PreparedLora], *, wanted: Collection[str] = ()) -> None:
-        """Give the engine what was read; `wanted` are not to make room for it.
+    def attach(
+        self,
+        loras: Mapping[str, PreparedLora],
+        requests: Iterable[GenerationRequest],
+        *,
+        wanted: Collection[str] = (),
+    ) -> None:
+        """Give the engine what was read for `requests`; `wanted` are not to make room for it.
 
         Raises:
-            InvalidRequest: one alone is larger than all may be, or the engine does not take it.
+            InvalidRequest: together they are larger than all may be, or the engine does not take
+                one.
             QueueFull: all that there is room for are in use.
         """
+        named = self._wanted(requests)
+        sizes = {name: self._attached[name] for name in named & self._attached.keys()}
+        sizes |= {name: lora.size_bytes for name, lora in loras.items()}
+        self._check_size(", ".join(sorted(sizes)), sum(sizes.values()), self._max_bytes)
+        wanted = {*wanted, *named}
         for name, lora in loras.items():
             if name not in self._attached:
-                self._make_room(name, lora.size_bytes, {*wanted, *loras})
+                self._make_room(name, lora.size_bytes, wanted)
                 try:
                     self._engine.attach_lora(name, lora)
                 except ValueError as error:
@@ -132,29 +150,36 @@ class LoraShelf:
         if lora is None:
             # It is copied whole. In the layers' precision it may have half of that.
             self._check_size(path.stem, stat.st_size, 2 * self._max_bytes)
-            lora = self._read_ones[key] = self._engine.prepare_lora(self._read(path))
+            lora = self._engine.prepare_lora(self._read(path))
+            after = path.stat()
+            if (after.st_mtime_ns, after.st_size) != key[1:]:
+                raise ArchiveError("its file is being written; try again a little later")
+            self._read_ones[key] = lora
         return lora
+
+    def _wanted(self, requests: Iterable[GenerationRequest]) -> set[str]:
+        return named_by(requests) - self._names.packed
 
     def _check_size(self, name: str, size: int, allowed: int) -> None:
         if size > allowed:
-            raise _refused(f"{name} has {size} bytes; max_lora_bytes allows {self._max_bytes}")
+            raise _refused(f"{name}: {size} bytes; max_lora_bytes allows {self._max_bytes}")
 
     def _make_room(self, name: str, size: int, wanted: Collection[str]) -> None:
-        self._check_size(name, size, self._max_bytes)
         kept = self._engine.loras_in_use | set(wanted)
         free = [each for each in self._attached if each not in kept]
-        while (
-            len(self._attached) >= self._max_loras
-            or sum(self._attached.values()) + size > self._max_bytes
-        ):
+        num_left, bytes_left = len(self._attached), sum(self._attached.values())
+        leaving: list[str] = []
+        while num_left >= self._max_loras or bytes_left + size > self._max_bytes:
             if not free:
                 raise QueueFull(
-                    f"{len(self._attached)} LoRAs are in use, and there is no room for {name};"
+                    f"{num_left} LoRAs are in use, and there is no room for {name};"
                     " try again a little later"
                 )
-            oldest = free.pop(0)
-            del self._attached[oldest]
-            self._engine.detach_lora(oldest)
+            leaving.append(free.pop(0))
+            num_left, bytes_left = num_left - 1, bytes_left - self._attached[leaving[-1]]
+        for each in leaving:
+            del self._attached[each]
+            self._engine.detach_lora(each)
 
 
 def named_by(requests: Iterable[GenerationRequest]) -> set[str]:

@@ -57,7 +57,10 @@ class WorkerMetrics:
         resident = self._process.memory_info().rss
         on_device = (0, 0, 0, 0)
         if self._device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self._device)
+            try:
+                free, total = torch.cuda.mem_get_info(self._device)
+            except RuntimeError:
+                return [_gauge("diffusers_worker_memory_bytes", resident)]  # the device is lost
             allocated = torch.cuda.memory_allocated(self._device)
             on_device = (allocated, torch.cuda.memory_reserved(self._device), free, total)
         kinds = ("allocated", "reserved", "free", "total")

@@ -124,6 +124,7 @@ class FleetRecord:
 
     pid: int
     created_s: float
+    """When it started, by `scripts.background.started_s`."""
     started_as: str
     instances: tuple[InstanceState, ...]
     num_rolls: int = 0

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from handler.service.draining import Drain
-from scripts.background import end_session, read_saved, running_process, save
+from scripts.background import end_session, read_saved, running_process, save, started_s
 from scripts.errors import ServerError
 from scripts.hints import to_run
 from scripts.interrupts import signals_as_interrupts, signals_held
@@ -339,7 +339,7 @@ class TorchServer:
         self.started_as = self.options.fingerprint()
         saved = {
             "pid": self._process.pid,
-            "created_s": self._process.create_time(),
+            "created_s": started_s(self._process.pid),
             "model_name": self.model_name,
             "model_version": self.model_version,
             "ports": asdict(self.options.ports),

@@ -25,6 +25,7 @@ from types import FrameType
 
 import psutil
 
+from scripts.background import started_s
 from scripts.errors import ServerError
 from scripts.torchserve.draining import DRAIN_S, GRACE_S
 from scripts.torchserve.fleet import FleetRecord, fingerprint
@@ -262,7 +263,7 @@ class Supervisor:
         with self._recording:
             record = FleetRecord(
                 self._process.pid,
-                self._process.create_time(),
+                started_s(self._process.pid),
                 self._started_as,
                 tuple(keeper.state for keeper in self._keepers),
                 self._num_rolls,

@@ -202,6 +202,16 @@ def test_own_settings_of_the_gateway_are_in_it() -> None:
     assert settings.metrics_for == "prometheus"
 
 
+def test_the_log_may_be_text() -> None:
+    content = _config_of(render(*DEMO, "--set", "gateway.settings.log_format=text"))["gateway.yaml"]
+    assert Settings.from_mapping(yaml.safe_load(content)).log_format == "text"
+
+
+def test_a_pod_that_begins_anew_with_its_store_fetches_again() -> None:
+    (fetching, *_) = pod_of(only(render(*WAYS["gpu"]), "Deployment"))["initContainers"]
+    assert make_parser().parse_args(fetching["args"][1:]).force
+
+
 def _config_of(rendered: list[dict[str, Any]]) -> dict[str, str]:
     (found,) = [
         each["data"]

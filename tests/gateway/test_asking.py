@@ -10,7 +10,6 @@ from aiohttp.test_utils import TestServer
 
 from gateway.addresses import Address
 from gateway.asking import WorkerCheck
-from gateway.gateway import open_session
 
 
 @pytest.mark.parametrize("has_management", [True, False])
@@ -27,7 +26,7 @@ def test_what_another_program_says_is_not_ready(said: str, has_management: bool)
         async with TestServer(app) as server:
             url = str(server.make_url("")).rstrip("/")
             address = Address(url, "toy", url if has_management else None)
-            worker = WorkerCheck(open_session)
+            worker = WorkerCheck()
             try:
                 assert await worker.is_ready(address) is False
                 assert await worker.hears(address) is False

@@ -294,6 +294,66 @@ def test_the_line_is_bounded(tmp_path: Path) -> None:
     run(check())
 
 
+def test_what_died_is_first_in_line_and_never_refused(tmp_path: Path) -> None:
+    """It was let in before, and its place in line was taken by others since."""
+
+    async def check() -> None:
+        settings = {"max_in_flight": 1, "max_waiting": 2, "max_waiting_per_key": 2}
+        async with fleet(tmp_path, 1, **settings) as (gateway, (fake,)):
+            dies, drawn = asyncio.Event(), list[str]()
+
+            async def answer(received: Received) -> object:
+                if received.fields["prompt"] == "dies" and not dies.is_set():
+                    await dies.wait()
+                    fake.is_ready = False
+                    return DIED
+                drawn.append(received.fields["prompt"])
+                return None
+
+            fake.answer = answer
+            send = gateway.forwarder.send
+            sending = []
+            for prompt in ("dies", "second", "third"):
+                sending.append(asyncio.create_task(send(order(prompt))))
+                await asyncio.sleep(0.02)
+            await eventually(lambda: gateway.fleet.num_waiting == 2)
+            dies.set()
+            await eventually(lambda: gateway.fleet.num_waiting == 3)
+            fake.is_ready = True
+            assert {reply.status for reply in await asyncio.gather(*sending)} == {200}
+            assert drawn == ["dies", "second", "third"]
+
+    run(check())
+
+
+def test_what_is_refused_says_nothing_of_the_pace(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with fleet(tmp_path, 1) as (gateway, (fake,)):
+            refusal = {"error": {"code": "invalid_request", "message": "no", "fields": {}}}
+            fake.answer = lambda received: (400, refusal, {})
+            unknown = gateway.fleet.retry_after_s(MODEL)
+            assert (await gateway.forwarder.send(order(work=1e18))).status == 400
+            assert gateway.fleet.retry_after_s(MODEL) == unknown
+            fake.answer = None
+            await gateway.forwarder.send(order(work=1e18))
+            assert gateway.fleet.retry_after_s(MODEL) < unknown
+
+    run(check())
+
+
+def test_a_reply_that_is_no_stream_is_no_death(tmp_path: Path) -> None:
+    async def check() -> None:
+        async with fleet(tmp_path, 1) as (gateway, (fake,)):
+            with pytest.raises(Refused, match="image/png, no events") as caught:
+                await gateway.forwarder.stream(order(), lambda name, data: None)
+            assert (caught.value.status, caught.value.code) == (502, "no_stream")
+            assert len(fake.received) == 1
+            assert gateway.fleet.num_waiting == 0
+            assert (await gateway.forwarder.send(order())).status == 200
+
+    run(check())
+
+
 def test_first_come_first_served(tmp_path: Path) -> None:
     async def check() -> None:
         async with fleet(tmp_path, 1, max_in_flight=1) as (gateway, (fake,)):

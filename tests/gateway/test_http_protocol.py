@@ -16,6 +16,10 @@ Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 Connect = Callable[[], Coroutine[Any, Any, Connection]]
 
 
+# More than the kernel takes for a connection that nobody reads.
+LARGE = 64 * 2**20
+
+
 class JumpingLoop(asyncio.SelectorEventLoop):
     """Timers are due as soon as a test says that their time has come."""
 
@@ -41,6 +45,8 @@ class App:
             while message.get("more_body"):
                 message = await receive()
                 body += message.get("body", b"")
+        if scope["path"] == "/large":
+            body = bytes(LARGE)
         if scope["path"] == "/wait":
             self.num_waiting += 1
             await self.may_reply.wait()
@@ -302,5 +308,32 @@ def test_who_shuts_its_side_waits_for_a_reply(version: str, is_answered: bool) -
         await asyncio.sleep(0.05)
         app.may_reply.set()
         assert (b"HTTP/1.1 200 " in await reader.read()) == is_answered
+
+    run(check)
+
+
+def test_who_reads_nothing_is_let_go() -> None:
+    async def check(app: App, connect: Connect) -> None:
+        reader, writer = await connect()
+        writer.write(head("/large"))
+        await reader.readuntil(b"\r\n\r\n")
+        await asyncio.sleep(0.2)  # the kernel takes what it has room for
+        for _ in range(3):
+            await jump(60)
+        with pytest.raises((ConnectionResetError, asyncio.IncompleteReadError)):
+            await reader.readexactly(LARGE)
+
+    run(check)
+
+
+def test_who_reads_slowly_gets_all() -> None:
+    async def check(app: App, connect: Connect) -> None:
+        reader, writer = await connect()
+        writer.write(head("/large"))
+        await reader.readuntil(b"\r\n\r\n")
+        for _ in range(8):
+            assert len(await reader.readexactly(LARGE // 8)) == LARGE // 8
+            await asyncio.sleep(0.01)
+            await jump(59)
 
     run(check)

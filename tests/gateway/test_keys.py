@@ -13,6 +13,7 @@ import yaml
 from openai import AsyncOpenAI, OpenAI
 
 from gateway.errors import Forbidden, ModelNotFound, RateLimited
+from gateway.file_stamps import file_stamp
 from gateway.keys import Key, KeyRing, add_key, how_to_make, main, read_keys
 from gateway.limits import Limiter, check_model, check_picture
 from handler.errors import ConfigError
@@ -40,6 +41,16 @@ def test_a_key_is_found_by_itself_alone(tmp_path: Path) -> None:
     for wrong in ("", first[:-1], first + "x", found.hash, "first", "\ud800"):
         assert ring.find(wrong) is None
     assert first not in file.read_text()
+
+
+def test_who_may_read_a_file_is_a_change_of_it(tmp_path: Path) -> None:
+    """Else a file that could not be read would not be tried again once it can be."""
+    file = tmp_path / "keys"
+    file.write_text("{}\n")
+    file.chmod(0o200)
+    before = file_stamp(file)
+    file.chmod(0o600)
+    assert file_stamp(file) != before
 
 
 def test_keys_are_read_again_when_the_file_changes(tmp_path: Path) -> None:

@@ -94,6 +94,24 @@ def test_an_instances_own_stream(gateway: RunningGateway) -> None:
     assert wrong.status == 400
 
 
+def test_what_is_no_stream_is_passed_on_as_it_is(gateway: RunningGateway) -> None:
+    """As the instance takes it, whatever the Accept header has in it."""
+    base, fields = gateway.url, {"prompt": "a ring", **SMALL}
+    events, json_too = "Accept: text/event-stream", "Accept: application/json, text/event-stream"
+    picture_rather = "Accept: image/png, text/event-stream;q=0.5"
+    name = "stable_diffusion"
+    for path, accept, body, kind in (
+        (f"/predictions/{name}", events, {**fields, "stream": False}, "image/png"),
+        (f"/predictions/{name}", picture_rather, fields, "image/png"),
+        (f"/predictions/{name}", events, {"describe": True}, "application/json"),
+        (f"/v1/models/{name}:predict", json_too, {"instances": [fields]}, "application/json"),
+    ):
+        answer = post_json(f"{base}{path}", body, "-H", accept)
+        assert answer.status == 200, answer.body
+        assert answer.headers["content-type"].startswith(kind)
+    assert curl(f"{base}/readyz").json() == {"ready": True}
+
+
 def test_health(gateway: RunningGateway) -> None:
     assert curl(f"{gateway.url}/healthz").json() == {"live": True}
     assert curl(f"{gateway.url}/readyz").json() == {"ready": True}

@@ -6,7 +6,6 @@ import asyncio
 
 from gateway.addresses import Address, FixedSource
 from gateway.asking import WorkerCheck
-from gateway.gateway import open_session
 from gateway.instance import Instance
 from gateway.settings import InstanceSettings, Settings
 from gateway.watching import Watch
@@ -18,7 +17,7 @@ class Check(WorkerCheck):
     """Says nothing of one instance from its second look on; of the other, what it is told."""
 
     def __init__(self) -> None:
-        super().__init__(open_session)
+        super().__init__()
         self.is_other_ready = True
         self.num_looks = 0
 

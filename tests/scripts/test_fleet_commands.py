@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scripts.background import started_s
 from scripts.serve import main
 from scripts.torchserve import process
 from scripts.torchserve.fleet import FleetRecord, InstanceState, fingerprint, members
@@ -49,7 +50,7 @@ def run_dir(tmp_path: Path, sleeper: psutil.Process) -> Path:
     folder = tmp_path / "run"
     folder.mkdir()
     instances = tuple(InstanceState(str(folder / name), "ready") for name in "01")
-    FleetRecord(sleeper.pid, sleeper.create_time(), "", instances).write(folder)
+    FleetRecord(sleeper.pid, started_s(sleeper.pid), "", instances).write(folder)
     return folder
 
 
@@ -83,7 +84,7 @@ def test_a_front_that_has_ended_is_told_until_it_is_stopped(
     folder = run_dir.with_name(f"run-{front}")
     folder.mkdir()
     ended = subprocess.Popen(["true"])
-    created_s = psutil.Process(ended.pid).create_time()
+    created_s = started_s(ended.pid)
     ended.wait()
     record = folder / f"{front}.json"
     saved = {"pid": ended.pid, "created_s": created_s, "url": "http://there"}
@@ -104,7 +105,7 @@ def test_a_gateway_that_does_not_answer_is_told(
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{nobody.getsockname()[1]}"
-        saved = {"pid": sleeper.pid, "created_s": sleeper.create_time(), "url": url}
+        saved = {"pid": sleeper.pid, "created_s": started_s(sleeper.pid), "url": url}
         (folder / "gateway.json").write_text(json.dumps(saved))
         main(["status", "--run-dir", str(run_dir), "--gateway-dir", str(folder)])
         assert "it does not answer" in capsys.readouterr().out
@@ -147,7 +148,7 @@ def test_nobody_is_told_to_stop_a_fleet_of_which_one_hangs(
     own = Options(run_dir / "toy.mar", run_dir / "0")
     saved = {
         "pid": sleeper.pid,
-        "created_s": sleeper.create_time(),
+        "created_s": started_s(sleeper.pid),
         "model_name": "toy",
         "model_version": "1.0",
         "ports": asdict(own.ports),
@@ -179,7 +180,7 @@ def test_one_that_is_starting_has_no_problem_yet(
     first, second = members(Options(archive, run_dir, ports), num_instances=2)
     states = (InstanceState(str(first.state_dir), "ready"), InstanceState(str(second.state_dir)))
     started_as = fingerprint((first, second))
-    FleetRecord(sleeper.pid, sleeper.create_time(), started_as, states).write(run_dir)
+    FleetRecord(sleeper.pid, started_s(sleeper.pid), started_as, states).write(run_dir)
     assert main(arguments) == 0
     said = capsys.readouterr()
     assert f"at {TorchServer(first).url}" in said.out

@@ -17,6 +17,7 @@ import pytest
 from scripts import demo, serve
 from scripts.archive.manifest import TORCHSERVE_MANIFEST_NAME
 from scripts.archive.store import choose_archive
+from scripts.background import started_s
 from scripts.serve import main
 from scripts.torchserve.launch import OPENMP_SPINS, environment
 from scripts.torchserve.options import Options, Ports, archive_identity
@@ -179,7 +180,7 @@ def test_a_server_that_an_earlier_version_started_is_found(tmp_path: Path) -> No
     ports = ("inference", "management", "metrics", "grpc_inference", "grpc_management")
     saved = {
         "pid": process.pid,
-        "created_s": process.create_time(),
+        "created_s": started_s(process.pid),
         "auth": False,
         **dict.fromkeys(("model_name", "model_version", "address", "started_as"), "x"),
         **dict.fromkeys(("archive", "config", "log_config", "metrics_config"), "x"),

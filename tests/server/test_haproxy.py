@@ -206,7 +206,7 @@ def test_checks_leave_no_errors_in_the_log(site: Site) -> None:
 
 def test_what_is_for_those_inside_is_not_shown(site: Site) -> None:
     trusting = ("--cacert", str(site.haproxy.certificate))
-    for path in ("/metrics", "/metrics/instances"):
+    for path in ("/metrics", "/metrics/instances", "/%6Detrics", "/%6Detrics/instances"):
         answer = curl(f"{site.haproxy.url}{path}", *trusting)
         assert (answer.status, answer.json()["error"]["code"]) == (404, "route_not_found"), path
 

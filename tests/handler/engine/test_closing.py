@@ -13,6 +13,7 @@ import torch
 
 from handler.engine import InFlightEngine
 from handler.engine.ticket import State, StepEnd, Ticket
+from handler.pipelines.shared_state import SharedState
 from tests.support.clock import Clock
 from tests.support.engine_tools import (
     Strict,
@@ -26,6 +27,26 @@ from tests.support.engine_tools import (
 from tests.support.toy_pipeline import ToyPipeline, ToyVAE, toy, toy_kwargs
 
 # Closing
+
+
+def test_a_request_ends_though_what_it_changed_cannot_be_put_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To give a module its precision back takes memory, too."""
+
+    def fail(state: SharedState) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    pipeline = toy()
+    expected = [solo(pipeline, seed) for seed in range(2)]
+    with opened(pipeline) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(SharedState, "restore", fail)
+            tickets = [engine.submit(toy_kwargs(seed)) for seed in range(2)]
+            engine.run()
+        assert all_right(tickets, expected)
+        assert not engine.has_work
+    assert "cannot be put back yet" in caplog.text
 
 
 def test_closing_ends_what_is_left_and_gives_everything_back() -> None:

@@ -214,6 +214,31 @@ def test_calls_whose_results_cannot_be_compared_run_alone() -> None:
     assert slot.module.rows == [1, 1]
 
 
+def test_a_lack_of_memory_in_comparing_passes() -> None:
+    times = 0
+
+    class Large(torch.Tensor):
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            nonlocal times
+            if func is torch.Tensor.float and (times := times + 1) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    forward = batched()
+    slot = slot_of(lambda sample, timestep: (sample * 2).as_subclass(Large))
+    calls = [call(slot, 1), call(slot, 2)]
+    for _ in range(2):
+        slot.module.rows.clear()
+        assert run(forward, calls) == [[2], [4]]
+    assert slot.module.rows[0] == 2
+    slot.module.rows.clear()
+    run(forward, calls)
+    assert slot.module.rows == [2]
+
+
 # Memory
 
 
@@ -261,6 +286,7 @@ def test_padding_that_does_not_fit_is_left_out() -> None:
             True,
         ),
         (RuntimeError("HIP out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
         (RuntimeError("shapes do not match"), False),
         (ValueError("out of memory"), False),
         (KeyError(), False),

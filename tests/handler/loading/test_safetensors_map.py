@@ -18,7 +18,13 @@ from safetensors.torch import save, save_file
 
 from handler.errors import ArchiveError
 from handler.loading.model_dir import Extent
-from handler.loading.safetensors_map import DTYPE_BITS, map_tensors, parse_header, read_header
+from handler.loading.safetensors_map import (
+    DTYPE_BITS,
+    map_tensors,
+    parse_header,
+    read_header,
+    read_tensors,
+)
 
 TENSORS = {
     "matrix": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -56,6 +62,18 @@ def test_maps_what_was_saved(tmp_path: Path, offset: int) -> None:
         assert found[name].dtype == tensor.dtype
         assert found[name].shape == tensor.shape
         assert torch.equal(found[name], tensor)
+
+
+def test_what_was_read_does_not_change_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    expected = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(1, dtype=torch.int8)}
+    save_file(expected, path)
+    tensors = read_tensors(path, "weights")
+    path.write_bytes(b"")  # as `cp` begins; whoever had mapped it would end by SIGBUS
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    with pytest.raises(ArchiveError):
+        read_tensors(path, "weights")
 
 
 def test_writing_to_a_mapped_tensor_leaves_the_file_alone(tmp_path: Path) -> None:

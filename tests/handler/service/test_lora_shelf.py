@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -224,17 +225,21 @@ def test_all_that_takes_its_time_is_done_beside_the_engines_thread(
     assert sys.getswitchinterval() == usual_s
 
 
-def test_the_longest_unused_goes_and_never_one_in_use(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read: list[str] = []
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were read."""
+    names: list[str] = []
     read_file = LoraReader.read_file
 
     def noted(reader: LoraReader, path: Path) -> Any:
-        read.append(path.stem)
+        names.append(path.stem)
         return read_file(reader, path)
 
     monkeypatch.setattr(LoraReader, "read_file", noted)
+    return names
+
+
+def test_the_longest_unused_goes_and_never_one_in_use(folder: Path, read: list[str]) -> None:
     with serving(folder, max_loras=2) as service:
         engine = service._engine
         for name in ("ink", "style", "ink", "wool", "ink", "wool"):
@@ -261,6 +266,59 @@ def test_one_that_is_larger_than_all_may_be_is_refused(folder: Path) -> None:
         reply = finish(service)["r"]
     assert reply.status == 400
     assert "max_lora_bytes allows 1024" in error_of(reply)["fields"]["loras"]
+
+
+def test_more_than_there_may_be_at_a_time_are_refused_and_nobody_makes_room(
+    folder: Path, read: list[str]
+) -> None:
+    """That would be told to try again for ever."""
+    with serving(folder, max_loras=2) as service:
+        for loras in (["wool"], ["ink", "style", "wool"], ["wool"]):
+            ask(service, "r", loras=loras)
+            reply = finish(service)["r"]
+            if len(loras) == 1:
+                assert reply.status == 200
+            else:
+                assert reply.status == 400
+                problem = error_of(reply)["fields"]["loras"]
+                assert problem == "3 are named; max_loras allows 2 at a time"
+    assert read == ["wool"]
+
+
+def test_those_that_are_too_large_together_are_refused(folder: Path, read: list[str]) -> None:
+    size = sum(each.numel() * each.element_size() for each in lora(0).values())
+    with serving(folder, max_lora_bytes=int(1.5 * size)) as service:
+        statuses = []
+        for loras in (["wool"], ["ink", "wool"], ["wool"], ["ink"]):
+            ask(service, "r", loras=loras)
+            reply = finish(service)["r"]
+            statuses.append(reply.status)
+            if len(loras) == 2:
+                assert error_of(reply)["fields"]["loras"].startswith("ink, wool: ")
+    assert statuses == [200, 400, 200, 200]
+    assert read.count("wool") == 1, "it made room for nobody who was refused"
+
+
+def test_a_file_that_is_being_written_is_not_kept(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_file, is_written = LoraReader.read_file, True
+
+    def read_and_write(reader: LoraReader, path: Path) -> Any:
+        layers = read_file(reader, path)
+        if is_written:
+            os.utime(path, ns=(0, 0))
+        return layers
+
+    monkeypatch.setattr(LoraReader, "read_file", read_and_write)
+    with serving(folder) as service:
+        ask(service, "r", loras=["ink"])
+        reply = finish(service)["r"]
+        assert reply.status == 400
+        assert "its file is being written" in error_of(reply)["fields"]["loras"]
+        is_written = False
+        ask(service, "r", loras=["ink"])
+        assert finish(service)["r"].status == 200
 
 
 def test_a_file_that_is_too_large_is_refused_without_being_read(folder: Path) -> None:

@@ -206,6 +206,17 @@ def test_emitting_costs_less_than_a_hundredth_of_the_ticks() -> None:
     assert min(costs_s) < 0.01
 
 
+def test_a_lost_device_takes_no_metric_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(device: object) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    worker = WorkerMetrics(HandlerConfig(), {}, torch.device("cuda"))
+    names = {sample.name for sample in worker.samples()}
+    assert "diffusers_worker_memory_bytes" in names
+    assert "diffusers_gpu_memory_bytes" not in names
+
+
 def test_what_a_worker_says_of_itself(tmp_path: Path) -> None:
     manifest = tmp_path / "PIPELINE.json"
     source = {"model_id": "org/a,model:1", "revision": "main"}

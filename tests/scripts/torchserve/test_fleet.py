@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scripts.background import started_s
 from scripts.errors import ServerError, UsageError
 from scripts.torchserve.accelerators import bound_to_cores, chosen_gpus
 from scripts.torchserve.fleet import FleetRecord, InstanceState, members, run_dirs
@@ -113,13 +114,19 @@ def test_a_record_knows_whether_its_supervisor_lives(tmp_path: Path) -> None:
     assert run_dirs(tmp_path) == (tmp_path,)
     own = psutil.Process()
     instances = tuple(InstanceState(str(tmp_path / name)) for name in ("0", "1"))
-    alive = FleetRecord(own.pid, own.create_time(), "x", instances)
+    alive = FleetRecord(own.pid, started_s(own.pid), "x", instances)
     alive.write(tmp_path)
     assert FleetRecord.read(tmp_path) == alive
     assert alive.supervisor == own
     assert run_dirs(tmp_path) == (tmp_path / "0", tmp_path / "1")
+    # Time is set, as it is after the start of many a machine.
+    booted_s = psutil.boot_time() + 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psutil._psplatform, "boot_time", lambda: booted_s)
+        assert psutil.Process().create_time() == pytest.approx(own.create_time() + 3)
+        assert alive.supervisor == own
     # The number was given to somebody else since.
-    assert FleetRecord(own.pid, own.create_time() - 1, "x", instances).supervisor is None
+    assert FleetRecord(own.pid, started_s(own.pid) - 1, "x", instances).supervisor is None
 
 
 def test_a_record_that_is_not_one_is_none(tmp_path: Path) -> None:
