@@ -25,6 +25,7 @@ __all__ = [
     "running_process",
     "save",
     "start_in_background",
+    "started_s",
     "wake",
 ]
 
