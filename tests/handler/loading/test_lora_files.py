@@ -211,7 +211,7 @@ def test_a_whole_model_is_refused_without_being_read(
 ) -> None:
     pipeline = build("stable_diffusion")
     save_file(pipeline.unet.state_dict(), tmp_path / "unet.safetensors")
-    monkeypatch.setattr("handler.loading.lora_files.map_tensors", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("handler.loading.lora_files.read_tensors", lambda *_: pytest.fail("read"))
     with pytest.raises(ArchiveError, match="does not fit the pipeline"):
         LoraReader(pipeline).read_file(tmp_path / "unet.safetensors")
 
