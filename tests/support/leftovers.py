@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-__all__ = ["MARK", "end_with_this_process"]
+__all__ = ["MARK", "end_with_this_process", "is_alive"]
 
 MARK = "STARTED_BY_TESTS"
 _LOOK_S = 0.5
@@ -36,7 +36,8 @@ def end_with_this_process() -> None:
     os.environ[MARK] = mark
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs: one that has ended may still be listed, as a zombie."""
     with suppress(psutil.NoSuchProcess):
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     return False
@@ -46,7 +47,7 @@ def _started_with(mark: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if process.environ().get(MARK) == mark and _is_alive(process):
+            if process.environ().get(MARK) == mark and is_alive(process):
                 found.append(process)
     return found
 
@@ -66,7 +67,7 @@ def main() -> None:
     pid, mark = int(sys.argv[1]), sys.argv[2]
     with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        while _is_alive(process):
+        while is_alive(process):
             time.sleep(_LOOK_S)
     for _ in range(_TIMES):
         if left := _started_with(mark):

@@ -11,6 +11,8 @@ from contextlib import suppress
 import psutil
 import pytest
 
+from tests.support.leftovers import is_alive
+
 WAIT_S = 60.0
 STARTER = """
 import os, signal, subprocess, sys
@@ -44,12 +46,6 @@ def processes(request: pytest.FixtureRequest) -> Iterator[list[psutil.Process]]:
     for process in found:
         with suppress(psutil.NoSuchProcess):
             process.kill()
-
-
-def is_alive(process: psutil.Process) -> bool:
-    with suppress(psutil.NoSuchProcess):
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    return False
 
 
 @pytest.mark.parametrize("processes", ["import time; time.sleep(600)", "sys.exit()"], indirect=True)

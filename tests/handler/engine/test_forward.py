@@ -214,6 +214,22 @@ def test_calls_whose_results_cannot_be_compared_run_alone() -> None:
     assert slot.module.rows == [1, 1]
 
 
+def test_what_cannot_be_proved_ahead_is_proved_when_it_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise RefusedError
+
+    forward, slot = batched(proves_ahead=True), slot_of(doubled)
+    calls = [call(slot, 1), call(slot, 2)]
+    with monkeypatch.context() as patch:
+        patch.setattr("handler.engine.forward.altered", fail)
+        assert run(forward, calls) == [[2], [4]]
+    slot.module.rows.clear()
+    assert run(forward, calls) == [[2], [4]]
+    assert slot.module.rows == [2], "they share a forward as before"
+
+
 def test_a_lack_of_memory_in_comparing_passes() -> None:
     times = 0
 

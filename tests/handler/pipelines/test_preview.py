@@ -129,6 +129,24 @@ def test_a_decoder_that_fails_is_asked_once(caplog: pytest.LogCaptureFixture) ->
     assert "no previews" in caplog.text
 
 
+def test_a_lack_of_memory_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends neither the picture nor, once it is over, the previews."""
+
+    def lacking(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    pipeline = build("stable_diffusion")
+    previewer, latents = Previewer(pipeline), torch.zeros(1, 4, 8, 8)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(pipeline.vae), "decode", lacking)
+        assert previewer.jpeg(latents) is None
+    assert previewer.jpeg(latents) is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "cpu", lacking)
+        assert previewer.jpeg(latents) is None
+    assert previewer.jpeg(latents) is not None
+
+
 def test_fitting_changes_neither_the_decoder_nor_the_random_numbers() -> None:
     pipeline = build("stable_diffusion_xl")  # its decoder is copied to be run in float32
     before = {k: v.clone() for k, v in pipeline.vae.state_dict().items()}
